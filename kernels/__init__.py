@@ -1,0 +1,179 @@
+"""Sequence log-probs and the DPO and PPO losses: one signature each, implemented in PyTorch and in Triton.
+
+    with kernels.use("torch"):                      # or "triton", or "auto": Triton on CUDA tensors, else PyTorch
+        logprobs = kernels.sequence_logprobs(hidden, weight, targets, mask)
+
+This module checks arguments and chooses the implementation; the maths is in `kernels/reference.py`. It imports torch
+and nothing of the project around it.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+from kernels import reference
+from kernels.reference import IGNORE
+
+BACKENDS = ("auto", "torch", "triton")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+_backend: ContextVar[str] = ContextVar("kernels.backend", default="auto")
+
+
+@contextmanager
+def use(backend: str) -> Iterator[None]:
+    """Choose the implementation inside a `with` block: "torch", "triton" or "auto".
+
+    Raises ValueError for another name, and RuntimeError for "triton" while there is no Triton kernel.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"kernels: there is no backend {backend!r}; choose one of {', '.join(BACKENDS)}")
+    if backend == "triton":
+        raise RuntimeError("kernels: the Triton kernels are not part of this version; use 'torch' or 'auto'")
+    token = _backend.set(backend)
+    try:
+        yield
+    finally:
+        _backend.reset(token)
+
+
+def token_logprobs(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float = 1.0, entropy: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    """hidden [N, D], weight [V, D], targets [N] -> log π(target) [N] (and the entropy [N]), nats, float32.
+
+    A target of -100 gives 0 and no gradient. Differentiable in `hidden` and `weight`.
+    Raises ValueError for shapes, dtypes, devices, targets or a temperature that do not fit.
+    """
+    _check_head(hidden, weight, targets, temperature, "hidden [N, D], weight [V, D] and targets [N]", 1)
+    return reference.token_logprobs(hidden, weight, targets, temperature=temperature, entropy=entropy)
+
+
+def sequence_logprobs(
+    hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor, *, temperature: float = 1.0
+) -> Tensor:
+    """hidden [B, T, D], weight [V, D], targets [B, T], mask [B, T] -> log π(y | x) [B], nats, float32.
+
+    The sum over the tokens where the mask is 1; hidden[:, t] predicts targets[:, t]. Other tokens cost nothing and
+    their targets may hold anything. Raises ValueError as `token_logprobs` does.
+    """
+    if mask.shape != targets.shape or mask.device != targets.device:
+        raise ValueError(f"kernels: mask {_say(mask)} must have the shape and device of targets {_say(targets)}")
+    _check_head(hidden, weight, targets.where(mask.bool(), 0), temperature, _SEQUENCE, 2)
+    return reference.sequence_logprobs(hidden, weight, targets, mask, temperature=temperature)
+
+
+def dpo_loss(
+    policy_chosen: Tensor,
+    policy_rejected: Tensor,
+    reference_chosen: Tensor,
+    reference_rejected: Tensor,
+    *,
+    beta: float,
+    label_smoothing: float = 0.0,
+    loss: str = "sigmoid",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Four sequence log-probs, each [B] -> losses [B], chosen_rewards [B], rejected_rewards [B].
+
+    The rewards are implicit rewards β·log(π_θ/π_ref) and carry no gradient. `loss` is "sigmoid", "hinge" or "ipo".
+    Raises ValueError for arguments that do not fit.
+    """
+    _check_alike(
+        1,
+        policy_chosen=policy_chosen,
+        policy_rejected=policy_rejected,
+        reference_chosen=reference_chosen,
+        reference_rejected=reference_rejected,
+    )
+    if not beta > 0:
+        raise ValueError(f"kernels: beta must be above 0, not {beta}")
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"kernels: label_smoothing must be at least 0 and below 0.5, not {label_smoothing}")
+    if label_smoothing and loss != "sigmoid":
+        raise ValueError(f"kernels: label_smoothing belongs to the sigmoid loss, not to {loss!r}")
+    return reference.dpo_loss(
+        policy_chosen,
+        policy_rejected,
+        reference_chosen,
+        reference_rejected,
+        beta=beta,
+        label_smoothing=label_smoothing,
+        loss=loss,
+    )
+
+
+def ppo_clip_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *, clip: float = 0.2
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """All [B, T] -> loss 0-dim, stats {"clip_fraction", "approx_kl"} 0-dim without gradient.
+
+    Raises ValueError for arguments that do not fit.
+    """
+    _check_alike(2, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, mask=mask)
+    _check_clip(clip)
+    return reference.ppo_clip_loss(logprobs, old_logprobs, advantages, mask, clip=clip)
+
+
+def clipped_value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, clip: float = 0.2
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """All [B, T] -> loss 0-dim, stats {"clip_fraction"} 0-dim without gradient.
+
+    Raises ValueError for arguments that do not fit.
+    """
+    _check_alike(2, values=values, old_values=old_values, returns=returns, mask=mask)
+    _check_clip(clip)
+    return reference.clipped_value_loss(values, old_values, returns, mask, clip=clip)
+
+
+_SEQUENCE = "hidden [B, T, D], weight [V, D] and targets [B, T]"
+
+
+def _say(x: Tensor) -> str:
+    return f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')} on {x.device}"
+
+
+def _check_head(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, want: str, dims: int) -> None:
+    got = f"hidden {_say(hidden)}, weight {_say(weight)}, targets {_say(targets)}"
+    if (
+        targets.dim() != dims
+        or hidden.dim() != dims + 1
+        or weight.dim() != 2
+        or hidden.shape[:-1] != targets.shape
+        or hidden.shape[-1] != weight.shape[1]
+    ):
+        raise ValueError(f"kernels: needs {want}; got {got}")
+    # under autocast the matmul brings both to one dtype, as F.linear does everywhere else
+    if hidden.dtype not in DTYPES or (
+        weight.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type)
+    ):
+        raise ValueError(f"kernels: hidden and weight must share a floating dtype; got {got}")
+    if targets.dtype != torch.int64:
+        raise ValueError(f"kernels: targets must be int64; got {got}")
+    if not hidden.device == weight.device == targets.device:
+        raise ValueError(f"kernels: all tensors must be on one device; got {got}")
+    if not temperature > 0:
+        raise ValueError(f"kernels: temperature must be above 0, not {temperature}")
+    # reading the targets of a GPU tensor would wait for the GPU; there the kernel itself asserts
+    if targets.device.type == "cpu" and not torch.compiler.is_compiling() and targets.numel():
+        wrong = (targets != IGNORE) & ((targets < 0) | (targets >= len(weight)))
+        if wrong.any():
+            raise ValueError(f"kernels: target {targets[wrong][0].item()} is not in [0, {len(weight)}) and not -100")
+
+
+def _check_alike(dims: int, **tensors: Tensor) -> None:
+    first = next(iter(tensors.values()))
+    for name, x in tensors.items():
+        if x.dim() != dims or x.shape != first.shape or x.device != first.device:
+            got = ", ".join(f"{n} {_say(t)}" for n, t in tensors.items())
+            raise ValueError(f"kernels: all must share a shape {'[B, T]' if dims == 2 else '[B]'} and a device; {got}")
+        if name != "mask" and x.dtype not in DTYPES:
+            raise ValueError(f"kernels: {name} must be floating, not {_say(x)}")
+
+
+def _check_clip(clip: float) -> None:
+    if not clip > 0:
+        raise ValueError(f"kernels: clip must be above 0, not {clip}")

@@ -1,0 +1,1 @@
+"""What the training scripts share: model, tokenizer, data, generation, evaluation and runs."""
