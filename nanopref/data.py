@@ -1,0 +1,235 @@
+"""JSON Lines in, padded batches out.
+
+A file is `.jsonl` or `.jsonl.gz`, one object a row, in the field names that the ecosystem uses:
+
+    pairs      {"prompt": …, "chosen": …, "rejected": …}
+               {"chosen": …, "rejected": …}   two whole dialogues, as in Anthropic's HH: what they share is the prompt
+    responses  {"prompt": …, "response": …}
+    text       {"text": …}
+
+Other fields are ignored. A row that does not fit is refused with the file, the line and the reason; what real data
+makes necessary (a prompt cut on the left, an empty answer dropped) is counted, and the counts are for the user to see.
+"""
+
+import gzip
+import json
+import os
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nanopref import run
+from nanopref.run import UserError, generator
+from nanopref.tokenizer import Tokenizer
+
+TURN = "\n\nAssistant:"  # what opens an answer in an HH dialogue
+
+
+class Pair(NamedTuple):
+    prompt: str
+    chosen: str
+    rejected: str
+
+
+class EncodedPair(NamedTuple):
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+
+
+def read_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
+    """("file, line n", row) for each row. Raises UserError where the file cannot be read or a row is no JSON object."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}")
+    number = 0
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as f:
+            for number, line in enumerate(f, 1):
+                where = f"{path}, line {number}"
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                except UnicodeDecodeError:
+                    raise UserError(f"{where}: not valid UTF-8") from None
+                except (ValueError, RecursionError) as error:
+                    raise UserError(f"{where}: not JSON ({error})") from None
+                if not isinstance(row, dict):
+                    raise UserError(f"{where}: must be an object with named fields, found a {type(row).__name__}")
+                yield where, row
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path}: damaged or cut off after line {number} ({error})") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def _field(where: str, row: dict, name: str) -> str:
+    if name not in row:
+        raise UserError(f"{where}: has no field {name!r}")
+    value = row[name]
+    if not isinstance(value, str):
+        raise UserError(f"{where}: {name!r} must be text, found a {type(value).__name__}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: {name!r} holds half of a surrogate pair, which no text can") from None
+    return value
+
+
+def read_pairs(path: str | Path) -> tuple[list[Pair], Counter]:
+    """All pairs of a file, and how many rows were dropped and why. Raises UserError for a row that does not fit."""
+    pairs, notes = [], Counter()
+    for where, row in read_rows(path):
+        chosen, rejected = _field(where, row, "chosen"), _field(where, row, "rejected")
+        if chosen == rejected:
+            raise UserError(f"{where}: 'chosen' and 'rejected' are equal, so the row says nothing")
+        if not chosen.strip():
+            raise UserError(f"{where}: 'chosen' is empty")
+        if "prompt" in row:
+            pairs.append(Pair(_field(where, row, "prompt"), chosen, rejected))
+        else:
+            pair = split_dialogues(chosen, rejected)
+            if pair is None:
+                raise UserError(
+                    f"{where}: has no field 'prompt', and the two share no dialogue up to a {TURN.strip()!r}"
+                )
+            if not pair.chosen.strip():
+                notes["pairs dropped: the chosen answer is empty"] += 1
+                continue
+            if TURN in pair.chosen + pair.rejected:
+                notes["pairs that part before the last turn (kept: the answer runs to the end)"] += 1
+            pairs.append(pair)
+    if not pairs:
+        raise UserError(f"{path}: holds no usable pair")
+    return pairs, notes
+
+
+def split_dialogues(chosen: str, rejected: str) -> Pair | None:
+    """Two whole dialogues -> what they share up to the answer in which they part, and the rest of each."""
+    prompt = os.path.commonprefix([chosen, rejected])  # noqa: RUF071, which takes the two for paths
+    # where one answer begins like the other, or one is a turn longer, the turn opens before the first difference
+    cut = prompt.rfind(TURN)
+    if cut < 0:
+        return None
+    cut += len(TURN)
+    return Pair(chosen[:cut], chosen[cut:], rejected[cut:])
+
+
+def read_responses(path: str | Path) -> tuple[list[tuple[str | None, str]], Counter]:
+    """What to imitate: (prompt, response) for each row, the prompt None for plain text; and the counts.
+
+    Rows may be text, prompt and response, or pairs, of which the chosen side counts, as one text with its prompt.
+    """
+    first = next(read_rows(path), None)
+    if first is None:
+        raise UserError(f"{path}: holds no row")
+    if "chosen" in first[1]:
+        pairs, notes = read_pairs(path)
+        return [(None, pair.prompt + pair.chosen) for pair in pairs], notes
+    if "text" in first[1]:
+        found = [(None, _field(where, row, "text")) for where, row in read_rows(path)]
+    else:
+        found = [(_field(where, row, "prompt"), _field(where, row, "response")) for where, row in read_rows(path)]
+    kept = [(prompt, response) for prompt, response in found if response.strip()]
+    if not kept:
+        raise UserError(f"{path}: holds no text")
+    return kept, Counter({"rows dropped: no text": len(found) - len(kept)} if len(kept) < len(found) else {})
+
+
+def write_pairs(pairs: Sequence[Pair]) -> str:
+    """Pairs as JSON Lines."""
+    return "".join(json.dumps(pair._asdict(), ensure_ascii=False) + "\n" for pair in pairs)
+
+
+def split(rows: list, seed: int, share: float = 0.1) -> tuple[list, list]:
+    """Shuffle and hold out a share: (for training, held out), at least one row in each where there are two."""
+    order = torch.randperm(len(rows), generator=generator(seed, "split")).tolist()
+    n = max(1, round(len(rows) * share))
+    return [rows[i] for i in order[n:]], [rows[i] for i in order[:n]]
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """Tokens of a prompt; an empty one becomes end-of-text, after which anything may begin."""
+    return tokenizer.encode(prompt) or [tokenizer.end_of_text]
+
+
+def _fit(prompt: list[int], answers: list[list[int]], block_size: int, notes: Counter) -> tuple[list[int], ...]:
+    """Cut a prompt and its answers so that no sequence is longer than block_size, and count what was cut.
+
+    A prompt that is too long loses its beginning, the same for all answers. An answer that fills the context by itself
+    loses its end, and with it the end-of-text, which it does not reach.
+    """
+    notes["answers cut on the right to fit the context"] += sum(len(answer) >= block_size for answer in answers)
+    answers = [answer[: block_size - 1] for answer in answers]
+    room = block_size - max(map(len, answers))
+    notes["prompts cut on the left to fit the context"] += len(prompt) > room
+    return (prompt[-room:], *answers)
+
+
+def encode_pairs(pairs: Sequence[Pair], tokenizer: Tokenizer, block_size: int) -> tuple[list[EncodedPair], Counter]:
+    """Tokens of each pair, end-of-text behind both answers, no sequence longer than block_size; and what was cut."""
+    encoded, notes = [], Counter()
+    for pair in pairs:
+        answers = [[*tokenizer.encode(answer), tokenizer.end_of_text] for answer in (pair.chosen, pair.rejected)]
+        encoded.append(EncodedPair(*_fit(encode_prompt(tokenizer, pair.prompt), answers, block_size, notes)))
+    return encoded, +notes
+
+
+def encode_responses(
+    rows: Sequence[tuple[str | None, str]], tokenizer: Tokenizer, block_size: int
+) -> tuple[list[tuple[list[int], list[int]]], Counter]:
+    """Sequences (prompt, response) in tokens, none longer than block_size, in which the response is to be learnt.
+
+    Rows with a prompt become one sequence each. Texts, end-of-text behind each, become one stream that is cut into
+    blocks, in which every token but the first counts.
+    """
+    encoded, stream, notes = [], [], Counter()
+    for prompt, response in rows:
+        tokens = [*tokenizer.encode(response), tokenizer.end_of_text]
+        if prompt is None:
+            stream += tokens
+        else:
+            encoded.append(_fit(encode_prompt(tokenizer, prompt), [tokens], block_size, notes))
+    for i in range(0, len(stream) - 1, block_size - 1):  # a block's last token is the next one's first
+        encoded.append((stream[i : i + 1], stream[i + 1 : i + block_size]))
+    return encoded, +notes
+
+
+class Batch(NamedTuple):
+    """inputs, targets, mask, each [B, T]: inputs[:, t] is followed by targets[:, t], which counts where mask is 1."""
+
+    inputs: Tensor
+    targets: Tensor
+    mask: Tensor
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(*(x.to(device, non_blocking=True) for x in self))
+
+
+def collate(rows: Sequence[tuple[list[int], list[int]]]) -> Batch:
+    """(prompt, response) tokens -> one batch, padded on the right; only response tokens are in the mask."""
+    length = max(len(prompt) + len(response) for prompt, response in rows) - 1
+    tokens = torch.zeros(len(rows), length + 1, dtype=torch.long)
+    mask = torch.zeros(len(rows), length)
+    for i, (prompt, response) in enumerate(rows):
+        tokens[i, : len(prompt) + len(response)] = torch.tensor(prompt + response)
+        mask[i, len(prompt) - 1 : len(prompt) + len(response) - 1] = 1
+    return Batch(tokens[:, :-1], tokens[:, 1:], mask)
+
+
+def micro_batches(rows: list[int], lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Cut a batch into pieces of at most `size` rows, alike in length so that little of them is padding."""
+    ordered = sorted(rows, key=lambda i: lengths[i])
+    return [ordered[i : i + size] for i in range(0, len(ordered), size)]
+
+
+def my_micro_batches(rows: list[int], lengths: Sequence[int], size: int) -> list[list[int]]:
+    """`micro_batches`, of which each process takes its share; together they cover the batch once."""
+    size = min(size, -(-len(rows) // run.world_size()))
+    return micro_batches(rows, lengths, size)[run.rank() :: run.world_size()]

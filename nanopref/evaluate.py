@@ -1,0 +1,228 @@
+"""How good is a policy? Its responses beside the reference's, to the same prompts: `python -m nanopref.evaluate`
+
+Where the task has a true reward, both are judged by it. The KL is measured on the policy's own responses,
+KL(π_θ, π_ref) = E_{y ~ π_θ} log π_θ(y|x) - log π_ref(y|x), in nats per response.
+"""
+
+import itertools
+import math
+import shutil
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from torch import Tensor
+
+import kernels
+from nanopref import data, run
+from nanopref.data import encode_prompt
+from nanopref.generate import generate_all, response_text
+from nanopref.model import GPT
+from nanopref.run import progress, say, write_atomic
+from nanopref.tokenizer import Tokenizer
+
+matplotlib.use("agg")  # a picture needs no screen
+import matplotlib.pyplot as plt
+
+
+@torch.no_grad()
+def sequence_logprobs(
+    model: GPT, rows: Sequence[tuple[list[int], list[int]]], description: str = "log-probs", batch_size: int = 64
+) -> Tensor:
+    """log π(response | prompt) of (prompt, response) tokens -> [N] on the CPU, with dropout off.
+
+    Rows alike in length share a batch, so little of it is padding.
+    """
+    training = model.training
+    model.eval()
+    result = torch.empty(len(rows))
+    lengths = [len(prompt) + len(response) for prompt, response in rows]
+    with progress(None, description, total=len(rows)) as bar:
+        for indices in data.micro_batches(list(range(len(rows))), lengths, batch_size):
+            inputs, targets, mask = data.collate([rows[i] for i in indices]).to(model.device)
+            with run.autocast(model.device):
+                logprobs = kernels.sequence_logprobs(model.hidden(inputs), model.unembedding, targets, mask)
+            result[indices] = logprobs.float().cpu()
+            bar.update(len(indices))
+    model.train(training)
+    return result
+
+
+def win_rate(policy: Sequence[float], reference: Sequence[float]) -> tuple[float, tuple[float, float]]:
+    """Share of prompts on which the policy's reward is the higher one, a tie counting half, and Wilson's 95% interval."""
+    policy, reference = np.asarray(policy), np.asarray(reference)
+    n, z = len(policy), 1.959964
+    rate = float(np.mean((policy > reference) + 0.5 * (policy == reference)))
+    centre, half = rate + z * z / (2 * n), z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+    return rate, ((centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n))
+
+
+def respond(
+    model: GPT, tokenizer: Tokenizer, prompts: Sequence[str], max_new_tokens: int, seed: int, description: str
+) -> list[tuple[list[int], list[int]]]:
+    """A response to each prompt at temperature 1: (prompt, response) tokens. Long prompts lose their beginning."""
+    room = max(1, model.config.block_size - max_new_tokens)
+    encoded = [encode_prompt(tokenizer, prompt)[-room:] for prompt in prompts]
+    with run.autocast(model.device):
+        samples = generate_all(
+            model.eval(),
+            encoded,
+            max_new_tokens,
+            end_of_text=tokenizer.end_of_text,
+            generator=run.generator(seed, description, model.device),
+            description=description,
+        )
+    return [(prompt, sample.tokens) for prompt, sample in zip(encoded, samples, strict=True)]
+
+
+def compare(
+    policy: GPT,
+    reference: GPT,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    seed: int,
+    *,
+    true_reward=None,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Both models answer all prompts -> (the report's figures, one row a prompt with both answers).
+
+    `true_reward` judges a response's text; without it only KL and length are measured.
+    """
+    answers = {
+        name: respond(model, tokenizer, prompts, max_new_tokens, seed, f"{name} answers")
+        for name, model in (("policy", policy), ("reference", reference))
+    }
+    log_ratio = sequence_logprobs(policy, answers["policy"], "policy's log-probs") - sequence_logprobs(
+        reference, answers["policy"], "reference's log-probs"
+    )
+    tokens = {name: [response for _, response in rows] for name, rows in answers.items()}
+    texts = {name: [response_text(response, tokenizer) for response in rows] for name, rows in tokens.items()}
+    ended = {name: [tokenizer.end_of_text in response for response in rows] for name, rows in tokens.items()}
+    report: dict[str, Any] = {
+        "prompts": len(prompts),
+        "kl": log_ratio.mean().item(),
+        "kl_standard_error": (log_ratio.std() / math.sqrt(len(prompts))).item(),
+        "response_length": {name: float(np.mean([len(r) for r in rows])) for name, rows in tokens.items()},
+        "ended": {name: float(np.mean(rows)) for name, rows in ended.items()},
+    }
+    rows = [
+        {"prompt": prompt, "reference": r, "policy": p}
+        for prompt, r, p in zip(prompts, texts["reference"], texts["policy"], strict=True)
+    ]
+    if true_reward:
+        rewards = {name: [true_reward(text) for text in texts[name]] for name in texts}
+        rate, interval = win_rate(rewards["policy"], rewards["reference"])
+        report["true_reward"] = {
+            "reference": float(np.mean(rewards["reference"])),
+            "policy": float(np.mean(rewards["policy"])),
+            "reference_std": float(np.std(rewards["reference"])),
+            "policy_std": float(np.std(rewards["policy"])),
+        }
+        report["win_rate"], report["win_rate_95"] = rate, interval
+        for i, row in enumerate(rows):
+            row["reference_true_reward"], row["policy_true_reward"] = rewards["reference"][i], rewards["policy"][i]
+    return report, rows
+
+
+# ---- what the user sees ----------------------------------------------------------------------------------------------
+
+
+def table(rows: Sequence[tuple[str, ...]], header: tuple[str, ...]) -> str:
+    """Columns as wide as they need to be: the first to the left, the others to the right."""
+    cells = [header, *rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        for row in cells
+    ]
+    return "\n".join([lines[0], "─" * len(lines[0]), *lines[1:]])
+
+
+def comparison_table(report: dict[str, Any]) -> str:
+    """Before (the reference) and after (the policy), for the terminal."""
+    length, ended = report["response_length"], report["ended"]
+    rows = []
+    if reward := report.get("true_reward"):
+        gain = (reward["policy"] - reward["reference"]) / reward["reference_std"]
+        rows.append(("true reward", f"{reward['reference']:.2f}", f"{reward['policy']:.2f}", f"{gain:+.2f} std"))
+        low, high = report["win_rate_95"]
+        rows.append(("win rate", "", f"{report['win_rate']:.1%}", f"95%: {low:.1%} to {high:.1%}"))
+    rows += [
+        ("KL to the reference, nats", "0", f"{report['kl']:.2f}", f"± {report['kl_standard_error']:.2f}"),
+        ("response length, tokens", f"{length['reference']:.1f}", f"{length['policy']:.1f}", ""),
+        ("responses that end", f"{ended['reference']:.1%}", f"{ended['policy']:.1%}", ""),
+    ]
+    if held_out := report.get("held_out"):
+        rows.append(("held-out pairs ranked right", "", f"{held_out['accuracy']:.1%}", ""))
+        rows.append(("held-out loss", "", f"{held_out['loss']:.3f}", ""))
+    return table(rows, ("", "before", "after", ""))
+
+
+def seconds_line(seconds: dict[str, float]) -> str:
+    """Where the time went."""
+    parts = " · ".join(f"{name} {value:.0f}" for name, value in seconds.items())
+    return f"seconds: {parts} · together {sum(seconds.values()):.0f}"
+
+
+def side_by_side(row: dict[str, Any], width: int) -> str:
+    """One prompt with both answers in two columns."""
+    column = (width - 3) // 2
+    cells = []
+    for name, title in (("reference", "before"), ("policy", "after")):
+        reward = row.get(f"{name}_true_reward")
+        head = title if reward is None else f"{title}, true reward {reward:.2f}"
+        paragraphs = row[name].strip().splitlines() or ["(empty)"]
+        cells.append([head, *(line for p in paragraphs for line in textwrap.wrap(p, column) or [""])])
+    prompt = textwrap.wrap(row["prompt"].strip()[-3 * width :], width)
+    pairs = itertools.zip_longest(*cells, fillvalue="")
+    return "\n".join([*prompt, *(f"{left.ljust(column)} │ {right}".rstrip() for left, right in pairs)])
+
+
+def print_samples(rows: Sequence[dict[str, Any]], n: int = 3) -> None:
+    """The first n prompts with both answers."""
+    width = min(120, shutil.get_terminal_size((100, 20)).columns)
+    for row in rows[:n]:
+        say(f"\n{side_by_side(row, width)}")
+
+
+def plot(panels: Sequence[Callable[[Any], None]], path: Path) -> None:
+    """Draw each panel on axes of its own, in one row of a PNG that appears whole."""
+    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.8), layout="constrained", squeeze=False)
+    for axis, panel in zip(axes[0], panels, strict=True):
+        axis.spines[["top", "right"]].set_visible(False)
+        panel(axis)
+    write_atomic(path, lambda partial: figure.savefig(partial, dpi=110, format="png"))
+    plt.close(figure)
+
+
+def curves(metrics: Sequence[dict[str, float]], names: dict[str, str], title: str) -> Callable[[Any], None]:
+    """A panel with one curve for each logged name, {name: legend}, over the steps; sparse ones get markers."""
+
+    def draw(axis) -> None:
+        for name, legend in names.items():
+            points = [(row["step"], row[name]) for row in metrics if name in row]
+            if points:
+                sparse = len(points) < 0.5 * len(metrics)
+                axis.plot(*zip(*points, strict=True), label=legend, marker="o" if sparse else None, alpha=0.9)
+        axis.set(title=title, xlabel="step")
+        axis.legend(frameon=False)
+
+    return draw
+
+
+def histograms(values: dict[str, Sequence[float]], title: str, xlabel: str) -> Callable[[Any], None]:
+    """A panel with one histogram for each name, on common bins."""
+
+    def draw(axis) -> None:
+        bins = np.histogram_bin_edges(np.concatenate([np.asarray(v) for v in values.values()]), bins=30)
+        for name, v in values.items():
+            axis.hist(v, bins, alpha=0.6, label=f"{name}, mean {np.mean(v):.2f}")
+        axis.set(title=title, xlabel=xlabel, ylabel="responses")
+        axis.legend(frameon=False)
+
+    return draw

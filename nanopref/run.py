@@ -1,0 +1,404 @@
+"""A run: its folder, its device, its processes, and how it survives being killed.
+
+`out/<stage>/` holds
+    config.json     every flag, the versions, the seed
+    metrics.jsonl   one row a logged step
+    state.pt        what `--resume` continues from: weights, optimiser, random state, step
+    model/          the trained model, a Hugging Face folder, with its tokenizer
+    report.json, report.png
+Each file is written under another name and then renamed, so it is whole or absent whenever the process dies.
+"""
+
+import json
+import math
+import os
+import platform
+import random
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from tqdm import tqdm
+
+
+class UserError(Exception):
+    """Something the user can mend: one sentence that says what. Commands print it and exit with code 2."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise UserError with this message unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
+@dataclass
+class Options:
+    """The flags that every training command has."""
+
+    out: str
+    """the run's folder: model, metrics, report, and the state to resume from"""
+    resume: bool = False
+    """continue the run in --out, however it ended"""
+    overwrite: bool = False
+    """replace the run in --out"""
+    seed: int = 0
+    """the same seed gives the same numbers on the same machine"""
+    device: str = "auto"
+    """auto (CUDA where there is one), cpu or cuda"""
+    kernels: Literal["auto", "torch", "triton"] = "auto"
+    """which implementation of log-probs and losses: auto is Triton on CUDA, PyTorch elsewhere"""
+    save_every: int = 25
+    """steps between two saves of the state that --resume continues from"""
+
+    def check(self) -> None:
+        """Raise UserError for values that no run can have."""
+        require(self.save_every >= 1, f"--save-every must be at least 1, not {self.save_every}")
+        require(0 <= self.seed < 2**32, f"--seed must be from 0 to 2^32 - 1, not {self.seed}")
+
+
+def main(train: Callable[[Any], None], config) -> None:
+    """Run a command: UserError becomes one line and exit code 2, Ctrl-C exit code 130."""
+    try:
+        train(config)
+    except UserError as error:
+        sys.exit(_fail(f"error: {error}", 2))
+    except KeyboardInterrupt as stop:
+        sys.exit(_fail(f"\nstopped: {stop or 'add --resume to the same command to continue'}", 130))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _fail(message: str, code: int) -> int:
+    print(message, file=sys.stderr)
+    return code
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def write_atomic(path: str | Path, content: str | bytes | Callable[[Path], None]) -> None:
+    """Write a file whole or not at all. `content` is text, bytes, or a function that writes to the path it is given."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        if callable(content):
+            content(partial)
+        else:
+            partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        with partial.open("rb") as f:
+            os.fsync(f.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def say(*words) -> None:
+    """Print from one process only, and at once."""
+    if rank() == 0:
+        print(*words, flush=True)
+
+
+def progress(iterable, description: str, **kwargs):
+    """A progress bar on stderr for what takes more than two seconds; nothing where stderr is no terminal."""
+    hidden = True if rank() else None
+    return tqdm(iterable, desc=description, disable=hidden, delay=2, leave=False, dynamic_ncols=True, **kwargs)
+
+
+# ---- device, precision, seeds, processes -----------------------------------------------------------------------------
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def start(device: str, seed: int) -> torch.device:
+    """Choose the device ("auto": CUDA where there is one), join the other processes under torchrun, seed everything.
+
+    Raises UserError for a device that is unknown or not there.
+    """
+    local_rank = os.environ.get("LOCAL_RANK")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and local_rank is not None:
+        device = f"cuda:{local_rank}"
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UserError(f"--device {device}: there is no such device here; use auto, cpu or cuda") from None
+    if chosen.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {device}: only cpu and cuda are supported")
+    if local_rank is not None and not dist.is_initialized():
+        if chosen.type == "cuda":
+            torch.cuda.set_device(chosen)
+        # the others wait while the first process samples the pairs, which may take hours
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(days=1))
+    if chosen.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    return chosen
+
+
+def autocast(device: torch.device):
+    """bfloat16 where tensor cores make it pay; float32 on a CPU."""
+    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+
+
+def generator(seed: int, purpose: str, device: torch.device | str = "cpu") -> torch.Generator:
+    """A random stream of its own for each purpose, so that no stage depends on what another has drawn."""
+    words = np.frombuffer(purpose.encode().ljust(-(-len(purpose.encode()) // 4) * 4), dtype=np.uint32)
+    entropy = np.random.SeedSequence([seed, *words.tolist()]).generate_state(2, np.uint32)
+    return torch.Generator(device).manual_seed(int(entropy[0]) << 31 | int(entropy[1]) >> 1)
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def sum_gradients(model: nn.Module) -> None:
+    """Add the gradients of all processes, in one message. The loss must already be divided by the whole batch."""
+    if world_size() == 1:
+        return
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    gradients = [p.grad for p in model.parameters()]
+    flat = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(flat)
+    for g, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        g.copy_(summed.view_as(g))
+
+
+def sum_processes(x: Tensor) -> Tensor:
+    """The sum of a tensor over all processes, in place."""
+    if world_size() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+# ---- optimisation ----------------------------------------------------------------------------------------------------
+
+
+def adamw(model: nn.Module, lr: float, weight_decay: float = 0.0, betas=(0.9, 0.95)) -> torch.optim.AdamW:
+    """AdamW that decays matrices only: biases and LayerNorm gains have no reason to be small."""
+    decay = [p for p in model.parameters() if p.dim() >= 2]
+    rest = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, peak: float, step: int, steps: int, warmup: int) -> float:
+    """Linear warm-up over `warmup` steps, then a cosine down to a tenth of the peak (nanoGPT's schedule)."""
+    if step < warmup:
+        lr = peak * (step + 1) / warmup
+    else:
+        lr = peak * (0.1 + 0.45 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))))
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr
+
+
+def batches(n: int, size: int, steps: int, seed: int, start: int = 0) -> Iterator[tuple[int, list[int]]]:
+    """(step, row numbers) for the steps from `start` on. Each epoch is a permutation that depends on the seed and its
+    number alone, so a run that resumes sees what it would have seen."""
+    step, epoch = 0, 0
+    while True:
+        order = torch.randperm(n, generator=generator(seed, f"epoch {epoch}"))
+        for rows in order.split(size):
+            if step == steps:
+                return
+            if step >= start:
+                yield step, rows.tolist()
+            step += 1
+        epoch += 1
+
+
+# ---- the folder ------------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """The folder of one run. Nothing is touched before `begin`."""
+
+    def __init__(self, config: Options):
+        """Raises UserError where `config.out` holds another run and neither --resume nor --overwrite was given."""
+        self.config = config
+        self.folder = Path(config.out)
+        self.seconds: dict[str, float] = {}
+        flags = asdict(config)
+        if config.resume and config.overwrite:
+            raise UserError("--resume continues a run and --overwrite removes it: give one of them")
+        old = self.folder / "config.json"
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"--out {self.folder}: that is a file; name a folder")
+        occupied = self.folder.is_dir() and any(self.folder.iterdir())
+        if occupied and not config.overwrite:
+            if not old.is_file():
+                raise UserError(f"--out {self.folder}: the folder holds something else; choose another")
+            if not config.resume:
+                raise UserError(
+                    f"--out {self.folder} holds a run: add --resume to continue it, --overwrite to replace it, "
+                    "or choose another --out"
+                )
+            before = json.loads(old.read_text())["flags"]
+            free = {"resume", "overwrite", "out", "device"}
+            changed = [k for k in flags if k not in free and flags[k] != before.get(k)]
+            if changed:
+                was = ", ".join(f"--{k.replace('_', '-')} {before.get(k)}" for k in changed)
+                raise UserError(
+                    f"--resume: the run in {self.folder} was started with {was}; use the same, or --overwrite"
+                )
+        if occupied and config.overwrite and not old.is_file():
+            raise UserError(
+                f"--overwrite: {self.folder} is no run's folder (it has no config.json), so it is left alone"
+            )
+
+    def begin(self) -> None:
+        """Create the folder and write config.json. With `--overwrite`, an old run is removed first."""
+        barrier()  # all processes have looked at the folder before one of them changes it
+        if rank() == 0:
+            if self.config.overwrite and self.folder.exists():
+                shutil.rmtree(self.folder)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            versions = {name: _version(name) for name in ("torch", "triton", "numpy", "tiktoken", "safetensors")}
+            flags = {**asdict(self.config), "resume": False, "overwrite": False}
+            content = {
+                "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+                "flags": flags,
+                "versions": {"python": platform.python_version(), **versions},
+            }
+            if not (self.folder / "config.json").exists():
+                write_atomic(self.folder / "config.json", json.dumps(content, indent=2) + "\n")
+        barrier()
+        path = self.folder / "seconds.json"
+        self.seconds = json.loads(path.read_text()) if path.is_file() else {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the time that the block takes to `seconds[name]`, and remember it for a resumed run."""
+        begun = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.monotonic() - begun, 2)
+            if rank() == 0:
+                write_atomic(self.folder / "seconds.json", json.dumps(self.seconds) + "\n")
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Append one row to metrics.jsonl."""
+        if rank() == 0:
+            with (self.folder / "metrics.jsonl").open("a") as f:
+                f.write(json.dumps({"step": step, **metrics}) + "\n")
+
+    def metrics(self) -> list[dict[str, float]]:
+        """The rows logged so far; a line cut off by a kill is left out."""
+        path = self.folder / "metrics.jsonl"
+        rows = []
+        for line in path.read_text().splitlines() if path.is_file() else []:
+            with suppress(ValueError):
+                rows.append(json.loads(line))
+        return rows
+
+    def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Write state.pt: everything that the steps after `step` updates depend on."""
+        if rank() == 0:
+            state = {
+                "step": step,
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "random": torch.get_rng_state(),
+                "cuda_random": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            }
+            write_atomic(self.folder / "state.pt", lambda path: torch.save(state, path))
+
+    def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+        """Continue from state.pt where there is one; forget what was logged after it. Returns the updates done."""
+        path = self.folder / "state.pt"
+        step = 0
+        if path.is_file():
+            try:
+                state = torch.load(path, map_location="cpu", weights_only=True)
+                model.load_state_dict(state["model"])
+                optimizer.load_state_dict(state["optimizer"])
+                torch.set_rng_state(state["random"])
+                if state["cuda_random"]:
+                    torch.cuda.set_rng_state_all(state["cuda_random"])
+                step = state["step"]
+            except Exception as error:  # torch and pickle raise many kinds, and all mean the same here
+                raise UserError(
+                    f"{path}: no state of this run ({str(error).splitlines()[0]}); add --overwrite"
+                ) from None
+        if rank() == 0:
+            rows = [row for row in self.metrics() if row["step"] <= step]
+            write_atomic(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        barrier()
+        return step
+
+    def steps(self, batches, total: int, model: nn.Module, optimizer: torch.optim.Optimizer, description: str):
+        """Iterate over (step, rows) with a progress bar, saving every `config.save_every` steps.
+
+        Ctrl-C lets the step in hand finish, saves, and raises KeyboardInterrupt with how to continue.
+        """
+        interrupted = []
+        before = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
+        bar, first = progress(None, description, total=total, unit="step"), True
+        try:
+            for step, rows in batches:
+                if first:
+                    bar.update(step)
+                elif step % self.config.save_every == 0:
+                    self.save(step, model, optimizer)
+                first = False
+                yield step, rows
+                bar.update()
+                if interrupted:
+                    self.save(step + 1, model, optimizer)
+                    done = f"{step + 1} of {total} steps are saved in {self.folder}"
+                    raise KeyboardInterrupt(f"{done}; add --resume to the same command to continue")
+            self.save(total, model, optimizer)
+        finally:
+            bar.close()
+            signal.signal(signal.SIGINT, before)
+
+    def stop_if_not_finite(self, step: int, loss: Tensor, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Call before the optimiser's step: a loss or gradient that is NaN or infinite must not reach the weights.
+
+        Saves the weights as they were before the step and raises UserError. (Costs the step's one wait for the GPU.)
+        """
+        if not math.isfinite(loss):
+            optimizer.zero_grad()
+            self.save(step, model, optimizer)
+            raise UserError(
+                f"the loss or its gradient became {float(loss)} at step {step + 1}; the weights before that step are "
+                f"in {self.folder / 'state.pt'}: lower --lr, or look at the data, and start again with --overwrite"
+            )
+
+    def report(self, report: dict[str, Any]) -> None:
+        """Write report.json."""
+        if rank() == 0:
+            write_atomic(self.folder / "report.json", json.dumps({**report, "seconds": self.seconds}, indent=2) + "\n")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

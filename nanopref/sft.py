@@ -1,0 +1,193 @@
+"""Supervised fine-tuning: make the responses of a data set likely. `python -m nanopref.sft`
+
+Without --data it learns to write the film reviews of the built-in task; with it, any text, prompts with responses, or the
+chosen side of preference pairs. A model starts from nothing, with a tokenizer trained on the same data, or from --init.
+"""
+
+import math
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import tyro
+
+import kernels
+from nanopref import data, evaluate, reviews, run
+from nanopref.generate import response_text
+from nanopref.model import GPT, PRESETS, load_pretrained, preset, save_pretrained
+from nanopref.run import Run, require, say
+from nanopref.tokenizer import Tokenizer
+
+
+@dataclass
+class Config(run.Options):
+    """Supervised fine-tuning of a GPT, on the built-in film reviews or on a file."""
+
+    out: str = "out/sft"
+    """the run's folder: model, metrics, report, and the state to resume from"""
+    data: str = ""
+    """JSON Lines (.gz or not) with text, prompt/response or chosen/rejected; default: the built-in film reviews"""
+    init: str = ""
+    """start from this model (a folder, or a name on the hub) instead of from nothing"""
+    preset: str = "tiny"
+    """size of a model that starts from nothing: tiny, small, gpt2, gpt2-medium, gpt2-large, gpt2-xl"""
+    vocab_size: int | None = None
+    """tokens of a tokenizer trained here; default: 1024 on the built-in task, 4096 on a file"""
+    block_size: int | None = None
+    """longest sequence in tokens; default: 96 on the built-in task, 256 on a file, that of --init"""
+    steps: int | None = None
+    """optimiser steps; default: 250 on the built-in task, 500 on a file"""
+    batch_size: int | None = None
+    """sequences a step, over all processes; default: 64 on the built-in task, 16 on a file"""
+    micro_batch: int = 16
+    """sequences in memory at once; more steps of this size are accumulated"""
+    lr: float | None = None
+    """peak learning rate; default: 3e-3 from nothing, 5e-5 from --init"""
+    warmup: int = 20
+    """steps of linear warm-up"""
+    weight_decay: float = 0.1
+    """AdamW's, on matrices"""
+    dropout: float = 0.0
+    """on embeddings, attention and residuals"""
+    grad_clip: float = 1.0
+    """largest norm of the gradient"""
+    eval_every: int = 50
+    """steps between two looks at the held-out tenth"""
+
+    def check(self) -> None:
+        super().check()
+        for name in ("vocab_size", "block_size", "steps", "batch_size", "micro_batch", "eval_every"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"--{name.replace('_', '-')} must be at least 1, not {value}")
+        require(self.lr is None or self.lr > 0, f"--lr must be above 0, not {self.lr}")
+        require(0 <= self.dropout < 1, f"--dropout must be at least 0 and below 1, not {self.dropout}")
+        require(self.grad_clip > 0, f"--grad-clip must be above 0, not {self.grad_clip}")
+        require(self.init or self.preset in PRESETS, f"--preset {self.preset}: choose one of {', '.join(PRESETS)}")
+        require(
+            self.vocab_size is None or self.vocab_size >= 257, "--vocab-size must be at least 257: 256 bytes and one"
+        )
+        require(self.block_size is None or self.block_size >= 2, "--block-size must be at least 2")
+
+    def resolved(self) -> "Config":
+        """The defaults that depend on other flags, filled in."""
+        task = dict(vocab_size=1024, block_size=96, steps=250, batch_size=64)
+        file = dict(vocab_size=4096, block_size=256, steps=500, batch_size=16)
+        defaults = {**(file if self.data else task), "lr": 5e-5 if self.init else 3e-3}
+        if self.init:
+            defaults["vocab_size"] = defaults["block_size"] = None  # the checkpoint's
+        return replace(self, **{k: v for k, v in defaults.items() if getattr(self, k) is None})
+
+
+def train(config: Config) -> None:
+    """Run the whole stage. Raises UserError before anything is written where flags, data or checkpoint do not fit."""
+    config.check()
+    config = config.resolved()
+    this = Run(config)
+    device = run.start(config.device, config.seed)
+    rows, notes = data.read_responses(config.data) if config.data else (sample_reviews(config), Counter())
+    model, tokenizer = load_pretrained(config.init, dropout=config.dropout) if config.init else (None, None)
+    require(
+        model is None or config.block_size is None or config.block_size <= model.config.block_size,
+        f"--block-size {config.block_size} is more than the context of {config.init}",
+    )
+    this.begin()
+
+    with this.stage("tokenizer"):
+        if model is None:
+            folder = this.folder / "model"
+            if run.rank() == 0 and not (folder / "tokenizer.json").exists():
+                folder.mkdir(exist_ok=True)
+                Tokenizer.train((prompt + response for prompt, response in rows), config.vocab_size).save(folder)
+            run.barrier()
+            tokenizer = Tokenizer.load(folder)
+            size = preset(config.preset, vocab_size=tokenizer.vocab_size, block_size=config.block_size)
+            torch.manual_seed(config.seed)
+            model = GPT(replace(size, dropout=config.dropout))
+    model.to(device)
+    block_size = config.block_size or model.config.block_size
+    rows, held_out_rows = data.split(rows, config.seed)
+    train_rows, cut = data.encode_responses(rows, tokenizer, block_size)
+    held_out, cut_held_out = data.encode_responses(held_out_rows, tokenizer, block_size)
+    notes += cut + cut_held_out
+    tokens = sum(len(response) for _, response in train_rows)
+    parameters = sum(p.numel() for p in model.parameters())
+    say(
+        f"SFT: {len(train_rows):,} sequences, {tokens:,} tokens that count; a GPT of {parameters / 1e6:.2f}M parameters"
+    )
+    for note, count in notes.items():
+        say(f"  {count:,} {note}")
+
+    optimizer = run.adamw(model, config.lr, config.weight_decay)
+    lengths = [len(prompt) + len(response) for prompt, response in train_rows]
+    start = this.load(model, optimizer)
+    batches = run.batches(len(train_rows), config.batch_size, config.steps, config.seed, start)
+    with this.stage("sft"), kernels.use(config.kernels):
+        for step, batch in this.steps(batches, config.steps, model, optimizer, "SFT"):
+            lr = run.set_lr(optimizer, config.lr, step, config.steps, config.warmup)
+            count = sum(len(train_rows[i][1]) for i in batch)
+            loss = torch.zeros((), device=device)
+            for piece in data.my_micro_batches(batch, lengths, config.micro_batch):
+                inputs, targets, mask = data.collate([train_rows[i] for i in piece]).to(device)
+                with run.autocast(device):
+                    logprobs = kernels.sequence_logprobs(model.hidden(inputs), model.unembedding, targets, mask)
+                micro_loss = -logprobs.sum() / count  # a mean over the tokens of the whole batch, not of this piece
+                micro_loss.backward()
+                loss += micro_loss.detach()
+            run.sum_gradients(model)
+            run.sum_processes(loss)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+            this.stop_if_not_finite(step, loss + norm, model, optimizer)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+            metrics = {"loss": loss.item(), "grad_norm": norm.item(), "lr": lr}
+            if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
+                metrics["held_out_loss"] = token_loss(model, held_out[:256])
+            this.log(step + 1, metrics)
+
+    if run.rank() == 0:
+        save_pretrained(model, tokenizer, this.folder / "model")
+        report(this, model, tokenizer, held_out_rows, notes)
+
+
+def sample_reviews(config: Config) -> list[tuple[str, str]]:
+    """(prompt, response) of the built-in task, so many that none is seen twice with a tenth held out."""
+    rng = random.Random(f"reviews {config.seed}")
+    prompts = [reviews.sample_prompt(rng) for _ in range(config.steps * config.batch_size * 10 // 9 + 2)]
+    return [(prompt, reviews.sample_response(rng, prompt)) for prompt in prompts]
+
+
+def token_loss(model: GPT, rows: Sequence[tuple[list[int], list[int]]]) -> float:
+    """Mean -log π of a response token, in nats."""
+    return -evaluate.sequence_logprobs(model, rows, "held-out loss").sum().item() / sum(len(y) for _, y in rows)
+
+
+def report(this: Run, model: GPT, tokenizer: Tokenizer, held_out, notes: Counter) -> None:
+    """Write report.json and report.png, print the losses and three samples."""
+    metrics = this.metrics()
+    loss = metrics[-1]["held_out_loss"]
+    prompts = [(prompt or "") for prompt, _ in held_out[:3]]
+    with this.stage("sft samples"):
+        answers = evaluate.respond(model, tokenizer, prompts, min(64, model.config.block_size // 2), 0, "samples")
+    texts = [response_text(response, tokenizer) for _, response in answers]
+    evaluate.plot(
+        [evaluate.curves(metrics, {"loss": "training", "held_out_loss": "held out"}, "SFT loss, nats per token")],
+        this.folder / "report.png",
+    )
+    this.report(
+        {
+            "held_out_loss": loss,
+            "perplexity": math.exp(loss),
+            "data": dict(notes),
+            "samples": [{"prompt": p, "response": r} for p, r in zip(prompts, texts, strict=True)],
+        }
+    )
+    say(f"SFT: held-out loss {loss:.3f} nats per token (perplexity {math.exp(loss):.2f}); samples:")
+    for prompt, text in zip(prompts, texts, strict=True):
+        say(f"  {' '.join(prompt.split())}→{' '.join(text.split())}"[:300])
+
+
+if __name__ == "__main__":
+    run.main(train, tyro.cli(Config, description=__doc__))

@@ -1,0 +1,255 @@
+"""Direct preference optimisation (Rafailov et al. 2023), from nothing to a report: `python train_dpo.py`
+
+Without --data: film reviews (nanopref/reviews.py). A small GPT learns to write them, answers each prompt twice, simulated
+people say which answer is better, and DPO moves the GPT towards what they prefer. With --data: your preference pairs.
+"""
+
+import json
+import random
+import shlex
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import tyro
+from safetensors.torch import load_file, save
+
+import kernels
+from nanopref import data, evaluate, feedback, reviews, run, sft
+from nanopref.data import Pair
+from nanopref.generate import response_text
+from nanopref.model import load_pretrained, save_pretrained
+from nanopref.run import Run, require, say
+
+
+@dataclass
+class Config(run.Options):
+    """Train a GPT on preference pairs with DPO: on the built-in film reviews, or on a file."""
+
+    out: str = "out/dpo"
+    """the run's folder: model, metrics, report, and the state to resume from"""
+    init: str = ""
+    """the model to start from, which is also the reference; default: an SFT model is trained first, in OUT/sft"""
+    data: str = ""
+    """pairs in JSON Lines (prompt, chosen, rejected; or HH's two dialogues); default: sampled from the model and labelled"""
+    pairs: int = 4096
+    """built-in task: pairs to sample"""
+    annotators: int = 1
+    """built-in task: people who vote on each pair (odd)"""
+    noise: float = 1.0
+    """built-in task: how often people err, on the scale of the true reward; 0: never"""
+    loss: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
+    """sigmoid is DPO's own; hinge is SLiC's, ipo is IPO's"""
+    beta: float = 0.1
+    """strength of the pull towards the reference: smaller moves further"""
+    label_smoothing: float = 0.0
+    """share of labels taken to be wrong (conservative DPO)"""
+    epochs: int = 1
+    """passes over the pairs"""
+    batch_size: int = 64
+    """pairs a step, over all processes"""
+    micro_batch: int = 16
+    """pairs in memory at once; more steps of this size are accumulated"""
+    lr: float = 5e-4
+    """peak learning rate; a pretrained GPT-2 wants 1e-6 to 1e-5"""
+    warmup: int = 10
+    """steps of linear warm-up"""
+    weight_decay: float = 0.0
+    """AdamW's, on matrices"""
+    grad_clip: float = 1.0
+    """largest norm of the gradient"""
+    eval_every: int = 16
+    """steps between two looks at the held-out tenth"""
+    eval_prompts: int = 512
+    """prompts that both models answer for the report"""
+    max_new_tokens: int = 64
+    """longest response that is sampled"""
+
+    def check(self) -> None:
+        super().check()
+        for name in ("pairs", "annotators", "epochs", "batch_size", "micro_batch", "eval_every", "eval_prompts"):
+            require(
+                getattr(self, name) >= 1, f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}"
+            )
+        for name in ("beta", "lr", "grad_clip"):
+            require(getattr(self, name) > 0, f"--{name.replace('_', '-')} must be above 0, not {getattr(self, name)}")
+        require(self.noise >= 0, f"--noise must be 0 or above, not {self.noise}")
+        require(self.annotators % 2 == 1, f"--annotators must be odd, so that a vote cannot tie, not {self.annotators}")
+        require(0 <= self.label_smoothing < 0.5, f"--label-smoothing must be in [0, 0.5), not {self.label_smoothing}")
+        require(not self.label_smoothing or self.loss == "sigmoid", "--label-smoothing belongs to --loss sigmoid alone")
+        require(self.max_new_tokens >= 1, f"--max-new-tokens must be at least 1, not {self.max_new_tokens}")
+
+
+def train(config: Config) -> None:
+    # What can be wrong is found before anything is written.
+    config.check()
+    this = Run(config)
+    device = run.start(config.device, config.seed)
+    pairs, notes = data.read_pairs(config.data) if config.data else ([], Counter())
+    if config.init:
+        policy, tokenizer = load_pretrained(config.init)
+    this.begin()
+
+    # 1. π_SFT: where the policy starts, and the reference that it is held to.
+    if not config.init:
+        folder = this.folder / "sft"
+        if not (folder / "report.json").exists():
+            say(f"no --init: supervised fine-tuning first, in {folder}")
+            common = {
+                name: getattr(config, name) for name in ("data", "seed", "device", "kernels", "resume", "save_every")
+            }
+            sft.train(sft.Config(out=str(folder), **common))
+        run.barrier()
+        this.seconds |= json.loads((folder / "report.json").read_text())["seconds"]
+        policy, tokenizer = load_pretrained(folder)
+    policy.to(device)
+
+    # 2. Pairs y_w ≻ y_l: two responses of π_SFT to each prompt, and a label.
+    if not config.data:
+        path = this.folder / "pairs.jsonl"
+        if not path.exists() and run.rank() == 0:
+            with this.stage("pairs"):
+                sample_pairs(config, policy, tokenizer, path)
+        run.barrier()
+        pairs, notes = data.read_pairs(path)
+    pairs, held_out_pairs = data.split(pairs, config.seed)  # of a file, the same tenth that SFT held out
+    train_pairs, cut = data.encode_pairs(pairs, tokenizer, policy.config.block_size)
+    held_out, cut_held_out = data.encode_pairs(held_out_pairs, tokenizer, policy.config.block_size)
+    notes += cut + cut_held_out
+    say(f"DPO: {len(train_pairs):,} pairs, {len(held_out):,} more held out")
+    for note, count in notes.items():
+        say(f"  {count:,} {note}")
+
+    # 3. log π_ref of both responses of every pair, once. After this no reference model is held.
+    with this.stage("reference"), kernels.use(config.kernels):
+        reference = reference_logprobs(this.folder / "reference.safetensors", policy, train_pairs + held_out)
+        reference, held_out_reference = reference.to(device).split([len(train_pairs), len(held_out)])
+
+    # 4. Descend -log σ(β log π_θ(y_w|x)/π_ref(y_w|x) - β log π_θ(y_l|x)/π_ref(y_l|x)).
+    optimizer = run.adamw(policy, config.lr, config.weight_decay)
+    steps = config.epochs * -(-len(train_pairs) // config.batch_size)
+    lengths = [len(x) + max(len(y_w), len(y_l)) for x, y_w, y_l in train_pairs]
+    start = this.load(policy, optimizer)
+    batches = run.batches(len(train_pairs), config.batch_size, steps, config.seed, start)
+    with this.stage("dpo"), kernels.use(config.kernels):
+        for step, rows in this.steps(batches, steps, policy, optimizer, "DPO"):
+            lr = run.set_lr(optimizer, config.lr, step, steps, config.warmup)
+            totals = torch.zeros(4, device=device)
+            for piece in data.my_micro_batches(rows, lengths, config.micro_batch):
+                losses, chosen, rejected = pair_losses(policy, train_pairs, reference, piece, config)
+                (losses.sum() / len(rows)).backward()  # a mean over the batch of all pieces and processes
+                totals += torch.stack([losses.detach().sum(), (chosen > rejected).sum(), chosen.sum(), rejected.sum()])
+            run.sum_gradients(policy)
+            loss, accuracy, chosen, rejected = (run.sum_processes(totals) / len(rows)).tolist()
+            norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.grad_clip).item()
+            this.stop_if_not_finite(step, loss + norm, policy, optimizer)
+            optimizer.step()
+            optimizer.zero_grad()
+
+            metrics = {"loss": loss, "accuracy": accuracy, "margin": chosen - rejected}
+            metrics |= {"chosen_reward": chosen, "rejected_reward": rejected, "grad_norm": norm, "lr": lr}
+            if (step + 1) % config.eval_every == 0 or step + 1 == steps:
+                metrics |= judge(policy, held_out, held_out_reference, config)
+            this.log(step + 1, metrics)
+
+    # 5. What came of it.
+    if run.rank() == 0:
+        save_pretrained(policy, tokenizer, this.folder / "model")
+        report(config, this, policy, tokenizer, [pair.prompt for pair in held_out_pairs], notes)
+
+
+def pair_losses(policy, pairs, reference, rows, config):
+    """Losses, chosen and rejected implicit rewards, each [b], of the pairs with these row numbers."""
+    batch = [pairs[i] for i in rows]
+    answers = [(x, y_w) for x, y_w, _ in batch] + [(x, y_l) for x, _, y_l in batch]  # one forward pass for both sides
+    inputs, targets, mask = data.collate(answers).to(policy.device)
+    with run.autocast(policy.device):
+        logprobs = kernels.sequence_logprobs(policy.hidden(inputs), policy.unembedding, targets, mask)
+    return kernels.dpo_loss(
+        *logprobs.chunk(2),
+        *reference[rows].unbind(1),
+        beta=config.beta,
+        label_smoothing=config.label_smoothing,
+        loss=config.loss,
+    )
+
+
+@torch.no_grad()
+def judge(policy, pairs, reference, config) -> dict[str, float]:
+    """Loss, accuracy and margin of the implicit rewards on held-out pairs."""
+    lengths = [len(x) + max(len(y_w), len(y_l)) for x, y_w, y_l in pairs]
+    pieces = data.micro_batches(list(range(len(pairs))), lengths, config.micro_batch)
+    losses, chosen, rejected = map(torch.cat, zip(*(pair_losses(policy, pairs, reference, p, config) for p in pieces)))
+    means = torch.stack([losses.mean(), (chosen > rejected).float().mean(), (chosen - rejected).mean()]).tolist()
+    return dict(zip(["held_out_loss", "held_out_accuracy", "held_out_margin"], means, strict=True))
+
+
+def reference_logprobs(path: Path, model, pairs) -> torch.Tensor:
+    """log π_ref(y_w|x), log π_ref(y_l|x) -> [N, 2]; kept in a file, so that a resumed run needs no reference model."""
+    if run.rank() == 0 and not path.exists():
+        answers = [(x, y_w) for x, y_w, _ in pairs] + [(x, y_l) for x, _, y_l in pairs]
+        logprobs = evaluate.sequence_logprobs(model, answers, "log π_ref")
+        run.write_atomic(path, save({"logprobs": torch.stack(logprobs.chunk(2), 1).contiguous()}))
+    run.barrier()
+    return load_file(path)["logprobs"]
+
+
+def sample_pairs(config: Config, policy, tokenizer, path: Path) -> None:
+    """Draw two responses of the policy to each prompt, let the annotators say which is better, and write the pairs."""
+    rng = random.Random(f"pairs {config.seed}")
+    prompts = [reviews.sample_prompt(rng) for _ in range(config.pairs)]
+    answers = evaluate.respond(policy, tokenizer, prompts * 2, config.max_new_tokens, config.seed, "sampling pairs")
+    texts = [response_text(response, tokenizer) for _, response in answers]
+    rewards = np.array([reviews.true_reward(text) for text in texts]).reshape(2, -1)
+    labels = np.random.default_rng(config.seed)
+    first_is_better = feedback.annotate(*rewards, noise=config.noise, annotators=config.annotators, rng=labels)
+    pairs = [
+        Pair(x, a, b) if first else Pair(x, b, a)
+        for x, a, b, first in zip(prompts, texts[: len(prompts)], texts[len(prompts) :], first_is_better, strict=True)
+        if a != b and a.strip() and b.strip()
+    ]
+    say(f"pairs: {len(pairs):,} sampled and labelled, {len(prompts) - len(pairs):,} dropped as equal or empty")
+    run.write_atomic(path, data.write_pairs(pairs))
+
+
+def report(config: Config, this: Run, policy, tokenizer, held_out_prompts: list[str], notes: Counter) -> None:
+    """Let policy and reference answer the same unseen prompts; write report.json and report.png, print the table."""
+    reference, _ = load_pretrained(config.init or this.folder / "sft")
+    if config.data:
+        prompts, true_reward = list(dict.fromkeys(held_out_prompts))[: config.eval_prompts], None
+    else:
+        rng = random.Random(f"evaluation {config.seed}")
+        prompts, true_reward = [reviews.sample_prompt(rng) for _ in range(config.eval_prompts)], reviews.true_reward
+    with this.stage("evaluation"), kernels.use(config.kernels):
+        result, answers = evaluate.compare(
+            policy,
+            reference.to(policy.device),
+            tokenizer,
+            prompts,
+            config.max_new_tokens,
+            config.seed,
+            true_reward=true_reward,
+        )
+    metrics = this.metrics()
+    result["held_out"] = {name: metrics[-1][f"held_out_{name}"] for name in ("loss", "accuracy", "margin")}
+    panels = [
+        evaluate.curves(metrics, {"loss": "training", "held_out_loss": "held out"}, "DPO loss"),
+        evaluate.curves(metrics, {"accuracy": "training", "held_out_accuracy": "held out"}, "pairs ranked right"),
+        evaluate.curves(metrics, {"chosen_reward": "chosen", "rejected_reward": "rejected"}, "implicit reward"),
+    ]
+    if true_reward:
+        rewards = {name: [row[f"{name}_true_reward"] for row in answers] for name in ("reference", "policy")}
+        panels.append(evaluate.histograms(rewards, "true reward, before and after", "true reward"))
+    evaluate.plot(panels, this.folder / "report.png")
+    this.report({**result, "data": dict(notes), "samples": answers[:3]})
+    evaluate.print_samples(answers[:3])
+    say(f"\n{evaluate.comparison_table(result)}\n\n{evaluate.seconds_line(this.seconds)}")
+    say(f"model, metrics, report.json and report.png are in {this.folder}; try it:")
+    say(f"  python -m nanopref.generate --model {this.folder} --prompt {shlex.quote(prompts[0][-60:])}")
+
+
+if __name__ == "__main__":
+    run.main(train, tyro.cli(Config, description=__doc__))
