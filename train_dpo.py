@@ -1,9 +1,10 @@
 """Direct preference optimisation (Rafailov et al. 2023), from nothing to a report: `python train_dpo.py`
 
-Without --data: film reviews (nanopref/reviews.py). A small GPT learns to write them, answers each prompt twice, simulated
-people say which answer is better, and DPO moves the GPT towards what they prefer. With --data: your preference pairs.
+Without --data: film reviews (nanopref/reviews.py). A small GPT learns to write them and answers each prompt twice,
+simulated people say which answer is better, and DPO moves the GPT towards what they prefer. With --data: your pairs.
 """
 
+# isort: split
 import json
 import random
 import shlex
@@ -33,8 +34,10 @@ class Config(run.Options):
     """the run's folder: model, metrics, report, and the state to resume from"""
     init: str = ""
     """the model to start from, which is also the reference; default: an SFT model is trained first, in OUT/sft"""
+    sft_steps: int | None = None
+    """steps of that SFT model (default: its own); `python -m nanopref.sft --help` has the rest"""
     data: str = ""
-    """pairs in JSON Lines (prompt, chosen, rejected; or HH's two dialogues); default: sampled from the model and labelled"""
+    """pairs in JSON Lines (prompt, chosen, rejected; or two whole dialogues); default: sampled from the model"""
     pairs: int = 4096
     """built-in task: pairs to sample"""
     annotators: int = 1
@@ -70,17 +73,22 @@ class Config(run.Options):
 
     def check(self) -> None:
         super().check()
-        for name in ("pairs", "annotators", "epochs", "batch_size", "micro_batch", "eval_every", "eval_prompts"):
-            require(
-                getattr(self, name) >= 1, f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}"
-            )
-        for name in ("beta", "lr", "grad_clip"):
-            require(getattr(self, name) > 0, f"--{name.replace('_', '-')} must be above 0, not {getattr(self, name)}")
+        run.require_at_least_one(
+            self,
+            "pairs",
+            "annotators",
+            "epochs",
+            "batch_size",
+            "micro_batch",
+            "eval_every",
+            "eval_prompts",
+            "max_new_tokens",
+        )
+        run.require_positive(self, "beta", "lr", "grad_clip")
         require(self.noise >= 0, f"--noise must be 0 or above, not {self.noise}")
         require(self.annotators % 2 == 1, f"--annotators must be odd, so that a vote cannot tie, not {self.annotators}")
         require(0 <= self.label_smoothing < 0.5, f"--label-smoothing must be in [0, 0.5), not {self.label_smoothing}")
         require(not self.label_smoothing or self.loss == "sigmoid", "--label-smoothing belongs to --loss sigmoid alone")
-        require(self.max_new_tokens >= 1, f"--max-new-tokens must be at least 1, not {self.max_new_tokens}")
 
 
 def train(config: Config) -> None:
@@ -98,10 +106,9 @@ def train(config: Config) -> None:
         folder = this.folder / "sft"
         if not (folder / "report.json").exists():
             say(f"no --init: supervised fine-tuning first, in {folder}")
-            common = {
-                name: getattr(config, name) for name in ("data", "seed", "device", "kernels", "resume", "save_every")
-            }
-            sft.train(sft.Config(out=str(folder), **common))
+            names = ("data", "seed", "device", "kernels", "resume", "save_every")
+            same = {name: getattr(config, name) for name in names}
+            sft.train(sft.Config(out=str(folder), steps=config.sft_steps, **same))
         run.barrier()
         this.seconds |= json.loads((folder / "report.json").read_text())["seconds"]
         policy, tokenizer = load_pretrained(folder)
@@ -182,7 +189,8 @@ def judge(policy, pairs, reference, config) -> dict[str, float]:
     """Loss, accuracy and margin of the implicit rewards on held-out pairs."""
     lengths = [len(x) + max(len(y_w), len(y_l)) for x, y_w, y_l in pairs]
     pieces = data.micro_batches(list(range(len(pairs))), lengths, config.micro_batch)
-    losses, chosen, rejected = map(torch.cat, zip(*(pair_losses(policy, pairs, reference, p, config) for p in pieces)))
+    results = [pair_losses(policy, pairs, reference, piece, config) for piece in pieces]
+    losses, chosen, rejected = (torch.cat(parts) for parts in zip(*results, strict=True))
     means = torch.stack([losses.mean(), (chosen > rejected).float().mean(), (chosen - rejected).mean()]).tolist()
     return dict(zip(["held_out_loss", "held_out_accuracy", "held_out_margin"], means, strict=True))
 

@@ -11,6 +11,7 @@ Other fields are ignored. A row that does not fit is refused with the file, the 
 makes necessary (a prompt cut on the left, an empty answer dropped) is counted, and the counts are for the user to see.
 """
 
+import codecs
 import gzip
 import json
 import os
@@ -52,10 +53,11 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as f:
             for number, line in enumerate(f, 1):
                 where = f"{path}, line {number}"
+                line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
                 if not line.strip():
                     continue
                 try:
-                    row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                    row = json.loads(line.decode())
                 except UnicodeDecodeError:
                     raise UserError(f"{where}: not valid UTF-8") from None
                 except (ValueError, RecursionError) as error:

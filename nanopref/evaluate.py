@@ -53,7 +53,7 @@ def sequence_logprobs(
 
 
 def win_rate(policy: Sequence[float], reference: Sequence[float]) -> tuple[float, tuple[float, float]]:
-    """Share of prompts on which the policy's reward is the higher one, a tie counting half, and Wilson's 95% interval."""
+    """Share of prompts on which the policy's reward is higher, a tie counting half, and Wilson's 95% interval."""
     policy, reference = np.asarray(policy), np.asarray(reference)
     n, z = len(policy), 1.959964
     rate = float(np.mean((policy > reference) + 0.5 * (policy == reference)))
@@ -148,8 +148,9 @@ def comparison_table(report: dict[str, Any]) -> str:
     length, ended = report["response_length"], report["ended"]
     rows = []
     if reward := report.get("true_reward"):
-        gain = (reward["policy"] - reward["reference"]) / reward["reference_std"]
-        rows.append(("true reward", f"{reward['reference']:.2f}", f"{reward['policy']:.2f}", f"{gain:+.2f} std"))
+        gain, std = reward["policy"] - reward["reference"], reward["reference_std"]
+        note = f"{gain / std:+.2f} std" if std > 0 else ""  # a reference that says nothing has no spread
+        rows.append(("true reward", f"{reward['reference']:.2f}", f"{reward['policy']:.2f}", note))
         low, high = report["win_rate_95"]
         rows.append(("win rate", "", f"{report['win_rate']:.1%}", f"95%: {low:.1%} to {high:.1%}"))
     rows += [

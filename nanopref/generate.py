@@ -50,6 +50,18 @@ def token_distribution(logits: Tensor, *, temperature: float = 1.0, top_k: int =
     return logprobs
 
 
+def draw(logprobs: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """One token [B, 1] from each row of log π [B, V], by inverting the cumulative distribution.
+
+    One uniform number a row is drawn, where torch.multinomial draws one for each of the V tokens. In float64 a token of
+    probability 0 is never hit and small ones are not lost in the sum.
+    """
+    cumulative = logprobs.double().exp().cumsum(-1)
+    shape = (len(logprobs), 1)
+    uniform = torch.rand(shape, generator=generator, device=logprobs.device, dtype=torch.float64)
+    return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).clamp(max=logprobs.shape[1] - 1)
+
+
 @torch.inference_mode()
 def generate(
     model: GPT,
@@ -63,18 +75,14 @@ def generate(
     generator: torch.Generator | None = None,
     on_token: Callable[[int, int], None] | None = None,
 ) -> list[Sample]:
-    """One response to each prompt (tokens, at least one), all as one batch.
+    """One response to each of at least one prompts (tokens, at least one in each), all as one batch.
 
     A response ends with end-of-text, after `max_new_tokens`, or where the context is full. `on_token(row, token)` is
     called as tokens appear. Raises UserError where a prompt leaves no room to respond.
     """
     check_sampling(max_new_tokens, temperature, top_k, top_p)
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
-    longest = int(lengths.max())
-    if longest >= model.config.block_size:
-        raise UserError(
-            f"a prompt of {longest} tokens leaves no room to respond in a context of {model.config.block_size}"
-        )
+    longest = check_room(prompts, model)
     tokens = torch.zeros(len(prompts), longest, dtype=torch.long)
     for i, prompt in enumerate(prompts):
         tokens[i, : len(prompt)] = torch.tensor(prompt)
@@ -91,7 +99,7 @@ def generate(
     for _ in range(max_new_tokens):
         logits = F.linear(hidden, model.unembedding)
         logprobs = token_distribution(logits, temperature=temperature, top_k=top_k, top_p=top_p)
-        token = torch.multinomial(logprobs.exp(), 1, generator=generator)
+        token = draw(logprobs, generator)
         for row, on, drawn, logprob in zip(
             *(x.tolist() for x in (alive, going, token[:, 0], logprobs.gather(1, token)[:, 0])), strict=True
         ):
@@ -100,11 +108,11 @@ def generate(
                 samples[row].logprobs.append(logprob)
                 if on_token:
                     on_token(row, drawn)
-        going &= (token[:, 0] != end_of_text) & (cache.lengths < room)
+        going &= (token[:, 0] != end_of_text) & (cache.lengths + 1 < model.config.block_size)
         remaining = int(going.sum())
         if remaining == 0:
             break
-        if remaining < 0.8 * len(alive):  # moving the cache pays only where it drops a good part of the batch
+        if remaining < len(alive) / 2:  # moving the cache pays only where it drops a good part of the batch
             cache.keep(going)
             alive, token, going = alive[going], token[going], going[going]
         cache.lengths = cache.lengths * going  # a row that is done but still here must not outgrow the cache
@@ -112,12 +120,20 @@ def generate(
     return samples
 
 
+def check_room(prompts: Sequence[list[int]], model: GPT) -> int:
+    """The length of the longest prompt; UserError where it leaves no room to respond."""
+    longest, context = max(map(len, prompts)), model.config.block_size
+    if longest >= context:
+        raise UserError(f"a prompt of {longest} tokens leaves no room to respond in a context of {context}")
+    return longest
+
+
 def check_sampling(max_new_tokens: int, temperature: float, top_k: int, top_p: float) -> None:
     """Raise UserError for settings that no distribution has."""
     if max_new_tokens < 1:
         raise UserError(f"--max-new-tokens must be at least 1, not {max_new_tokens}")
-    if not 0 <= temperature < float("inf"):
-        raise UserError(f"--temperature must be 0 (greedy) or above, not {temperature}")
+    if temperature != 0 and not 1e-6 <= temperature < float("inf"):  # below, logits overflow float32
+        raise UserError(f"--temperature must be 0 (greedy) or at least 1e-6, not {temperature}")
     if top_k < 0:
         raise UserError(f"--top-k must be 0 (all tokens) or above, not {top_k}")
     if not 0 < top_p <= 1:
@@ -170,10 +186,12 @@ class Config:
 
 
 def main(config: Config) -> None:
+    run.check_seed(config.seed)
     check_sampling(config.max_new_tokens, config.temperature, config.top_k, config.top_p)
     device = run.start(config.device, config.seed)
     model, tokenizer = load_pretrained(config.model)
     prompt = encode_prompt(tokenizer, config.prompt)
+    check_room([prompt], model)
     text = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end inside a character
 
     def show(_row: int, token: int) -> None:

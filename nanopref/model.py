@@ -114,7 +114,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         if config.n_embd % config.n_head:
-            raise UserError(f"the width {config.n_embd} is no multiple of the number of heads {config.n_head}")
+            raise ValueError(f"the width {config.n_embd} is no multiple of the number of heads {config.n_head}")
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
@@ -154,8 +154,9 @@ class GPT(nn.Module):
             seen = int(positions.max()) + 1
             if seen > min(cache.keys.shape[3], self.config.block_size):
                 raise ValueError(f"{seen} tokens are more than the cache or the context holds")
-            mask = torch.arange(seen, device=tokens.device) <= positions[:, None, :, None]
-            cached = positions, mask
+            unseen = torch.arange(seen, device=tokens.device) > positions[:, None, :, None]
+            mask = torch.zeros(unseen.shape, device=tokens.device, dtype=cache.keys.dtype)
+            cached = positions, mask.masked_fill_(unseen, -torch.inf)  # added to the scores of every layer
             cache.lengths = cache.lengths + T
         x = F.dropout(self.wte(tokens) + self.wpe(positions), self.config.dropout, self.training)
         for i, block in enumerate(self.h):
@@ -244,6 +245,8 @@ def _read_config(path: Path, dropout: float) -> GPTConfig:
         raise UserError(f"{path}: not a GPT-2 configuration ({type(error).__name__}: {error})") from None
     if not all(type(n) is int and n > 0 for n in sizes):
         raise UserError(f"{path}: sizes must be whole numbers above 0, found {sizes}")
+    if max(sizes) > 2**31 or sizes[4] % sizes[3]:
+        raise UserError(f"{path}: no GPT-2 has these sizes: {sizes}")
     expected = {  # what this GPT computes; a checkpoint that says otherwise would run and be wrong
         "model_type": ("gpt2",),
         "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
@@ -305,6 +308,10 @@ def load_pretrained(name: str | Path, *, dropout: float = 0.0) -> tuple[GPT, Tok
     """
     folder = find_model(name)
     model = GPT.from_pretrained(folder, dropout=dropout)
+    if not (folder / "tokenizer.json").exists() and model.config.vocab_size != GPTConfig.vocab_size:
+        raise UserError(
+            f"{folder}: no tokenizer.json there, and a vocabulary of {model.config.vocab_size} is not GPT-2's"
+        )
     try:
         tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else Tokenizer.gpt2()
     except (ValueError, OSError) as error:

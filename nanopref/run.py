@@ -43,6 +43,20 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+def require_at_least_one(flags: "Options", *names: str) -> None:
+    """Raise UserError for a flag that is a number below 1."""
+    for name in names:
+        value = getattr(flags, name)
+        require(value is None or value >= 1, f"--{name.replace('_', '-')} must be at least 1, not {value}")
+
+
+def require_positive(flags: "Options", *names: str) -> None:
+    """Raise UserError for a flag that is a number but not above 0, or not finite."""
+    for name in names:
+        value = getattr(flags, name)
+        require(value is None or 0 < value < math.inf, f"--{name.replace('_', '-')} must be above 0, not {value}")
+
+
 @dataclass
 class Options:
     """The flags that every training command has."""
@@ -64,8 +78,13 @@ class Options:
 
     def check(self) -> None:
         """Raise UserError for values that no run can have."""
-        require(self.save_every >= 1, f"--save-every must be at least 1, not {self.save_every}")
-        require(0 <= self.seed < 2**32, f"--seed must be from 0 to 2^32 - 1, not {self.seed}")
+        require_at_least_one(self, "save_every")
+        check_seed(self.seed)
+
+
+def check_seed(seed: int) -> None:
+    """Raise UserError for a seed that numpy would not take."""
+    require(0 <= seed < 2**32, f"--seed must be from 0 to 2^32 - 1, not {seed}")
 
 
 def main(train: Callable[[Any], None], config) -> None:

@@ -1,7 +1,8 @@
 """Supervised fine-tuning: make the responses of a data set likely. `python -m nanopref.sft`
 
-Without --data it learns to write the film reviews of the built-in task; with it, any text, prompts with responses, or the
-chosen side of preference pairs. A model starts from nothing, with a tokenizer trained on the same data, or from --init.
+Without --data it learns to write the film reviews of the built-in task; with it, any text, prompts with responses, or
+the chosen side of preference pairs. A model starts from nothing, with a tokenizer trained on the same data, or from
+--init.
 """
 
 import math
@@ -58,12 +59,9 @@ class Config(run.Options):
 
     def check(self) -> None:
         super().check()
-        for name in ("vocab_size", "block_size", "steps", "batch_size", "micro_batch", "eval_every"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"--{name.replace('_', '-')} must be at least 1, not {value}")
-        require(self.lr is None or self.lr > 0, f"--lr must be above 0, not {self.lr}")
+        run.require_at_least_one(self, "steps", "batch_size", "micro_batch", "eval_every")
+        run.require_positive(self, "lr", "grad_clip")
         require(0 <= self.dropout < 1, f"--dropout must be at least 0 and below 1, not {self.dropout}")
-        require(self.grad_clip > 0, f"--grad-clip must be above 0, not {self.grad_clip}")
         require(self.init or self.preset in PRESETS, f"--preset {self.preset}: choose one of {', '.join(PRESETS)}")
         require(
             self.vocab_size is None or self.vocab_size >= 257, "--vocab-size must be at least 257: 256 bytes and one"
@@ -72,8 +70,8 @@ class Config(run.Options):
 
     def resolved(self) -> "Config":
         """The defaults that depend on other flags, filled in."""
-        task = dict(vocab_size=1024, block_size=96, steps=250, batch_size=64)
-        file = dict(vocab_size=4096, block_size=256, steps=500, batch_size=16)
+        task = {"vocab_size": 1024, "block_size": 96, "steps": 250, "batch_size": 64}
+        file = {"vocab_size": 4096, "block_size": 256, "steps": 500, "batch_size": 16}
         defaults = {**(file if self.data else task), "lr": 5e-5 if self.init else 3e-3}
         if self.init:
             defaults["vocab_size"] = defaults["block_size"] = None  # the checkpoint's

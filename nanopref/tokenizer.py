@@ -17,7 +17,8 @@ from pathlib import Path
 
 import regex
 import tiktoken
-from tqdm import tqdm
+
+from nanopref.run import progress, write_atomic
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -128,10 +129,9 @@ class Tokenizer:
             "bos_token": END_OF_TEXT,
             "eos_token": END_OF_TEXT,
             "unk_token": END_OF_TEXT,
-            "clean_up_tokenization_spaces": False,
         }
-        _write_atomic(folder / "tokenizer_config.json", json.dumps(config, indent=2))
-        _write_atomic(folder / "tokenizer.json", json.dumps(tokenizer, ensure_ascii=False, indent=1))
+        write_atomic(folder / "tokenizer_config.json", json.dumps(config, indent=2))
+        write_atomic(folder / "tokenizer.json", json.dumps(tokenizer, ensure_ascii=False, indent=1))
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> "Tokenizer":
@@ -140,8 +140,6 @@ class Tokenizer:
         FileNotFoundError without that file; ValueError if it is malformed or means what GPT-2's tokenizer cannot.
         """
         path = Path(folder) / "tokenizer.json"
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist")
         try:
             return cls(_read_ranks(json.loads(path.read_text(encoding="utf-8"))))
         except (KeyError, TypeError, AttributeError) as error:
@@ -166,7 +164,7 @@ def _learn_merges(pieces: dict[str, int], n_merges: int) -> list[tuple[int, int]
     queue = [(-count, pair) for pair, count in counts.items()]
     heapq.heapify(queue)
     merges: list[tuple[int, int]] = []
-    with tqdm(total=n_merges, desc="BPE merges", delay=2, disable=None) as progress:
+    with progress(None, "BPE merges", total=n_merges) as bar:
         while queue and len(merges) < n_merges:
             count, pair = heapq.heappop(queue)
             if counts[pair] != -count:
@@ -188,7 +186,7 @@ def _learn_merges(pieces: dict[str, int], n_merges: int) -> list[tuple[int, int]
                         born.add(made)
             for made in born:
                 heapq.heappush(queue, (-counts[made], made))
-            progress.update()
+            bar.update()
     return merges
 
 
@@ -251,10 +249,3 @@ def _read_ranks(file: dict) -> dict[bytes, int]:
 
 def _to_characters(token: bytes) -> str:
     return "".join(_CHARACTER[byte] for byte in token)
-
-
-def _write_atomic(path: Path, text: str) -> None:
-    """A reader finds the old file or the whole new one, even if this process dies."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

@@ -1,0 +1,24 @@
+"""Fixtures that several test files share."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from nanopref import sft
+
+
+@pytest.fixture(scope="session")
+def sft_folder(tmp_path_factory) -> str:
+    """A small GPT that has seen a few hundred film reviews."""
+    out = tmp_path_factory.mktemp("sft") / "run"
+    sft.train(sft.Config(out=str(out), steps=60, batch_size=32, device="cpu"))
+    return str(out)
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real data, named by NANOPREF_DATA."""
+    if "NANOPREF_DATA" not in os.environ:
+        pytest.skip("NANOPREF_DATA is not set: it should name the folder with hh_harmless.jsonl.gz")
+    return Path(os.environ["NANOPREF_DATA"])

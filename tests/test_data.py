@@ -1,0 +1,398 @@
+import gzip
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanopref import run
+from nanopref.data import (
+    TURN,
+    Pair,
+    collate,
+    encode_pairs,
+    encode_prompt,
+    encode_responses,
+    micro_batches,
+    my_micro_batches,
+    read_pairs,
+    read_responses,
+    read_rows,
+    split,
+    split_dialogues,
+    write_pairs,
+)
+from nanopref.run import UserError
+from nanopref.tokenizer import Tokenizer
+
+GOOD = b'{"prompt": "p", "chosen": "c", "rejected": "r"}\n'
+TOKENIZER = Tokenizer.train(["the film was good. the film was bad."], 270)
+END = TOKENIZER.end_of_text
+EMPTY_CHOSEN = "pairs dropped: the chosen answer is empty"
+PART_EARLIER = "pairs that part before the last turn (kept: the answer runs to the end)"
+CUT_ANSWERS = "answers cut on the right to fit the context"
+CUT_PROMPTS = "prompts cut on the left to fit the context"
+texts = st.text(max_size=12)
+words = st.lists(st.sampled_from(["the", " film", " was", " good", ".", "é"]), max_size=12).map("".join)
+
+
+def refusal(read, path) -> str:
+    """What a reader says of a file that it must refuse, in one line that names the file."""
+    with pytest.raises(UserError) as error:
+        read(path)
+    message = str(error.value)
+    assert message.startswith(str(path)) and "\n" not in message
+    return message
+
+
+def read_all(path):
+    return [row for _, row in read_rows(path)]
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(content: bytes, name="rows.jsonl") -> Path:
+        path = tmp_path / name
+        path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+        return path
+
+    return write
+
+
+def jsonl(*rows) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+# ---- bad rows and bad files ------------------------------------------------------------------------------------------
+
+BAD_ROWS = {  # what stands in the third line, and what is said of it
+    "not JSON": (b"{'prompt'}\n", "not JSON"),
+    "half a row": (b'{"prompt": "p", "chosen"\n', "not JSON"),
+    "two objects": (GOOD.strip() + GOOD, "not JSON"),
+    "deeply nested": (b"[" * 100_000 + b"\n", "not JSON"),
+    "a list": (b'["p", "c", "r"]\n', "must be an object with named fields, found a list"),
+    "a string": (b'"p"\n', "found a str"),
+    "a number": (b"3\n", "found a int"),
+    "null": (b"null\n", "found a NoneType"),
+    "no chosen": (jsonl({"prompt": "p", "rejected": "r"}), "has no field 'chosen'"),
+    "no rejected": (jsonl({"prompt": "p", "chosen": "c"}), "has no field 'rejected'"),
+    "no prompt": (jsonl({"chosen": "c", "rejected": "r"}), "has no field 'prompt', and the two share no dialogue"),
+    "empty object": (b"{}\n", "has no field 'chosen'"),
+    "chosen a list": (jsonl({"prompt": "p", "chosen": ["c"], "rejected": "r"}), "'chosen' must be text, found a list"),
+    "rejected null": (jsonl({"prompt": "p", "chosen": "c", "rejected": None}), "'rejected' must be text"),
+    "prompt a number": (jsonl({"prompt": 3, "chosen": "c", "rejected": "r"}), "'prompt' must be text, found a int"),
+    "prompt null": (jsonl({"prompt": None, "chosen": "c", "rejected": "r"}), "'prompt' must be text"),
+    "empty chosen": (jsonl({"prompt": "p", "chosen": "", "rejected": "r"}), "'chosen' is empty"),
+    "blank chosen": (jsonl({"prompt": "p", "chosen": " \n", "rejected": "r"}), "'chosen' is empty"),
+    "both equal": (jsonl({"prompt": "p", "chosen": "c", "rejected": "c"}), "are equal"),
+    "dialogues equal": (jsonl({"chosen": f"q{TURN} a", "rejected": f"q{TURN} a"}), "are equal"),
+    "invalid UTF-8": (b'{"prompt": "\xff", "chosen": "c", "rejected": "r"}\n', "not valid UTF-8"),
+    "Latin-1": ('{"prompt": "é", "chosen": "c", "rejected": "r"}\n'.encode("latin-1"), "not valid UTF-8"),
+    "lone surrogate": (
+        b'{"prompt": "p", "chosen": "\\ud83d", "rejected": "r"}\n',
+        "'chosen' holds half of a surrogate",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
+@pytest.mark.parametrize("case", BAD_ROWS)
+def test_a_bad_row_is_refused_with_its_line_and_the_reason(write, case, name):
+    row, reason = BAD_ROWS[case]
+    path = write(GOOD + b"\n" + row + GOOD, name)
+    assert refusal(read_pairs, path).startswith(f"{path}, line 3: ") and reason in refusal(read_pairs, path)
+
+
+@pytest.mark.parametrize(
+    "row, reason",
+    [
+        ({"text": 3}, "'text' must be text, found a int"),
+        ({"prompt": "p"}, "has no field 'text'"),
+        ({"text": "\ud83d"}, "'text' holds half of a surrogate"),
+    ],
+)
+def test_a_bad_text_is_refused_with_its_line(write, row, reason):
+    path = write(jsonl({"text": "a"}) + json.dumps(row).encode())
+    assert refusal(read_responses, path).startswith(f"{path}, line 2: ") and reason in refusal(read_responses, path)
+
+
+@pytest.mark.parametrize("row, reason", [({"prompt": "p"}, "'response'"), ({"response": "r"}, "'prompt'")])
+def test_a_response_without_its_fields_is_refused(write, row, reason):
+    path = write(jsonl({"prompt": "p", "response": "r"}, row))
+    message = refusal(read_responses, path)
+    assert message.startswith(f"{path}, line 2: has no field") and reason in message
+
+
+@pytest.mark.parametrize("read", [read_pairs, read_responses, read_all])
+@pytest.mark.parametrize("name", ["nothing.jsonl", "nothing.jsonl.gz", "no/such/folder.jsonl"])
+def test_a_missing_file_is_refused(tmp_path, read, name):
+    assert "no such file" in refusal(read, tmp_path / name)
+
+
+@pytest.mark.parametrize("read", [read_pairs, read_responses, read_all])
+def test_a_folder_is_refused(tmp_path, read):
+    assert "a folder, not a file" in refusal(read, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
+@pytest.mark.parametrize("content", [b"", b"\n \n\t\n"])
+def test_a_file_without_rows_is_refused(write, content, name):
+    assert "no usable pair" in refusal(read_pairs, write(content, name))
+    assert "no row" in refusal(read_responses, write(content, name))
+
+
+def test_a_file_whose_pairs_are_all_dropped_is_refused(write):
+    path = write(jsonl({"chosen": f"q{TURN} ", "rejected": f"q{TURN} a"}))
+    assert "no usable pair" in refusal(read_pairs, path)
+
+
+def test_a_file_whose_texts_are_all_empty_is_refused(write):
+    assert "no text" in refusal(read_responses, write(jsonl({"text": ""}, {"text": " "})))
+
+
+def test_a_gz_cut_off_anywhere_is_refused(write):
+    whole = gzip.compress(b"".join(jsonl({"prompt": f"{i}", "chosen": "c" * i, "rejected": "r"}) for i in range(1, 30)))
+    path = write(b"", "rows.jsonl.gz")
+    for end in range(1, len(whole)):
+        path.write_bytes(whole[:end])
+        assert "damaged or cut off after line" in refusal(read_pairs, path), end
+
+
+def test_a_gz_that_is_none_or_is_damaged_is_refused(write):
+    path = write(b"", "rows.jsonl.gz")
+    path.write_bytes(GOOD)
+    assert "damaged" in refusal(read_pairs, path)
+    whole = bytearray(gzip.compress(GOOD * 100))
+    for position in (12, len(whole) // 2, len(whole) - 6):  # the data, and the checksum
+        damaged = whole.copy()
+        damaged[position] ^= 0xFF
+        path.write_bytes(damaged)
+        assert "damaged or cut off" in refusal(read_pairs, path)
+
+
+# ---- good files ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
+def test_a_byte_order_mark_and_blank_lines_are_fine(write, name):
+    path = write(b"\xef\xbb\xbf" + GOOD + b"\n  \r\n" + GOOD.replace(b"\n", b"\r\n") + GOOD.strip(), name)
+    assert read_pairs(path) == ([Pair("p", "c", "r")] * 3, Counter())
+    assert [where for where, _ in read_rows(path)] == [f"{path}, line {n}" for n in (1, 4, 5)]
+
+
+def test_a_byte_order_mark_before_a_blank_line_is_fine(write):
+    assert read_pairs(write(b"\xef\xbb\xbf\n" + GOOD))[0] == [Pair("p", "c", "r")]
+
+
+def test_other_fields_are_ignored_and_an_empty_rejected_is_fine(write):
+    path = write(jsonl({"prompt": "", "chosen": "c", "rejected": "", "margin": 3}))
+    assert read_pairs(path) == ([Pair("", "c", "")], Counter())
+
+
+@settings(deadline=None, max_examples=50)
+@given(pairs=st.lists(st.builds(Pair, texts, texts, texts), min_size=1, max_size=5))
+def test_what_is_written_is_read_again(tmp_path_factory, pairs):
+    pairs = [pair for pair in pairs if pair.chosen.strip() and pair.chosen != pair.rejected] or [Pair("p", "c", "r")]
+    path = tmp_path_factory.getbasetemp() / "written.jsonl"
+    path.write_text(write_pairs(pairs), encoding="utf-8", newline="")
+    assert read_pairs(path) == (pairs, Counter())
+
+
+def test_responses_of_each_kind(write):
+    path = write(jsonl({"text": "a"}, {"text": " "}, {"text": "b"}))
+    assert read_responses(path) == ([(None, "a"), (None, "b")], Counter({"rows dropped: no text": 1}))
+    path = write(jsonl({"prompt": "p", "response": "r"}, {"prompt": "", "response": "s"}))
+    assert read_responses(path) == ([("p", "r"), ("", "s")], Counter())
+    path = write(jsonl({"prompt": "p", "chosen": "c", "rejected": "r"}))
+    assert read_responses(path) == ([(None, "pc")], Counter())
+
+
+# ---- dialogues -------------------------------------------------------------------------------------------------------
+
+Q, A, Q2 = "\n\nHuman: q", f"{TURN} a", "\n\nHuman: q2"
+DIALOGUES = {  # chosen, rejected -> what they share, and the two answers
+    "the last turn": (Q + A, Q + TURN + " b", Q + TURN, " a", " b"),
+    "the last of two turns": (Q + A + Q2 + A, Q + A + Q2 + TURN + " b", Q + A + Q2 + TURN, " a", " b"),
+    "answers that begin alike": (Q + TURN + " same x", Q + TURN + " same y", Q + TURN, " same x", " same y"),
+    "an empty rejected": (Q + A, Q + TURN, Q + TURN, " a", ""),
+    "an answer that goes on": (Q + A, Q + A + " more", Q + TURN, " a", " a more"),
+    "parting earlier": (Q + A + Q2 + A, Q + TURN + " b" + Q2 + A, Q + TURN, " a" + Q2 + A, " b" + Q2 + A),
+    "one a turn longer": (Q + A, Q + A + Q2 + A, Q + TURN, " a", " a" + Q2 + A),
+    "parting in a question": (Q + A + Q2 + A, Q + A + Q2 + "!" + A, Q + TURN, " a" + Q2 + A, " a" + Q2 + "!" + A),
+}
+
+
+@pytest.mark.parametrize("case", DIALOGUES)
+def test_dialogues_are_split_at_the_last_turn_they_share(write, case):
+    chosen, rejected, *expected = DIALOGUES[case]
+    for forth in (True, False):
+        if not forth:
+            chosen, rejected, expected = rejected, chosen, [expected[0], *expected[:0:-1]]
+        assert split_dialogues(chosen, rejected) == Pair(*expected)
+        path = write(jsonl({"chosen": chosen, "rejected": rejected}, {"prompt": "p", "chosen": "c", "rejected": "r"}))
+        pairs, notes = read_pairs(path)
+        if expected[1]:
+            later = TURN in expected[1] or TURN in expected[2]
+            assert pairs[0] == Pair(*expected) and notes == Counter({PART_EARLIER: 1} if later else {})
+        else:
+            assert len(pairs) == 1 and notes == Counter({EMPTY_CHOSEN: 1})
+
+
+@pytest.mark.parametrize("chosen, rejected", [("a", "b"), (Q, Q + A), ("x" + A, "y" + A), (Q + "\n\nAssistant", Q)])
+def test_dialogues_that_share_no_turn_are_none(chosen, rejected):
+    assert split_dialogues(chosen, rejected) is None
+
+
+def real_file(name) -> Path:
+    path = Path(os.environ.get("NANOPREF_DATA", "")) / name
+    if "NANOPREF_DATA" not in os.environ or not path.is_file():
+        reason = f"NANOPREF_DATA names no folder that holds {name}"
+        print(reason)
+        pytest.skip(reason)
+    return path
+
+
+def test_the_real_dialogues():
+    path = real_file("hh_harmless.jsonl.gz")
+    rows = read_all(path)
+    pairs, notes = read_pairs(path)
+    assert (len(rows), len(pairs)) == (1500, 1496)
+    assert notes == {EMPTY_CHOSEN: 4, PART_EARLIER: 1}
+    whole = [row for row in rows if not row["chosen"].endswith(TURN) and row["chosen"].rpartition(TURN)[2].strip()]
+    assert len(whole) == 1496
+    for row, pair in zip(whole, pairs, strict=True):
+        assert pair.prompt + pair.chosen == row["chosen"] and pair.prompt + pair.rejected == row["rejected"]
+        assert pair.prompt.startswith("\n\nHuman:") and pair.prompt.endswith(TURN)
+    assert read_responses(path) == ([(None, row["chosen"]) for row in whole], notes)
+
+
+def test_the_real_reviews():
+    found, notes = read_responses(real_file("movie_reviews.jsonl.gz"))
+    assert len(found) == 2000 and not notes and all(prompt is None and text for prompt, text in found)
+
+
+# ---- encoding --------------------------------------------------------------------------------------------------------
+
+
+def sequences(pair):
+    return [(pair.prompt, pair.chosen), (pair.prompt, pair.rejected)]
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.builds(Pair, words, words, words), max_size=4), st.integers(2, 24))
+def test_encoded_pairs_fit_and_say_what_was_cut(pairs, block_size):
+    encoded, notes = encode_pairs(pairs, TOKENIZER, block_size)
+    cut = Counter()
+    for pair, (prompt, *answers) in zip(pairs, encoded, strict=True):
+        whole_prompt = encode_prompt(TOKENIZER, pair.prompt)
+        assert 1 <= len(prompt) and prompt == whole_prompt[-len(prompt) :]
+        cut[CUT_PROMPTS] += prompt != whole_prompt
+        assert max(len(prompt) + len(answer) for answer in answers) <= block_size
+        for text, answer in zip((pair.chosen, pair.rejected), answers, strict=True):
+            whole = [*TOKENIZER.encode(text), END]
+            assert answer == whole[: len(answer)]
+            assert answer == whole or len(answer) == block_size - 1  # cut only where it must be
+            cut[CUT_ANSWERS] += answer != whole
+        if prompt != whole_prompt:  # and no more than needed
+            assert max(len(prompt) + len(answer) for answer in answers) == block_size
+    assert notes == +cut and all(notes.values())
+
+
+def test_an_empty_prompt_is_end_of_text():
+    assert encode_prompt(TOKENIZER, "") == [END]
+    assert encode_prompt(TOKENIZER, "the") == TOKENIZER.encode("the")
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.tuples(st.none() | words, words), max_size=8), st.integers(2, 24))
+def test_encoded_responses_fit_and_packing_loses_nothing(rows, block_size):
+    encoded, notes = encode_responses(rows, TOKENIZER, block_size)
+    assert all(prompt and response and len(prompt) + len(response) <= block_size for prompt, response in encoded)
+    with_prompt = [(prompt, response) for prompt, response in rows if prompt is not None]
+    cut = Counter()
+    for (prompt, response), (x, y) in zip(with_prompt, encoded, strict=False):
+        whole_x, whole_y = encode_prompt(TOKENIZER, prompt), [*TOKENIZER.encode(response), END]
+        assert y == whole_y[: block_size - 1] and x == whole_x[-(block_size - len(y)) :]
+        cut += Counter({CUT_PROMPTS: int(x != whole_x), CUT_ANSWERS: int(y != whole_y)})
+    assert notes == cut
+    packed = encoded[len(with_prompt) :]
+    stream = [token for prompt, text in rows if prompt is None for token in [*TOKENIZER.encode(text), END]]
+    targets = [token for _, response in packed for token in response]
+    assert targets == stream[1:]  # each token counts once, but for the very first
+    first, previous = stream[:1], stream[:-1]
+    assert [x for x, _ in packed] == [previous[i : i + 1] for i in range(0, len(previous), block_size - 1)]
+    assert not packed or packed[0][0] == first
+    assert all(len(response) == block_size - 1 for _, response in packed[:-1])
+
+
+token_lists = st.lists(st.integers(0, 50), min_size=1, max_size=8)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(token_lists, token_lists), min_size=1, max_size=5))
+def test_a_batch_counts_exactly_the_response(rows):
+    inputs, targets, mask = collate(rows)
+    assert inputs.shape == targets.shape == mask.shape == (len(rows), max(len(x) + len(y) for x, y in rows) - 1)
+    assert inputs.dtype == targets.dtype == torch.long and mask.dtype == torch.float32
+    assert torch.equal(inputs[:, 1:], targets[:, :-1])
+    assert set(mask.flatten().tolist()) <= {0.0, 1.0}
+    for (prompt, response), row, target, counts in zip(rows, inputs, targets, mask, strict=True):
+        whole = prompt + response
+        assert row[: len(whole) - 1].tolist() == whole[:-1]
+        assert target[counts == 1].tolist() == response
+        assert counts[: len(prompt) - 1].sum() == 0 and counts[len(whole) - 1 :].sum() == 0
+
+
+# ---- batches ---------------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None)
+@given(st.integers(0, 60), st.integers(0, 1000), st.floats(0, 0.5))
+def test_the_split_is_a_partition(n, seed, share):
+    training, held_out = split(list(range(n)), seed, share)
+    assert sorted(training + held_out) == list(range(n))
+    assert len(held_out) == min(n, max(1, round(n * share)))
+    assert training or n < 2
+    assert (training, held_out) == split(list(range(n)), seed, share)
+
+
+def test_the_split_depends_on_the_seed_and_shuffles():
+    rows = list(range(1000))
+    splits = [split(rows, seed)[1] for seed in range(3)]
+    assert all(len(held_out) == 100 for held_out in splits)
+    assert len({tuple(held_out) for held_out in splits}) == 3
+    assert 350 < sum(splits[0]) / 100 < 650  # from all over the file: the mean of 100 has a deviation of 29
+
+
+lengths_lists = st.lists(st.integers(1, 100), min_size=1, max_size=40)
+
+
+@settings(deadline=None)
+@given(lengths_lists, st.integers(1, 12), st.data())
+def test_micro_batches_partition_a_batch(lengths, size, data):
+    rows = data.draw(st.lists(st.sampled_from(range(len(lengths))), unique=True, min_size=1))
+    pieces = micro_batches(rows, lengths, size)
+    assert sorted(i for piece in pieces for i in piece) == sorted(rows)
+    assert len(pieces) == -(-len(rows) // size) and all(1 <= len(piece) <= size for piece in pieces)
+    ordered = [lengths[i] for piece in pieces for i in piece]
+    assert ordered == sorted(ordered)  # alike in length: little padding
+
+
+@settings(deadline=None)
+@given(lengths_lists, st.integers(1, 12), st.integers(1, 5))
+def test_the_processes_share_a_batch(lengths, size, world_size):
+    rows = list(range(len(lengths)))
+    shares = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "world_size", lambda: world_size)
+        for rank in range(world_size):
+            patch.setattr(run, "rank", lambda rank=rank: rank)
+            shares.append(my_micro_batches(rows, lengths, size))
+    assert sorted(i for pieces in shares for piece in pieces for i in piece) == rows
+    assert all(1 <= len(piece) <= size for pieces in shares for piece in pieces)
+    counts = [len(pieces) for pieces in shares]
+    assert max(counts) - min(counts) <= 1  # none waits long for another
