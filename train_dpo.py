@@ -96,7 +96,9 @@ def train(config: Config) -> None:
     config.check()
     this = Run(config)
     device = run.start(config.device, config.seed)
-    pairs, notes = data.read_pairs(config.data) if config.data else ([], Counter())
+    if config.data:
+        pairs, notes = data.read_pairs(config.data)
+        pairs, held_out_pairs = data.split(pairs, config.seed)  # the same tenth that SFT holds out
     if config.init:
         policy, tokenizer = load_pretrained(config.init)
     this.begin()
@@ -122,7 +124,7 @@ def train(config: Config) -> None:
                 sample_pairs(config, policy, tokenizer, path)
         run.barrier()
         pairs, notes = data.read_pairs(path)
-    pairs, held_out_pairs = data.split(pairs, config.seed)  # of a file, the same tenth that SFT held out
+        pairs, held_out_pairs = data.split(pairs, config.seed)
     train_pairs, cut = data.encode_pairs(pairs, tokenizer, policy.config.block_size)
     held_out, cut_held_out = data.encode_pairs(held_out_pairs, tokenizer, policy.config.block_size)
     notes += cut + cut_held_out
@@ -199,7 +201,7 @@ def reference_logprobs(path: Path, model, pairs) -> torch.Tensor:
     """log π_ref(y_w|x), log π_ref(y_l|x) -> [N, 2]; kept in a file, so that a resumed run needs no reference model."""
     if run.rank() == 0 and not path.exists():
         answers = [(x, y_w) for x, y_w, _ in pairs] + [(x, y_l) for x, _, y_l in pairs]
-        logprobs = evaluate.sequence_logprobs(model, answers, "log π_ref")
+        logprobs = evaluate.response_logprobs(model, answers, "log π_ref")
         run.write_atomic(path, save({"logprobs": torch.stack(logprobs.chunk(2), 1).contiguous()}))
     run.barrier()
     return load_file(path)["logprobs"]
@@ -229,8 +231,7 @@ def report(config: Config, this: Run, policy, tokenizer, held_out_prompts: list[
     if config.data:
         prompts, true_reward = list(dict.fromkeys(held_out_prompts))[: config.eval_prompts], None
     else:
-        rng = random.Random(f"evaluation {config.seed}")
-        prompts, true_reward = [reviews.sample_prompt(rng) for _ in range(config.eval_prompts)], reviews.true_reward
+        prompts, true_reward = evaluate.task_prompts(config.eval_prompts, config.seed), reviews.true_reward
     with this.stage("evaluation"), kernels.use(config.kernels):
         result, answers = evaluate.compare(
             policy,

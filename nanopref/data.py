@@ -150,7 +150,9 @@ def write_pairs(pairs: Sequence[Pair]) -> str:
 
 
 def split(rows: list, seed: int, share: float = 0.1) -> tuple[list, list]:
-    """Shuffle and hold out a share: (for training, held out), at least one row in each where there are two."""
+    """Shuffle at least two rows and hold out a share: (for training, held out), at least one in each."""
+    if len(rows) < 2:
+        raise UserError("the data hold one usable row, but one is needed to train on and one to hold out")
     order = torch.randperm(len(rows), generator=generator(seed, "split")).tolist()
     n = max(1, round(len(rows) * share))
     return [rows[i] for i in order[n:]], [rows[i] for i in order[:n]]

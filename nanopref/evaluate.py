@@ -6,22 +6,25 @@ KL(π_θ, π_ref) = E_{y ~ π_θ} log π_θ(y|x) - log π_ref(y|x), in nats per 
 
 import itertools
 import math
+import random
 import shutil
 import textwrap
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
 import torch
+import tyro
 from torch import Tensor
 
 import kernels
-from nanopref import data, run
+from nanopref import data, reviews, run
 from nanopref.data import encode_prompt
 from nanopref.generate import generate_all, response_text
-from nanopref.model import GPT
+from nanopref.model import GPT, load_pretrained
 from nanopref.run import progress, say, write_atomic
 from nanopref.tokenizer import Tokenizer
 
@@ -30,7 +33,7 @@ import matplotlib.pyplot as plt
 
 
 @torch.no_grad()
-def sequence_logprobs(
+def response_logprobs(
     model: GPT, rows: Sequence[tuple[list[int], list[int]]], description: str = "log-probs", batch_size: int = 64
 ) -> Tensor:
     """log π(response | prompt) of (prompt, response) tokens -> [N] on the CPU, with dropout off.
@@ -64,8 +67,11 @@ def win_rate(policy: Sequence[float], reference: Sequence[float]) -> tuple[float
 def respond(
     model: GPT, tokenizer: Tokenizer, prompts: Sequence[str], max_new_tokens: int, seed: int, description: str
 ) -> list[tuple[list[int], list[int]]]:
-    """A response to each prompt at temperature 1: (prompt, response) tokens. Long prompts lose their beginning."""
-    room = max(1, model.config.block_size - max_new_tokens)
+    """A response to each prompt at temperature 1: (prompt, response) tokens.
+
+    A prompt loses its beginning where it would not leave `max_new_tokens`, but never more than half the context.
+    """
+    room = max(model.config.block_size - max_new_tokens, model.config.block_size // 2)
     encoded = [encode_prompt(tokenizer, prompt)[-room:] for prompt in prompts]
     with run.autocast(model.device):
         samples = generate_all(
@@ -97,7 +103,7 @@ def compare(
         name: respond(model, tokenizer, prompts, max_new_tokens, seed, f"{name} answers")
         for name, model in (("policy", policy), ("reference", reference))
     }
-    log_ratio = sequence_logprobs(policy, answers["policy"], "policy's log-probs") - sequence_logprobs(
+    log_ratio = response_logprobs(policy, answers["policy"], "policy's log-probs") - response_logprobs(
         reference, answers["policy"], "reference's log-probs"
     )
     tokens = {name: [response for _, response in rows] for name, rows in answers.items()}
@@ -105,6 +111,9 @@ def compare(
     ended = {name: [tokenizer.end_of_text in response for response in rows] for name, rows in tokens.items()}
     report: dict[str, Any] = {
         "prompts": len(prompts),
+        "prompts_cut": sum(
+            x != encode_prompt(tokenizer, p) for p, (x, _) in zip(prompts, answers["policy"], strict=True)
+        ),
         "kl": log_ratio.mean().item(),
         "kl_standard_error": (log_ratio.std() / math.sqrt(len(prompts))).item(),
         "response_length": {name: float(np.mean([len(r) for r in rows])) for name, rows in tokens.items()},
@@ -158,6 +167,8 @@ def comparison_table(report: dict[str, Any]) -> str:
         ("response length, tokens", f"{length['reference']:.1f}", f"{length['policy']:.1f}", ""),
         ("responses that end", f"{ended['reference']:.1%}", f"{ended['policy']:.1%}", ""),
     ]
+    if report["prompts_cut"]:
+        rows.append(("prompts cut on the left", "", f"{report['prompts_cut']}", f"of {report['prompts']}"))
     if held_out := report.get("held_out"):
         rows.append(("held-out pairs ranked right", "", f"{held_out['accuracy']:.1%}", ""))
         rows.append(("held-out loss", "", f"{held_out['loss']:.3f}", ""))
@@ -227,3 +238,65 @@ def histograms(values: dict[str, Sequence[float]], title: str, xlabel: str) -> C
         axis.legend(frameon=False)
 
     return draw
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Config:
+    """Compare policies with a reference: KL, length and, on the built-in task, true reward and win rate."""
+
+    policy: tuple[str, ...] = ("out/dpo",)
+    """one or more models: run folders, Hugging Face GPT-2 folders, or names on the hub"""
+    reference: str = "out/dpo/sft"
+    """the model that they are held against"""
+    data: str = ""
+    """take the prompts of these pairs; default: new prompts of the built-in task, where the true reward is known"""
+    prompts: int = 512
+    """how many prompts all models answer"""
+    max_new_tokens: int = 64
+    """longest response that is sampled"""
+    seed: int = 0
+    """another seed, other prompts and responses"""
+    device: str = "auto"
+    """auto, cpu or cuda"""
+
+
+def task_prompts(n: int, seed: int) -> list[str]:
+    """Prompts of the built-in task that no training has seen under this name."""
+    rng = random.Random(f"evaluation {seed}")
+    return [reviews.sample_prompt(rng) for _ in range(n)]
+
+
+def main(config: Config) -> None:
+    run.check_seed(config.seed)
+    run.require_at_least_one(config, "prompts", "max_new_tokens")
+    device = run.start(config.device, config.seed)
+    if config.data:
+        prompts, true_reward = [pair.prompt for pair in data.read_pairs(config.data)[0]], None
+        prompts = list(dict.fromkeys(prompts))[: config.prompts]
+    else:
+        prompts, true_reward = task_prompts(config.prompts, config.seed), reviews.true_reward
+    models = {name: load_pretrained(name) for name in (config.reference, *config.policy)}
+    reference, tokenizer = models[config.reference]
+    for name, (_, other) in models.items():
+        run.require(other == tokenizer, f"{name} and {config.reference} have different tokenizers")
+    for name in config.policy:
+        policy = models[name][0].to(device)
+        report, rows = compare(
+            policy,
+            reference.to(device),
+            tokenizer,
+            prompts,
+            config.max_new_tokens,
+            config.seed,
+            true_reward=true_reward,
+        )
+        say(f"\n{name} (after) against {config.reference} (before), {len(prompts)} prompts\n")
+        say(comparison_table(report))
+    print_samples(rows)
+
+
+if __name__ == "__main__":
+    run.main(main, tyro.cli(Config, description=__doc__))

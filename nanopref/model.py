@@ -241,7 +241,10 @@ def _read_config(path: Path, dropout: float) -> GPTConfig:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
         sizes = [settings[k] for k in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except KeyError:
+        hint = "is it a run that has no model yet? --resume continues it"
+        raise UserError(f"{path}: not a GPT-2 configuration ({hint})") from None
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path}: not a GPT-2 configuration ({type(error).__name__}: {error})") from None
     if not all(type(n) is int and n > 0 for n in sizes):
         raise UserError(f"{path}: sizes must be whole numbers above 0, found {sizes}")

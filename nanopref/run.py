@@ -32,6 +32,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import kernels
+
 
 class UserError(Exception):
     """Something the user can mend: one sentence that says what. Commands print it and exit with code 2."""
@@ -80,6 +82,11 @@ class Options:
         """Raise UserError for values that no run can have."""
         require_at_least_one(self, "save_every")
         check_seed(self.seed)
+        try:
+            with kernels.use(self.kernels):
+                pass
+        except RuntimeError as error:
+            raise UserError(f"--kernels {self.kernels}: {error}") from None
 
 
 def check_seed(seed: int) -> None:
@@ -91,7 +98,7 @@ def main(train: Callable[[Any], None], config) -> None:
     """Run a command: UserError becomes one line and exit code 2, Ctrl-C exit code 130."""
     try:
         train(config)
-    except UserError as error:
+    except (UserError, OSError) as error:  # a full disk or a folder without permission names itself
         sys.exit(_fail(f"error: {error}", 2))
     except KeyboardInterrupt as stop:
         sys.exit(_fail(f"\nstopped: {stop or 'add --resume to the same command to continue'}", 130))
@@ -277,7 +284,10 @@ class Run:
                     f"--out {self.folder} holds a run: add --resume to continue it, --overwrite to replace it, "
                     "or choose another --out"
                 )
-            before = json.loads(old.read_text())["flags"]
+            try:
+                before = json.loads(old.read_text())["flags"]
+            except (ValueError, KeyError, TypeError):
+                raise UserError(f"--resume: {old} was not written by a run; choose another --out") from None
             free = {"resume", "overwrite", "out", "device"}
             changed = [k for k in flags if k not in free and flags[k] != before.get(k)]
             if changed:
@@ -397,7 +407,9 @@ class Run:
             bar.close()
             signal.signal(signal.SIGINT, before)
 
-    def stop_if_not_finite(self, step: int, loss: Tensor, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def stop_if_not_finite(
+        self, step: int, loss: float | Tensor, model: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> None:
         """Call before the optimiser's step: a loss or gradient that is NaN or infinite must not reach the weights.
 
         Saves the weights as they were before the step and raises UserError. (Costs the step's one wait for the GPU.)

@@ -90,6 +90,7 @@ def train(config: Config) -> None:
         model is None or config.block_size is None or config.block_size <= model.config.block_size,
         f"--block-size {config.block_size} is more than the context of {config.init}",
     )
+    rows, held_out_rows = data.split(rows, config.seed)
     this.begin()
 
     with this.stage("tokenizer"):
@@ -105,7 +106,6 @@ def train(config: Config) -> None:
             model = GPT(replace(size, dropout=config.dropout))
     model.to(device)
     block_size = config.block_size or model.config.block_size
-    rows, held_out_rows = data.split(rows, config.seed)
     train_rows, cut = data.encode_responses(rows, tokenizer, block_size)
     held_out, cut_held_out = data.encode_responses(held_out_rows, tokenizer, block_size)
     notes += cut + cut_held_out
@@ -138,7 +138,7 @@ def train(config: Config) -> None:
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
             this.stop_if_not_finite(step, loss + norm, model, optimizer)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
 
             metrics = {"loss": loss.item(), "grad_norm": norm.item(), "lr": lr}
             if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
@@ -159,7 +159,7 @@ def sample_reviews(config: Config) -> list[tuple[str, str]]:
 
 def token_loss(model: GPT, rows: Sequence[tuple[list[int], list[int]]]) -> float:
     """Mean -log π of a response token, in nats."""
-    return -evaluate.sequence_logprobs(model, rows, "held-out loss").sum().item() / sum(len(y) for _, y in rows)
+    return -evaluate.response_logprobs(model, rows, "held-out loss").sum().item() / sum(len(y) for _, y in rows)
 
 
 def report(this: Run, model: GPT, tokenizer: Tokenizer, held_out, notes: Counter) -> None:

@@ -10,14 +10,14 @@ from nanopref import evaluate
 from nanopref.model import GPT, GPTConfig, load_pretrained
 
 
-def test_sequence_logprobs_are_those_of_one_row_at_a_time():
+def test_response_logprobs_are_those_of_one_row_at_a_time():
     torch.manual_seed(0)
     model = GPT(GPTConfig(50, 24, 2, 2, 16, dropout=0.5))
     rows = [
         (torch.randint(50, (x,)).tolist(), torch.randint(50, (y,)).tolist())
         for x, y in [(3, 5), (1, 1), (10, 14), (2, 9), (6, 1)]
     ]
-    got = evaluate.sequence_logprobs(model, rows, batch_size=2)
+    got = evaluate.response_logprobs(model, rows, batch_size=2)
     assert model.training  # dropout is back on
     model.eval()
     for (x, y), value in zip(rows, got, strict=True):

@@ -191,6 +191,7 @@ BAD_FILES = {
     "both equal": (lines({**GOOD, "rejected": " b"}), "are equal"),
     "invalid UTF-8": (lines(GOOD) + b'{"prompt": "\xff"}\n', "line 2: not valid UTF-8"),
     "no pair": (b"\n\n", "holds no usable pair"),
+    "one pair": (lines(GOOD), "hold one usable row"),
 }
 
 
