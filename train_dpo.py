@@ -38,25 +38,25 @@ class Config(run.Options):
     """steps of that SFT model (default: its own); `python -m nanopref.sft --help` has the rest"""
     data: str = ""
     """pairs in JSON Lines (prompt, chosen, rejected; or two whole dialogues); default: sampled from the model"""
-    pairs: int = 4096
+    pairs: int = 3072
     """built-in task: pairs to sample"""
-    annotators: int = 1
+    annotators: int = 3
     """built-in task: people who vote on each pair (odd)"""
-    noise: float = 1.0
+    noise: float = 0.5
     """built-in task: how often people err, on the scale of the true reward; 0: never"""
     loss: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
     """sigmoid is DPO's own; hinge is SLiC's, ipo is IPO's"""
-    beta: float = 0.1
+    beta: float = 0.5
     """strength of the pull towards the reference: smaller moves further"""
     label_smoothing: float = 0.0
     """share of labels taken to be wrong (conservative DPO)"""
-    epochs: int = 1
+    epochs: int = 2
     """passes over the pairs"""
     batch_size: int = 64
     """pairs a step, over all processes"""
     micro_batch: int = 16
     """pairs in memory at once; more steps of this size are accumulated"""
-    lr: float = 5e-4
+    lr: float = 7e-4
     """peak learning rate; a pretrained GPT-2 wants 1e-6 to 1e-5"""
     warmup: int = 10
     """steps of linear warm-up"""
@@ -64,7 +64,7 @@ class Config(run.Options):
     """AdamW's, on matrices"""
     grad_clip: float = 1.0
     """largest norm of the gradient"""
-    eval_every: int = 16
+    eval_every: int = 22
     """steps between two looks at the held-out tenth"""
     eval_prompts: int = 512
     """prompts that both models answer for the report"""
@@ -138,7 +138,7 @@ def train(config: Config) -> None:
         reference, held_out_reference = reference.to(device).split([len(train_pairs), len(held_out)])
 
     # 4. Descend -log σ(β log π_θ(y_w|x)/π_ref(y_w|x) - β log π_θ(y_l|x)/π_ref(y_l|x)).
-    optimizer = run.adamw(policy, config.lr, config.weight_decay)
+    optimizer = run.adamw(policy, config.lr, config.weight_decay, betas=(0.9, 0.99))  # a long memory: labels are noisy
     steps = config.epochs * -(-len(train_pairs) // config.batch_size)
     lengths = [len(x) + max(len(y_w), len(y_l)) for x, y_w, y_l in train_pairs]
     start = this.load(policy, optimizer)

@@ -39,13 +39,13 @@ class Config(run.Options):
     block_size: int | None = None
     """longest sequence in tokens; default: 96 on the built-in task, 256 on a file, that of --init"""
     steps: int | None = None
-    """optimiser steps; default: 250 on the built-in task, 500 on a file"""
+    """optimiser steps; default: 200 on the built-in task, 500 on a file"""
     batch_size: int | None = None
     """sequences a step, over all processes; default: 64 on the built-in task, 16 on a file"""
     micro_batch: int = 16
     """sequences in memory at once; more steps of this size are accumulated"""
     lr: float | None = None
-    """peak learning rate; default: 3e-3 from nothing, 5e-5 from --init"""
+    """peak learning rate; default: 4e-3 from nothing, 5e-5 from --init"""
     warmup: int = 20
     """steps of linear warm-up"""
     weight_decay: float = 0.1
@@ -70,9 +70,9 @@ class Config(run.Options):
 
     def resolved(self) -> "Config":
         """The defaults that depend on other flags, filled in."""
-        task = {"vocab_size": 1024, "block_size": 96, "steps": 250, "batch_size": 64}
+        task = {"vocab_size": 1024, "block_size": 96, "steps": 200, "batch_size": 64}
         file = {"vocab_size": 4096, "block_size": 256, "steps": 500, "batch_size": 16}
-        defaults = {**(file if self.data else task), "lr": 5e-5 if self.init else 3e-3}
+        defaults = {**(file if self.data else task), "lr": 5e-5 if self.init else 4e-3}
         if self.init:
             defaults["vocab_size"] = defaults["block_size"] = None  # the checkpoint's
         return replace(self, **{k: v for k, v in defaults.items() if getattr(self, k) is None})
@@ -167,8 +167,7 @@ def report(this: Run, model: GPT, tokenizer: Tokenizer, held_out, notes: Counter
     metrics = this.metrics()
     loss = metrics[-1]["held_out_loss"]
     prompts = [(prompt or "") for prompt, _ in held_out[:3]]
-    with this.stage("sft samples"):
-        answers = evaluate.respond(model, tokenizer, prompts, min(64, model.config.block_size // 2), 0, "samples")
+    answers = evaluate.respond(model, tokenizer, prompts, min(64, model.config.block_size // 2), 0, "samples")
     texts = [response_text(response, tokenizer) for _, response in answers]
     evaluate.plot(
         [evaluate.curves(metrics, {"loss": "training", "held_out_loss": "held out"}, "SFT loss, nats per token")],

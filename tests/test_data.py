@@ -351,13 +351,17 @@ def test_a_batch_counts_exactly_the_response(rows):
 
 
 @settings(deadline=None)
-@given(st.integers(0, 60), st.integers(0, 1000), st.floats(0, 0.5))
+@given(st.integers(2, 60), st.integers(0, 1000), st.floats(0, 0.5))
 def test_the_split_is_a_partition(n, seed, share):
     training, held_out = split(list(range(n)), seed, share)
     assert sorted(training + held_out) == list(range(n))
-    assert len(held_out) == min(n, max(1, round(n * share)))
-    assert training or n < 2
+    assert len(held_out) == max(1, round(n * share)) and training
     assert (training, held_out) == split(list(range(n)), seed, share)
+
+
+def test_one_row_cannot_be_split():
+    with pytest.raises(UserError, match="one usable row"):
+        split([1], 0)
 
 
 def test_the_split_depends_on_the_seed_and_shuffles():
