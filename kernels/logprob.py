@@ -37,27 +37,36 @@ from torch import Tensor
 
 from kernels.reference import IGNORE
 
+HIP = torch.version.hip is not None
 MIB = 2**20
 BLOCK_BYTES, SUM_BYTES, PART_BYTES, SPAN_BYTES = 80 * MIB, 128 * MIB, 32 * MIB, 64 * MIB
 LIMIT = BLOCK_BYTES + SUM_BYTES + PART_BYTES
-TILE = 128  # rows and columns of every product's tile
-SPAN = 1024  # vocabulary entries one forward program walks through
-GROUP = 32  # row tiles that share their columns in the cache
+ROWS = 128  # every buffer has whole tiles of rows, so that stores need no mask
 BAND = 65536  # rows in a launch, at most
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
+SPAN = 1024  # vocabulary entries one forward program walks through
+MERGE = 16  # rows a program of the small kernels takes
+GROUP = tl.constexpr(32)  # row tiles that share their columns in the cache
+LOG2E, LN2 = 1.4426950408889634, tl.constexpr(0.6931471805599453)
 LOW = tl.constexpr(-1e38)  # stands for -inf, which times 0 would be NaN
 
 
-def launch(dtype: torch.dtype) -> dict:
-    """How the products are launched: 16-bit operands in steps of 64, float32 in steps of 32 (the same bytes)."""
-    hip = torch.version.hip is not None
-    wide = dtype == torch.float32
+def launch(hidden: Tensor, weight: Tensor) -> dict:
+    """How the products are launched.
+
+    Widths that are multiples of 128, laid out as usual, take tiles of 128×128 without masks along D, in 128 registers
+    a thread, so that one tile's exponentials run beside another tile's products. Everything else takes 64×64.
+    """
+    strides = (*hidden.stride()[:2], weight.stride(0), hidden.data_ptr(), weight.data_ptr(), hidden.shape[-1] // 8)
+    even = hidden.stride(-1) == weight.stride(-1) == 1 and all(x % 16 == 0 for x in strides)
+    wide = hidden.dtype == torch.float32
     return {
-        "BLOCK_K": 32 if wide else 64,
-        "PRECISION": "ieee" if hip or not wide else "tf32x3",
-        "num_warps": 8,
-        "num_stages": 2 if hip else 3,
+        "TILE": 128 if even else 64,
+        "BLOCK_K": (32 if wide else 64) if even else 32,
+        "EVEN": even,
+        "PRECISION": "ieee" if HIP or not wide else "tf32x3",
+        "UPCAST": triton.knobs.runtime.interpret and hidden.dtype == torch.bfloat16,
+        "num_warps": 8 if even else 4,
+        "num_stages": 2 if HIP else 3,
     }
 
 
@@ -70,13 +79,13 @@ def _dot(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
 
 @triton.jit
 def _place(rows, row, count, T, stride_b, stride_t):
-    """Where in `hidden` the row-th token that counts begins; any valid place beyond them."""
-    token = tl.load(rows + row, mask=row < count, other=0)
+    """Where in `hidden` the row-th token that counts begins. Rows beyond them repeat the last, and are dropped later."""
+    token = tl.load(rows + tl.minimum(row, count - 1))
     return (token // T) * stride_b + (token % T) * stride_t
 
 
 @triton.jit
-def _grouped(row_tiles, column_tiles, GROUP: tl.constexpr):
+def _grouped(row_tiles, column_tiles):
     """Tiles in an order in which neighbours in time share rows or columns."""
     program = tl.program_id(0)
     first = program // (GROUP * column_tiles) * GROUP
@@ -88,7 +97,7 @@ def _grouped(row_tiles, column_tiles, GROUP: tl.constexpr):
 @triton.jit
 def _logits(
     hidden, place, weight, column, V, D, stride_d, stride_wv, stride_wd,
-    TILE: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    TILE: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """hidden · weightᵀ for the tokens at `place` and the vocabulary entries `column`: a float32 tile."""
     k = tl.arange(0, BLOCK_K)
@@ -97,9 +106,11 @@ def _logits(
     h = hidden + place[:, None] + k[None, :] * stride_d
     acc = tl.zeros([TILE, TILE], tl.float32)
     for start in range(0, D, BLOCK_K):
-        inside = start + k < D
-        a = tl.load(h, mask=inside[None, :], other=0.0)
-        b = tl.load(w, mask=inside[:, None], other=0.0)
+        if EVEN:
+            a, b = tl.load(h), tl.load(w)
+        else:
+            a = tl.load(h, mask=(start + k < D)[None, :], other=0.0)
+            b = tl.load(w, mask=(start + k < D)[:, None], other=0.0)
         acc = _dot(a, b, acc, PRECISION, UPCAST)
         h += BLOCK_K * stride_d
         w += BLOCK_K * stride_wd
@@ -108,30 +119,26 @@ def _logits(
 
 @triton.jit
 def _forward(
-    hidden, weight, targets, rows, count, spans, chosen, first, band, V, D, T,
-    stride_b, stride_t, stride_d, stride_wv, stride_wd, scale,
-    SPAN: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr, BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    hidden, weight, rows, count, spans, first, band, V, D, T,
+    stride_b, stride_t, stride_d, stride_wv, stride_wd, scale, SPAN: tl.constexpr,
+    TILE: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Of each row and span: the largest x, Σ 2^(x-max) and Σ 2^(x-max)·(x-max), where x = z/ln 2; and the target's x."""
-    tile, span = _grouped(tl.cdiv(band, TILE), tl.cdiv(V, SPAN), GROUP)
+    """Of each row and span, with x = z/ln 2: the largest x, Σ 2^(x-max) and Σ 2^(x-max)·(x-max)."""
+    tile, span = _grouped(tl.cdiv(band, TILE), tl.cdiv(V, SPAN))
     count = tl.load(count)
     if first + tile * TILE >= count:
         return
     local = tile * TILE + tl.arange(0, TILE)
-    row = first + local
-    place = _place(rows, row, count, T, stride_b, stride_t)
-    target = tl.load(targets + row, mask=row < count, other=-1)
+    place = _place(rows, first + local, count, T, stride_b, stride_t)
     top = tl.full([TILE], LOW, tl.float32)
     total = tl.zeros([TILE], tl.float32)
     moment = tl.zeros([TILE], tl.float32)
-    hit = tl.zeros([TILE], tl.float32)
     for start in range(span * SPAN, tl.minimum((span + 1) * SPAN, V), TILE):
         column = start + tl.arange(0, TILE)
         x = scale * _logits(
-            hidden, place, weight, column, V, D, stride_d, stride_wv, stride_wd, TILE, BLOCK_K, PRECISION, UPCAST
-        )
-        hit += tl.sum(tl.where(column[None, :] == target[:, None], x, 0.0), 1)
+            hidden, place, weight, column, V, D, stride_d, stride_wv, stride_wd,
+            TILE, BLOCK_K, EVEN, PRECISION, UPCAST,
+        )  # fmt: skip
         x = tl.where(column[None, :] < V, x, LOW)
         new = tl.maximum(top, tl.max(x, 1))
         x -= new[:, None]
@@ -141,148 +148,177 @@ def _forward(
         total = keep * total + tl.sum(p, 1)
         top = new
     at = spans + span * 3 * band + local
-    tl.store(at, top, mask=row < count)
-    tl.store(at + band, total, mask=row < count)
-    tl.store(at + 2 * band, moment, mask=row < count)
-    tl.store(chosen + local, hit, mask=(row < count) & (target // SPAN == span))
+    tl.store(at, top)
+    tl.store(at + band, total)
+    tl.store(at + 2 * band, moment)
 
 
 @triton.jit
-def _merge(spans, chosen, rows, count, logprobs, entropy, lse, first, band, number, TILE: tl.constexpr):
-    """The spans of each row in their order -> log-prob, entropy (nats) and log-sum-exp (in bits, for the backward)."""
+def _merge(
+    hidden, weight, targets, rows, count, spans, logprobs, entropy, lse, first, band, number, D, T,
+    stride_b, stride_t, stride_d, stride_wv, stride_wd, scale, MERGE: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The spans of each row in their order, and the target's x -> log-prob and entropy in nats, log-sum-exp in bits."""
     count = tl.load(count)
-    local = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    inside = (local < band) & (first + local < count)
-    top = tl.full([TILE], LOW, tl.float32)
-    total = tl.zeros([TILE], tl.float32)
-    moment = tl.zeros([TILE], tl.float32)
+    local = tl.program_id(0) * MERGE + tl.arange(0, MERGE)
+    if first + tl.program_id(0) * MERGE >= count:
+        return
+    top = tl.full([MERGE], LOW, tl.float32)
+    total = tl.zeros([MERGE], tl.float32)
+    moment = tl.zeros([MERGE], tl.float32)
     for span in range(number):
         at = spans + span * 3 * band + local
-        other = tl.load(at, mask=inside, other=0.0)
+        other, other_total, other_moment = tl.load(at), tl.load(at + band), tl.load(at + 2 * band)
         new = tl.maximum(top, other)
         keep, more = tl.exp2(top - new), tl.exp2(other - new)
-        other_total = tl.load(at + band, mask=inside, other=1.0)
-        other_moment = tl.load(at + 2 * band, mask=inside, other=0.0)
         moment = keep * (moment + total * (top - new)) + more * (other_moment + other_total * (other - new))
         total = keep * total + more * other_total
         top = new
-    token = tl.load(rows + first + local, mask=inside, other=0)
+    k = tl.arange(0, BLOCK_D)
+    h = hidden + _place(rows, first + local, count, T, stride_b, stride_t)[:, None] + k[None, :] * stride_d
+    target = tl.load(targets + tl.minimum(first + local, count - 1))
+    w = weight + target[:, None] * stride_wv + k[None, :] * stride_wd
+    x = tl.zeros([MERGE], tl.float32)
+    for start in range(0, D, BLOCK_D):
+        inside = (start + k < D)[None, :]
+        a = tl.load(h + start * stride_d, mask=inside, other=0.0).to(tl.float32)
+        x += tl.sum(a * tl.load(w + start * stride_wd, mask=inside, other=0.0).to(tl.float32), 1)
+    token = tl.load(rows + tl.minimum(first + local, count - 1))
+    inside = first + local < count
     bits = tl.log2(total)
-    # differences first, so that large logits cost no digits
-    tl.store(logprobs + token, (tl.load(chosen + local, mask=inside, other=0.0) - top - bits) * LN2, mask=inside)
+    # differences first, so that large logits cost no digits; the target's x was summed in another order than the
+    # spans', and where p is almost 1 its rounding must not make a log-prob positive
+    tl.store(logprobs + token, tl.minimum((x * scale - top - bits) * LN2, 0.0), mask=inside)
     tl.store(entropy + token, (bits - moment / total) * LN2, mask=inside)
     tl.store(lse + token, top + bits, mask=inside)
 
 
 @triton.jit
 def _slopes(
-    hidden, weight, targets, rows, count, lse, entropy, grad, grad_entropy, unit, out, first, band, begin,
-    width, stride_s, V, D, T,
-    stride_b, stride_t, stride_d, stride_wv, stride_wd, scale,
-    GROUP: tl.constexpr, TILE: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    hidden, weight, rows, count, lse, entropy, grad, grad_entropy, unit, out, first, band, begin, columns, width,
+    V, D, T, stride_b, stride_t, stride_d, stride_wv, stride_wd, scale,
+    TILE: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """∂/∂z · unit for a band of rows and `width` columns from `begin` on, in the dtype of `hidden`."""
-    tile, column = _grouped(tl.cdiv(band, TILE), tl.cdiv(width, TILE), GROUP)
+    """∂/∂z · unit, all but the 1[v=t] term, for a band of rows and `columns` entries from `begin` on; 0 around them."""
+    tile, column = _grouped(tl.cdiv(band, TILE), tl.cdiv(columns, TILE))
     count = tl.load(count)
     if first + tile * TILE >= count:
         return
     local = tile * TILE + tl.arange(0, TILE)
-    row = first + local
-    place = _place(rows, row, count, T, stride_b, stride_t)
+    place = _place(rows, first + local, count, T, stride_b, stride_t)
     offset = column * TILE + tl.arange(0, TILE)
-    column = begin + offset
     x = scale * _logits(
-        hidden, place, weight, column, V, D, stride_d, stride_wv, stride_wd, TILE, BLOCK_K, PRECISION, UPCAST
-    )
-    token = tl.load(rows + row, mask=row < count, other=0)
-    target = tl.load(targets + row, mask=row < count, other=-1)
-    unit = tl.load(unit)
-    g = unit * tl.load(grad + token)
-    e = unit * tl.load(grad_entropy + token)
+        hidden, place, weight, begin + offset, V, D, stride_d, stride_wv, stride_wd,
+        TILE, BLOCK_K, EVEN, PRECISION, UPCAST,
+    )  # fmt: skip
+    token = tl.load(rows + tl.minimum(first + local, count - 1))
     x -= tl.load(lse + token)[:, None]  # log2 p
-    slope = (g + e * tl.load(entropy + token))[:, None] + (e * LN2)[:, None] * x
-    d = tl.where(column[None, :] == target[:, None], g[:, None], 0.0) - tl.exp2(x) * slope
-    inside = (row < count)[:, None] & (offset < width)[None, :]
-    tl.store(out + local.to(tl.int64)[:, None] * stride_s + offset[None, :], d.to(out.dtype.element_ty), mask=inside)
+    e = tl.load(unit) * tl.load(grad_entropy + token)
+    slope = tl.load(unit) * tl.load(grad + token) + e * tl.load(entropy + token)
+    x = -tl.exp2(x) * (slope[:, None] + (e * LN2)[:, None] * x)
+    x = tl.where((first + local < count)[:, None] & (offset < columns)[None, :], x, 0.0)
+    tl.store(out + local.to(tl.int64)[:, None] * width + offset[None, :], x.to(out.dtype.element_ty))
+
+
+@triton.jit
+def _target_slopes(
+    targets, rows, count, logprobs, entropy, grad, grad_entropy, unit, out, first, begin, columns, width,
+    MERGE: tl.constexpr,
+):  # fmt: skip
+    """∂/∂z · unit of the targets among these columns, whole, in the places where `_slopes` left out a term."""
+    local = tl.program_id(0) * MERGE + tl.arange(0, MERGE)
+    inside = first + local < tl.load(count)
+    token = tl.load(rows + first + local, mask=inside, other=0)
+    offset = tl.load(targets + first + local, mask=inside, other=-1) - begin
+    logp = tl.load(logprobs + token)
+    g, e = tl.load(grad + token), tl.load(grad_entropy + token)
+    slope = tl.load(unit) * (g - tl.exp(logp) * (g + e * (logp + tl.load(entropy + token))))
+    inside = inside & (offset >= 0) & (offset < columns)
+    tl.store(out + local.to(tl.int64) * width + offset, slope.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _hidden_gradient(
-    slopes, weight, rows, count, factor, sums, out, first, band, begin, width, stride_s, D, stride_wv, stride_wd,
-    fresh, last,
-    GROUP: tl.constexpr, TILE: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    slopes, weight, count, sums, first, band, begin, columns, width, V, D, stride_wv, stride_wd, fresh,
+    TILE: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """sums += slopes · weight over these columns; after the last of them, the sums go to their tokens in `out`."""
-    tile, column = _grouped(tl.cdiv(band, TILE), tl.cdiv(D, TILE), GROUP)
-    count = tl.load(count)
-    if first + tile * TILE >= count:
+    """sums (+)= slopes · weight over these columns."""
+    tile, column = _grouped(tl.cdiv(band, TILE), tl.cdiv(D, TILE))
+    if first + tile * TILE >= tl.load(count):
         return
-    local = tile * TILE + tl.arange(0, TILE)
+    local = (tile * TILE + tl.arange(0, TILE)).to(tl.int64)
     column = column * TILE + tl.arange(0, TILE)
-    inside = (first + local < count)[:, None] & (column < D)[None, :]
     k = tl.arange(0, BLOCK_K)
-    s = slopes + tl.minimum(local, band - 1).to(tl.int64)[:, None] * stride_s + k[None, :]
-    w = weight + (begin + k).to(tl.int64)[:, None] * stride_wv + column.to(tl.int64)[None, :] * stride_wd
-    acc = tl.zeros([TILE, TILE], tl.float32)
-    for start in range(0, width, BLOCK_K):
-        here = start + k < width
-        a = tl.load(s, mask=here[None, :], other=0.0)
-        b = tl.load(w, mask=here[:, None] & (column < D)[None, :], other=0.0)
-        acc = _dot(a, b, acc, PRECISION, UPCAST)
+    s = slopes + local[:, None] * width + k[None, :]
+    at = sums + local[:, None] * D + column[None, :]
+    inside = (column < D)[None, :]
+    acc = tl.load(at, mask=inside & ~fresh, other=0.0)
+    for start in range(0, columns, BLOCK_K):
+        # the slopes of entries beyond the last are 0
+        entry = tl.minimum(begin + start + k, V - 1).to(tl.int64)
+        w = weight + entry[:, None] * stride_wv + column[None, :] * stride_wd
+        if EVEN:
+            b = tl.load(w)
+        else:
+            b = tl.load(w, mask=(column < D)[None, :], other=0.0)
+        acc = _dot(tl.load(s), b, acc, PRECISION, UPCAST)
         s += BLOCK_K
-        w += BLOCK_K * stride_wv
-    at = sums + local.to(tl.int64)[:, None] * D + column[None, :]
-    acc += tl.load(at, mask=inside & ~fresh, other=0.0)
-    tl.store(at, acc, mask=inside & ~last)
-    token = tl.load(rows + first + local, mask=first + local < count, other=0)
-    acc = (acc * tl.load(factor)).to(out.dtype.element_ty)
-    tl.store(out + token[:, None] * D + column[None, :], acc, mask=inside & last)
+    tl.store(at, acc, mask=inside)
+
+
+@triton.jit
+def _scatter(sums, rows, count, factor, out, first, D, BLOCK_D: tl.constexpr):
+    """The float32 sums of a row, times `factor`, to its token."""
+    local = tl.program_id(0).to(tl.int64)
+    if first + local >= tl.load(count):
+        return
+    token = tl.load(rows + first + local)
+    for start in range(0, D, BLOCK_D):
+        k = start + tl.arange(0, BLOCK_D)
+        x = tl.load(sums + local * D + k, mask=k < D, other=0.0) * tl.load(factor)
+        tl.store(out + token * D + k, x.to(out.dtype.element_ty), mask=k < D)
 
 
 @triton.jit
 def _weight_gradient(
-    slopes, hidden, rows, count, factor, out, first, band, width, stride_s, D, T, stride_b, stride_t, stride_d, fresh,
-    GROUP: tl.constexpr, TILE: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    slopes, hidden, rows, count, factor, out, first, band, columns, width, D, T, stride_b, stride_t, stride_d, fresh,
+    TILE: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """out[part] (+)= slopesᵀ · hidden over this part of the band's rows: `width` vocabulary entries by D."""
-    tile, column = _grouped(tl.cdiv(width, TILE), tl.cdiv(D, TILE), GROUP)
+    """out[part] = factor · (out[part], unless fresh, + slopesᵀ · hidden) over this part of the band's rows: `columns` entries by D."""
+    tile, column = _grouped(tl.cdiv(columns, TILE), tl.cdiv(D, TILE))
     part, parts = tl.program_id(1), tl.num_programs(1)
-    entry = tile * TILE + tl.arange(0, TILE)
+    entry = (tile * TILE + tl.arange(0, TILE)).to(tl.int64)
     column = column * TILE + tl.arange(0, TILE)
-    count = tl.minimum(tl.maximum(tl.load(count) - first, 0), band)
-    length = tl.cdiv(tl.cdiv(count, parts), BLOCK_K) * BLOCK_K
-    end = tl.minimum((part + 1) * length, count)
-    acc = tl.zeros([TILE, TILE], tl.float32)
-    for start in range(part * length, end, BLOCK_K):
-        local = start + tl.arange(0, BLOCK_K)
-        place = _place(rows, first + local, first + end, T, stride_b, stride_t)
-        s = slopes + local.to(tl.int64)[None, :] * stride_s + entry[:, None]
-        a = tl.load(s, mask=(entry < width)[:, None] & (local < end)[None, :], other=0.0)
-        h = hidden + place[:, None] + column.to(tl.int64)[None, :] * stride_d
-        b = tl.load(h, mask=(local < end)[:, None] & (column < D)[None, :], other=0.0)
+    count = tl.load(count)
+    here = tl.minimum(tl.maximum(count - first, 0), band)
+    length = tl.cdiv(tl.cdiv(here, parts), BLOCK_K) * BLOCK_K
+    inside = (entry < columns)[:, None] & (column < D)[None, :]
+    at = out + (part * columns + entry)[:, None] * D + column[None, :]
+    acc = tl.load(at, mask=inside & ~fresh, other=0.0).to(tl.float32)
+    for start in range(part * length, tl.minimum((part + 1) * length, here), BLOCK_K):
+        # the slopes of rows beyond the last are 0
+        local = (start + tl.arange(0, BLOCK_K)).to(tl.int64)
+        a = tl.load(slopes + local[None, :] * width + entry[:, None])
+        h = hidden + _place(rows, first + local, count, T, stride_b, stride_t)[:, None] + column[None, :] * stride_d
+        if EVEN:
+            b = tl.load(h)
+        else:
+            b = tl.load(h, mask=(column < D)[None, :], other=0.0)
         acc = _dot(a, b, acc, PRECISION, UPCAST)
-    inside = (entry < width)[:, None] & (column < D)[None, :]
-    at = out + part.to(tl.int64) * width * D + entry.to(tl.int64)[:, None] * D + column[None, :]
-    acc = acc * tl.load(factor) + tl.load(at, mask=inside & ~fresh, other=0.0).to(tl.float32)
+    acc *= tl.load(factor)
     tl.store(at, acc.to(out.dtype.element_ty), mask=inside)
 
 
 def _order(targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The tokens that count, in their order, then the rest; the targets in that order; how many count (on the device)."""
-    counts = targets.flatten() != IGNORE
-    rows = counts.logical_not().byte().argsort(stable=True)
-    return rows, targets.flatten()[rows], counts.sum()
+    flat = targets.flatten()
+    rows = (flat == IGNORE).byte().argsort(stable=True)
+    return rows, flat[rows], (flat != IGNORE).sum()
 
 
-def _tiles(budget: int, each: int) -> int:
-    """How many rows (or columns) of `each` bytes fit: whole tiles, so that none lies in two bands; one at the least."""
-    return max(1, budget // (each * TILE)) * TILE
-
-
-def _arguments(hidden: Tensor, weight: Tensor) -> tuple[tuple, dict]:
-    """Strides and launch options that the kernels share."""
-    upcast = triton.knobs.runtime.interpret and hidden.dtype == torch.bfloat16
-    return (*hidden.stride(), *weight.stride()), launch(hidden.dtype) | {"TILE": TILE, "UPCAST": upcast}
+def _fit(budget: int, each: int) -> int:
+    """How many rows (or columns) of `each` bytes fit, in whole tiles; one tile at the least."""
+    return max(1, budget // (each * ROWS)) * ROWS
 
 
 @torch.library.custom_op("kernels::token_logprobs", mutates_args=())
@@ -290,112 +326,115 @@ def token_logprobs(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """hidden [B, T, D], weight [V, D], targets [B, T] -> log-probs, entropy (nats), log-sum-exp (bits), [B, T] float32."""
-    (b, t, d), v = hidden.shape, len(weight)
+    (b, t, d), v, n = hidden.shape, len(weight), targets.numel()
     out = tuple(torch.zeros(b, t, dtype=torch.float32, device=hidden.device) for _ in range(3))
-    if targets.numel() == 0:
+    if n == 0:
         return out
     valid = (targets == IGNORE) | ((targets >= 0) & (targets < v))
     torch._assert_async(valid.all(), "kernels: a target is not in [0, V) and not -100")
     rows, ordered, count = _order(targets)
-    strides, options = _arguments(hidden, weight)
+    shape = *hidden.stride(), *weight.stride(), LOG2E / temperature
+    options = launch(hidden, weight)
     number = triton.cdiv(v, SPAN)
-    band = min(b * t, _tiles(SPAN_BYTES, 12 * number), BAND)
+    band = min(triton.cdiv(n, ROWS) * ROWS, _fit(SPAN_BYTES, 12 * number), BAND)
     spans = hidden.new_empty(3 * number * band, dtype=torch.float32)
-    chosen = hidden.new_empty(band, dtype=torch.float32)
-    for first in range(0, b * t, band):
-        _forward[(triton.cdiv(band, TILE) * number,)](
-            hidden, weight, ordered, rows, count, spans, chosen, first, band, v, d, t, *strides,
-            LOG2E.value / temperature, SPAN=SPAN, GROUP=GROUP, **options,
-        )  # fmt: skip
-        _merge[(triton.cdiv(band, TILE),)](spans, chosen, rows, count, *out, first, band, number, TILE=TILE)
+    for first in range(0, n, band):
+        _forward[(band // options["TILE"] * number,)](
+            hidden, weight, rows, count, spans, first, band, v, d, t, *shape, SPAN=SPAN, **options
+        )
+        _merge[(band // MERGE,)](
+            hidden, weight, ordered, rows, count, spans, *out, first, band, number, d, t, *shape, MERGE=MERGE, BLOCK_D=128
+        )
     return out
 
 
 @token_logprobs.register_fake
 def _(hidden, weight, targets, temperature):
-    return tuple(targets.new_empty(targets.shape, dtype=torch.float32) for _ in range(3))
+    return tuple(torch.empty(targets.shape, dtype=torch.float32, device=hidden.device) for _ in range(3))
 
 
 @torch.library.custom_op("kernels::token_logprobs_backward", mutates_args=())
 def token_logprobs_backward(
-    grad: Tensor, grad_entropy: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, entropy: Tensor, lse: Tensor,
-    temperature: float,
+    grad: Tensor, grad_entropy: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor,
+    logprobs: Tensor, entropy: Tensor, lse: Tensor, temperature: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients for `hidden` and `weight` in their dtype."""
     (b, t, d), v, n = hidden.shape, len(weight), targets.numel()
     out_hidden = torch.zeros(b, t, d, dtype=hidden.dtype, device=hidden.device)
+    out_weight = torch.zeros(v, d, dtype=weight.dtype, device=weight.device)
     if n == 0:
-        return out_hidden, torch.zeros(v, d, dtype=weight.dtype, device=weight.device)
-    out_weight = torch.empty(v, d, dtype=weight.dtype, device=weight.device)
-    grad, grad_entropy = grad.contiguous(), grad_entropy.contiguous()
+        return out_hidden, out_weight
+    grads = grad.contiguous(), grad_entropy.contiguous()
     rows, ordered, count = _order(targets)
-    strides, options = _arguments(hidden, weight)
-    options["GROUP"] = GROUP
+    strides, options = (*hidden.stride(), *weight.stride()), launch(hidden, weight)
     # float16 has few exponents: a power of two brings the largest slope near 2^13 (|p (log p + H)| < 22 for V < 2^31)
     size = grad.abs().amax() + 22 * grad_entropy.abs().amax()
     unit = torch.where(size > 0, torch.exp2(13 - size.log2().ceil()), 1.0)
-    factor = 1 / (unit * temperature)
+    factor, one = 1 / (unit * temperature), torch.ones_like(unit)
 
-    band = min(n, _tiles(SUM_BYTES, 4 * d), BAND)
-    width = _tiles(BLOCK_BYTES, hidden.element_size() * band)
-    one_visit = band == n
-    if not one_visit:
-        width = min(width, _tiles(SUM_BYTES, 4 * d))
-    width = min(width, triton.cdiv(v, TILE) * TILE)  # a multiple of TILE, so that rows of the block stay aligned
-    tiles = triton.cdiv(width, TILE) * triton.cdiv(d, TILE)
+    band = min(triton.cdiv(n, ROWS) * ROWS, _fit(SUM_BYTES, 4 * d), BAND)
+    together = band >= n  # the sums of all rows fit: one visit to a block serves both gradients
+    width = min(triton.cdiv(v, ROWS) * ROWS, _fit(BLOCK_BYTES, hidden.element_size() * band))
+    if not together:
+        width = min(width, _fit(SUM_BYTES, 4 * d))
+    tile = options["TILE"]
     # enough programs to fill a large GPU even where the block is narrow and its sums over rows are long
-    parts = max(1, min(512 // tiles, n // 2048, PART_BYTES // (4 * width * d))) if one_visit else 1
+    tiles = triton.cdiv(width, tile) * triton.cdiv(d, tile)
+    parts = max(1, min(512 // tiles, n // 2048, PART_BYTES // (4 * width * d))) if together else 1
     slopes = hidden.new_empty(band * width)
-    sums = hidden.new_empty((band if one_visit else max(band, width)) * d, dtype=torch.float32)
-    partial = hidden.new_empty(parts * width * d if parts > 1 else 0, dtype=torch.float32)
+    sums = hidden.new_empty((band if together else max(band, width)) * d, dtype=torch.float32)
+    partial = hidden.new_empty(parts * width * d, dtype=torch.float32) if parts > 1 else sums
 
-    def fill(first: int, begin: int) -> int:
-        columns = min(width, v - begin)
-        _slopes[(triton.cdiv(band, TILE) * triton.cdiv(columns, TILE),)](
-            hidden, weight, ordered, rows, count, lse, entropy, grad, grad_entropy, unit, slopes, first, band, begin,
-            columns, width, v, d, t, *strides, LOG2E.value / temperature, **options,
+    def fill(first: int, begin: int, columns: int) -> None:
+        _slopes[(band // tile * triton.cdiv(columns, tile),)](
+            hidden, weight, rows, count, lse, entropy, *grads, unit, slopes, first, band, begin, columns, width,
+            v, d, t, *strides, LOG2E / temperature, **options,
         )  # fmt: skip
-        return columns
+        _target_slopes[(band // MERGE,)](
+            ordered, rows, count, logprobs, entropy, *grads, unit, slopes, first, begin, columns, width, MERGE=MERGE
+        )
 
     def add_hidden(first: int, begin: int, columns: int) -> None:
-        _hidden_gradient[(triton.cdiv(band, TILE) * triton.cdiv(d, TILE),)](
-            slopes, weight, rows, count, factor, sums, out_hidden, first, band, begin, columns, width, d,
-            *strides[3:],
-            begin == 0, begin + columns == v, **options,
-        )  # fmt: skip
+        _hidden_gradient[(band // tile * triton.cdiv(d, tile),)](
+            slopes, weight, count, sums, first, band, begin, columns, width, v, d, *strides[3:], begin == 0, **options
+        )
+        if begin + columns == v:
+            _scatter[(band,)](sums, rows, count, factor, out_hidden, first, d, BLOCK_D=1024)
 
     def add_weight(first: int, begin: int, columns: int) -> None:
-        into = out_weight[begin:] if one_visit and parts == 1 else partial if one_visit else sums
-        _weight_gradient[(triton.cdiv(columns, TILE) * triton.cdiv(d, TILE), parts)](
-            slopes, hidden, rows, count, factor, into, first, band, columns, width, d, t, *strides[:3],
-            first == 0, **options,
+        here = out_weight[begin : begin + columns]
+        direct = together and parts == 1
+        _weight_gradient[(triton.cdiv(columns, tile) * triton.cdiv(d, tile), parts)](
+            slopes, hidden, rows, count, factor if direct else one, here if direct else partial, first, band, columns,
+            width, d, t, *strides[:3], first == 0, **options,
         )  # fmt: skip
-        if into is not sums and parts > 1:
-            out_weight[begin : begin + columns] = partial[: parts * columns * d].view(parts, columns, d).sum(0)
-        elif into is sums and first + band >= n:
-            out_weight[begin : begin + columns] = sums[: columns * d].view(columns, d)
+        if not direct and first + band >= n:
+            here.copy_(partial[: parts * columns * d].view(parts, columns, d).sum(0) * factor)
 
-    for first in range(0, n, band):
-        for begin in range(0, v, width):
-            columns = fill(first, begin)
-            add_hidden(first, begin, columns)
-            if one_visit:
-                add_weight(first, begin, columns)
-    if not one_visit:
-        for begin in range(0, v, width):
-            for first in range(0, n, band):
-                add_weight(first, begin, fill(first, begin))
+    bands = range(0, n, band)
+    blocks = [(begin, min(width, v - begin)) for begin in range(0, v, width)]
+    for first in bands:
+        for block in blocks:
+            fill(first, *block)
+            add_hidden(first, *block)
+            if together:
+                add_weight(first, *block)
+    if not together:
+        for block in blocks:
+            for first in bands:
+                fill(first, *block)
+                add_weight(first, *block)
     return out_hidden, out_weight
 
 
 @token_logprobs_backward.register_fake
-def _(grad, grad_entropy, hidden, weight, targets, entropy, lse, temperature):
+def _(grad, grad_entropy, hidden, weight, targets, logprobs, entropy, lse, temperature):
     return hidden.new_empty(hidden.shape), weight.new_empty(weight.shape)
 
 
 def _setup(ctx, inputs, output):
-    hidden, weight, targets, ctx.temperature = inputs
-    ctx.save_for_backward(hidden, weight, targets, *output[1:])
+    *tensors, ctx.temperature = inputs
+    ctx.save_for_backward(*tensors, *output)
 
 
 def _first(ctx, grad, grad_entropy, _):
