@@ -56,12 +56,14 @@ def use(backend: str) -> Iterator[None]:
 
 
 def _with_triton(x: Tensor) -> bool:
-    """Whether a call on tensors like x goes to its Triton kernel; RuntimeError where that was asked for and cannot be."""
+    """Whether a call on tensors like x goes to Triton; RuntimeError where that was asked for and cannot be."""
     if _backend == "triton" and not (x.is_cuda or INTERPRETED):
         raise RuntimeError(f"kernels: asked for Triton, which cannot take a tensor on {x.device}")
     if _backend == "triton" and x.dtype == torch.float64:
-        raise RuntimeError("kernels: asked for Triton, whose kernels are for float32, float16 and bfloat16, not float64")
-    return _backend == "triton" or (_backend == "auto" and triton is not None and x.is_cuda and x.dtype != torch.float64)
+        raise RuntimeError("kernels: asked for Triton, which has no float64 kernels; use 'torch'")
+    return _backend == "triton" or (
+        _backend == "auto" and triton is not None and x.is_cuda and x.dtype != torch.float64
+    )
 
 
 def token_logprobs(

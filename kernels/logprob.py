@@ -1,34 +1,35 @@
-"""log π(target) and the entropy of each token, from hidden states and the unembedding, without an N×V tensor of logits.
+"""log π(target) and the entropy of each token, from hidden states and the unembedding, without an N×V tensor.
 
-With z = h·Wᵀ/τ over the vocabulary, p = softmax(z) and the upstream gradients g (of the log-prob) and e (of the entropy):
+With z = h·Wᵀ/τ over the vocabulary, p = softmax(z), and g and e the gradients from above of log-prob and entropy:
 
-    log π(t) = z_t - lse(z)          H = -Σ p log p          ∂/∂z_v = g·(1[v=t] - p_v) - e·p_v·(log p_v + H)
+    log π(t) = z_t - lse(z)        H = -Σ p log p        ∂/∂z_v = g·(1[v=t] - p_v) - e·p_v·(log p_v + H)
 
 Forward: one kernel multiplies tiles of h and W and keeps, of each span of the vocabulary, a running maximum, Σ e^z and
 Σ e^z·z (online softmax: Milakov and Gimelshein 2018); a second merges the spans in a fixed order. Backward: the logits
-are recomputed block by block and turned into ∂/∂z, which two more products turn into the gradients. Every sum runs in
-float32 until its end, and nothing is added atomically: the same bits every run.
+are recomputed block by block and turned into slopes ∂/∂z, which two more products turn into the gradients. Every sum
+runs in float32 to its end, and nothing is added atomically: the same bits every run.
 
-Tokens with target -100 are dropped first: `_order` lists the others, and a program that starts beyond their number, which
-only the GPU knows, returns at once. Nothing waits for the GPU and nothing is copied.
+Tokens with target -100 are dropped before any arithmetic: `_order` lists the others, and a program that starts beyond
+their number, which only the GPU knows, returns at once. Nothing waits for the GPU and no input is copied.
 
-Why no logits forward and 16-bit ∂/∂z backward (16-bit inputs; per token and vocabulary entry; F = 2D operations)?
+Why are logits never written, and slopes written in 16 bits? Counted for 16-bit inputs, forward and backward, per token
+and vocabulary entry, with F = 2D operations for a product (V changes none of it; N tokens, `width` = 80 MiB / 2N):
 
-                                         operations          bytes of logits            D = 768        D = 1024
-    matmul into float32, row kernels     F + 3F = 4F         8 + 14                     6144 ops       8192 ops   22 bytes
-    this file, N·D ≤ 2²⁵                 F + 3F = 4F         0 + 6 + sums 8·D/width     6144 ops       8192 ops   6…10 bytes
-    this file, larger                    F + 4F = 5F         0 + 8 + sums               7680 ops      10240 ops   8…10 bytes
-    no ∂/∂z at all                       F + 4F = 5F         0                          a D-wide float32 sum per row: at
-                                                                                        128 rows 384 KiB, an SM has 256
-    ∂/∂z in registers, sums in memory    F + 3F = 4F         16·D·(1/128)               96…128 bytes, and unordered atomics
+                                                    D = 768                   D = 1024
+    products into float32, kernels over rows        4F = 6144, 22 bytes       4F = 8192, 22 bytes
+    this file while N·D <= 2²⁵                      4F = 6144, 6 + 8D/width   4F = 8192, 6 + 8D/width
+    this file beyond (a second visit)               5F = 7680, 8 + 8D/width   5F = 10240, 8 + 8D/width
+    slopes never written, products in registers     5F, but a tile of 128 rows then needs 512·D bytes: 384 KiB, of 256
+    slopes never written, sums added in memory      4F, 8D·(1/128 + 1/128) = 96 and 128 bytes, in no fixed order
 
-An H100's ratio of 16-bit operations to bytes is about 300, so 22 bytes cost what 6600 operations do: as much as all of
-the products at D = 768. V changes none of this. `width` is the columns of a block of ∂/∂z, 80 MiB / (2N).
+8D/width is the float32 sums of the gradient of h, read and written once a block: 0.6 bytes at N = 4096, D = 768 and 6.4
+at N = 32768, D = 1024. Where 300 operations cost what a byte does (an H100's data sheet), 22 bytes are 6600 operations.
 
-Memory beyond inputs, outputs and some words a token (order, log-sum-exp): at most `LIMIT` = 240 MiB whatever N and V: a
-block of ∂/∂z (80 MiB), float32 sums (128 MiB), partial products (32 MiB); forward 64 MiB. A band of rows whose D-wide
-float32 sums exceed 128 MiB is split, and then no block can serve both gradients: they are computed in two visits.
+Memory beyond inputs, outputs and some words a token (their order, log-sum-exp, entropy) is at most LIMIT = 256 MiB
+whatever N and V are: see `plan`. That is why there is a second visit: N rows of float32 sums may not fit.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -37,10 +38,9 @@ from torch import Tensor
 
 from kernels.reference import IGNORE
 
-HIP = torch.version.hip is not None
 MIB = 2**20
-BLOCK_BYTES, SUM_BYTES, PART_BYTES, SPAN_BYTES = 80 * MIB, 128 * MIB, 32 * MIB, 64 * MIB
-LIMIT = BLOCK_BYTES + SUM_BYTES + PART_BYTES
+BLOCK_BYTES, SUM_BYTES, PART_BYTES, SPAN_BYTES = 80 * MIB, 128 * MIB, 24 * MIB, 64 * MIB
+LIMIT = BLOCK_BYTES + SUM_BYTES + 2 * PART_BYTES  # twice: the parts, and at most as much again while they are added
 ROWS = 128  # every buffer has whole tiles of rows, so that stores need no mask
 BAND = 65536  # rows in a launch, at most
 SPAN = 1024  # vocabulary entries one forward program walks through
@@ -50,23 +50,30 @@ LOG2E, LN2 = 1.4426950408889634, tl.constexpr(0.6931471805599453)
 LOW = tl.constexpr(-1e38)  # stands for -inf, which times 0 would be NaN
 
 
-def launch(hidden: Tensor, weight: Tensor) -> dict:
-    """How the products are launched.
+def generation(device: torch.device) -> int:
+    """The major compute capability of an NVIDIA GPU; 0 for AMD and for the interpreter."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" and not torch.version.hip else 0
 
-    Widths that are multiples of 128, laid out as usual, take tiles of 128×128 without masks along D, in 128 registers
-    a thread, so that one tile's exponentials run beside another tile's products. Everything else takes 64×64.
+
+def launch(hidden: Tensor, weight: Tensor) -> dict:
+    """How the products are launched: the tile, its step along D, whether D needs masks, and Triton's options.
+
+    Widths that are multiples of 128, laid out as usual, take tiles of 128×128 without masks. Others take 64×64, and so
+    does float32 on generations whose registers do not hold the larger tile beside the three parts of a float32 product.
     """
-    strides = (*hidden.stride()[:2], weight.stride(0), hidden.data_ptr(), weight.data_ptr(), hidden.shape[-1] // 8)
-    even = hidden.stride(-1) == weight.stride(-1) == 1 and all(x % 16 == 0 for x in strides)
+    of = generation(hidden.device)
     wide = hidden.dtype == torch.float32
+    steps = *hidden.stride()[:2], weight.stride(0), hidden.data_ptr(), weight.data_ptr(), hidden.shape[-1] // 8
+    even = hidden.stride(-1) == weight.stride(-1) == 1 and all(x % 16 == 0 for x in steps)
+    large = even and not (wide and of not in (9, 10))
     return {
-        "TILE": 128 if even else 64,
-        "BLOCK_K": (32 if wide else 64) if even else 32,
+        "TILE": 128 if large else 64,
+        "BLOCK_K": 64 if even and not wide else 32,
         "EVEN": even,
-        "PRECISION": "ieee" if HIP or not wide else "tf32x3",
+        "PRECISION": "tf32x3" if wide and of else "ieee",
         "UPCAST": triton.knobs.runtime.interpret and hidden.dtype == torch.bfloat16,
-        "num_warps": 8 if even else 4,
-        "num_stages": 2 if HIP else 3,
+        "num_warps": 8 if large or wide else 4,
+        "num_stages": 3 if of else 2,
     }
 
 
@@ -79,7 +86,7 @@ def _dot(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
 
 @triton.jit
 def _place(rows, row, count, T, stride_b, stride_t):
-    """Where in `hidden` the row-th token that counts begins. Rows beyond them repeat the last, and are dropped later."""
+    """Where in `hidden` the row-th token that counts begins. Rows beyond repeat the last, and are dropped later."""
     token = tl.load(rows + tl.minimum(row, count - 1))
     return (token // T) * stride_b + (token % T) * stride_t
 
@@ -100,7 +107,7 @@ def _logits(
     TILE: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """hidden · weightᵀ for the tokens at `place` and the vocabulary entries `column`: a float32 tile."""
-    k = tl.arange(0, BLOCK_K)
+    k = tl.arange(0, BLOCK_K).to(tl.int64)
     # a column beyond V repeats the last one; the caller masks it
     w = weight + tl.minimum(column, V - 1).to(tl.int64)[None, :] * stride_wv + k[:, None] * stride_wd
     h = hidden + place[:, None] + k[None, :] * stride_d
@@ -112,8 +119,8 @@ def _logits(
             a = tl.load(h, mask=(start + k < D)[None, :], other=0.0)
             b = tl.load(w, mask=(start + k < D)[:, None], other=0.0)
         acc = _dot(a, b, acc, PRECISION, UPCAST)
-        h += BLOCK_K * stride_d
-        w += BLOCK_K * stride_wd
+        h += tl.cast(BLOCK_K, tl.int64) * stride_d
+        w += tl.cast(BLOCK_K, tl.int64) * stride_wd
     return acc
 
 
@@ -174,15 +181,16 @@ def _merge(
         moment = keep * (moment + total * (top - new)) + more * (other_moment + other_total * (other - new))
         total = keep * total + more * other_total
         top = new
-    k = tl.arange(0, BLOCK_D)
+    k = tl.arange(0, BLOCK_D).to(tl.int64)
     h = hidden + _place(rows, first + local, count, T, stride_b, stride_t)[:, None] + k[None, :] * stride_d
     target = tl.load(targets + tl.minimum(first + local, count - 1))
     w = weight + target[:, None] * stride_wv + k[None, :] * stride_wd
     x = tl.zeros([MERGE], tl.float32)
     for start in range(0, D, BLOCK_D):
         inside = (start + k < D)[None, :]
-        a = tl.load(h + start * stride_d, mask=inside, other=0.0).to(tl.float32)
-        x += tl.sum(a * tl.load(w + start * stride_wd, mask=inside, other=0.0).to(tl.float32), 1)
+        x += tl.sum(tl.load(h, mask=inside, other=0.0).to(tl.float32) * tl.load(w, mask=inside, other=0.0), 1)
+        h += tl.cast(BLOCK_D, tl.int64) * stride_d
+        w += tl.cast(BLOCK_D, tl.int64) * stride_wd
     token = tl.load(rows + tl.minimum(first + local, count - 1))
     inside = first + local < count
     bits = tl.log2(total)
@@ -247,7 +255,7 @@ def _hidden_gradient(
     if first + tile * TILE >= tl.load(count):
         return
     local = (tile * TILE + tl.arange(0, TILE)).to(tl.int64)
-    column = column * TILE + tl.arange(0, TILE)
+    column = (column * TILE + tl.arange(0, TILE)).to(tl.int64)
     k = tl.arange(0, BLOCK_K)
     s = slopes + local[:, None] * width + k[None, :]
     at = sums + local[:, None] * D + column[None, :]
@@ -284,16 +292,16 @@ def _weight_gradient(
     slopes, hidden, rows, count, factor, out, first, band, columns, width, D, T, stride_b, stride_t, stride_d, fresh,
     TILE: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """out[part] = factor · (out[part], unless fresh, + slopesᵀ · hidden) over this part of the band's rows: `columns` entries by D."""
+    """out[part] = factor · slopesᵀ · hidden over this part of the band's rows; unless fresh, added to what is there."""
     tile, column = _grouped(tl.cdiv(columns, TILE), tl.cdiv(D, TILE))
     part, parts = tl.program_id(1), tl.num_programs(1)
     entry = (tile * TILE + tl.arange(0, TILE)).to(tl.int64)
-    column = column * TILE + tl.arange(0, TILE)
+    column = (column * TILE + tl.arange(0, TILE)).to(tl.int64)
     count = tl.load(count)
     here = tl.minimum(tl.maximum(count - first, 0), band)
     length = tl.cdiv(tl.cdiv(here, parts), BLOCK_K) * BLOCK_K
     inside = (entry < columns)[:, None] & (column < D)[None, :]
-    at = out + (part * columns + entry)[:, None] * D + column[None, :]
+    at = out + (part.to(tl.int64) * columns + entry)[:, None] * D + column[None, :]
     acc = tl.load(at, mask=inside & ~fresh, other=0.0).to(tl.float32)
     for start in range(part * length, tl.minimum((part + 1) * length, here), BLOCK_K):
         # the slopes of rows beyond the last are 0
@@ -310,7 +318,7 @@ def _weight_gradient(
 
 
 def _order(targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The tokens that count, in their order, then the rest; the targets in that order; how many count (on the device)."""
+    """The tokens that count, in their order, then the rest; the targets so ordered; how many count, on the device."""
     flat = targets.flatten()
     rows = (flat == IGNORE).byte().argsort(stable=True)
     return rows, flat[rows], (flat != IGNORE).sum()
@@ -321,11 +329,37 @@ def _fit(budget: int, each: int) -> int:
     return max(1, budget // (each * ROWS)) * ROWS
 
 
+class Plan(NamedTuple):
+    """How the backward is cut up so that its buffers stay within `LIMIT`."""
+
+    band: int  # rows of a block of slopes
+    width: int  # its columns
+    parts: int  # partial sums over the rows of a band for the gradient of `weight`
+    together: bool  # one visit to a block serves both gradients, because the float32 sums of all rows fit
+
+    def bytes(self, size: int, d: int) -> int:
+        """Of the buffers, with slopes of `size` bytes."""
+        sums = self.band if self.together else max(self.band, self.width)
+        partial = (self.parts + 1) * self.width if self.parts > 1 else 0
+        return self.band * self.width * size + (sums + partial) * d * 4
+
+
+def plan(n: int, v: int, d: int, size: int, tile: int) -> Plan:
+    """For n tokens, v vocabulary entries, width d, and elements of `size` bytes."""
+    band = min(triton.cdiv(n, ROWS) * ROWS, _fit(SUM_BYTES, 4 * d), BAND)
+    width = min(triton.cdiv(v, ROWS) * ROWS, _fit(BLOCK_BYTES, size * band))
+    if band < n:
+        return Plan(band, min(width, _fit(SUM_BYTES, 4 * d)), 1, False)
+    # enough programs to fill a large GPU even where the block is narrow and its sums over rows are long
+    tiles = triton.cdiv(width, tile) * triton.cdiv(d, tile)
+    return Plan(band, width, max(1, min(512 // tiles, n // 2048, PART_BYTES // (4 * width * d))), True)
+
+
 @torch.library.custom_op("kernels::token_logprobs", mutates_args=())
 def token_logprobs(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden [B, T, D], weight [V, D], targets [B, T] -> log-probs, entropy (nats), log-sum-exp (bits), [B, T] float32."""
+    """hidden [B, T, D], weight [V, D], targets [B, T] -> log-probs, entropy (nats), log-sum-exp (bits): float32."""
     (b, t, d), v, n = hidden.shape, len(weight), targets.numel()
     out = tuple(torch.zeros(b, t, dtype=torch.float32, device=hidden.device) for _ in range(3))
     if n == 0:
@@ -335,15 +369,33 @@ def token_logprobs(
     rows, ordered, count = _order(targets)
     shape = *hidden.stride(), *weight.stride(), LOG2E / temperature
     options = launch(hidden, weight)
+    # on Hopper two programs then share an SM, and one's exponentials run beside the other's products
+    cap = (
+        {"maxnreg": 128} if generation(hidden.device) == 9 and hidden.dtype != torch.float32 and options["EVEN"] else {}
+    )
     number = triton.cdiv(v, SPAN)
     band = min(triton.cdiv(n, ROWS) * ROWS, _fit(SPAN_BYTES, 12 * number), BAND)
     spans = hidden.new_empty(3 * number * band, dtype=torch.float32)
     for first in range(0, n, band):
         _forward[(band // options["TILE"] * number,)](
-            hidden, weight, rows, count, spans, first, band, v, d, t, *shape, SPAN=SPAN, **options
+            hidden, weight, rows, count, spans, first, band, v, d, t, *shape, SPAN=SPAN, **options, **cap
         )
         _merge[(band // MERGE,)](
-            hidden, weight, ordered, rows, count, spans, *out, first, band, number, d, t, *shape, MERGE=MERGE, BLOCK_D=128
+            hidden,
+            weight,
+            ordered,
+            rows,
+            count,
+            spans,
+            *out,
+            first,
+            band,
+            number,
+            d,
+            t,
+            *shape,
+            MERGE=MERGE,
+            BLOCK_D=128,
         )
     return out
 
@@ -372,15 +424,8 @@ def token_logprobs_backward(
     unit = torch.where(size > 0, torch.exp2(13 - size.log2().ceil()), 1.0)
     factor, one = 1 / (unit * temperature), torch.ones_like(unit)
 
-    band = min(triton.cdiv(n, ROWS) * ROWS, _fit(SUM_BYTES, 4 * d), BAND)
-    together = band >= n  # the sums of all rows fit: one visit to a block serves both gradients
-    width = min(triton.cdiv(v, ROWS) * ROWS, _fit(BLOCK_BYTES, hidden.element_size() * band))
-    if not together:
-        width = min(width, _fit(SUM_BYTES, 4 * d))
     tile = options["TILE"]
-    # enough programs to fill a large GPU even where the block is narrow and its sums over rows are long
-    tiles = triton.cdiv(width, tile) * triton.cdiv(d, tile)
-    parts = max(1, min(512 // tiles, n // 2048, PART_BYTES // (4 * width * d))) if together else 1
+    band, width, parts, together = plan(n, v, d, hidden.element_size(), tile)
     slopes = hidden.new_empty(band * width)
     sums = hidden.new_empty((band if together else max(band, width)) * d, dtype=torch.float32)
     partial = hidden.new_empty(parts * width * d, dtype=torch.float32) if parts > 1 else sums
@@ -409,7 +454,9 @@ def token_logprobs_backward(
             width, d, t, *strides[:3], first == 0, **options,
         )  # fmt: skip
         if not direct and first + band >= n:
-            here.copy_(partial[: parts * columns * d].view(parts, columns, d).sum(0) * factor)
+            total = partial[: parts * columns * d].view(parts, columns, d)
+            total = total.sum(0) if parts > 1 else total[0]
+            here.copy_(total.mul_(factor))
 
     bands = range(0, n, band)
     blocks = [(begin, min(width, v - begin)) for begin in range(0, v, width)]
