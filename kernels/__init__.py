@@ -208,6 +208,8 @@ def _check_head(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: fl
         raise ValueError(f"kernels: targets must be int64; got {got}")
     if not hidden.device == weight.device == targets.device:
         raise ValueError(f"kernels: all tensors must be on one device; got {got}")
+    if targets.numel() >= 2**31:
+        raise ValueError(f"kernels: at most 2^31 - 1 tokens in a call; got {got}")
     if not temperature > 0:
         raise ValueError(f"kernels: temperature must be above 0, not {temperature}")
     # reading the targets of a GPU tensor would wait for the GPU; there the kernel itself asserts

@@ -68,7 +68,7 @@ def launch(hidden: Tensor, weight: Tensor) -> dict:
     large = even and not (wide and of not in (9, 10))
     return {
         "TILE": 128 if large else 64,
-        "BLOCK_K": 64 if even and not wide else 32,
+        "BLOCK_K": (32 if wide else 64) if even else (16 if wide else 32),
         "EVEN": even,
         "PRECISION": "tf32x3" if wide and of else "ieee",
         "UPCAST": triton.knobs.runtime.interpret and hidden.dtype == torch.bfloat16,
@@ -88,7 +88,7 @@ def _dot(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
 def _place(rows, row, count, T, stride_b, stride_t):
     """Where in `hidden` the row-th token that counts begins. Rows beyond repeat the last, and are dropped later."""
     token = tl.load(rows + tl.minimum(row, count - 1))
-    return (token // T) * stride_b + (token % T) * stride_t
+    return (token // T).to(tl.int64) * stride_b + (token % T).to(tl.int64) * stride_t
 
 
 @triton.jit
@@ -280,7 +280,7 @@ def _scatter(sums, rows, count, factor, out, first, D, BLOCK_D: tl.constexpr):
     local = tl.program_id(0).to(tl.int64)
     if first + local >= tl.load(count):
         return
-    token = tl.load(rows + first + local)
+    token = tl.load(rows + first + local).to(tl.int64)
     for start in range(0, D, BLOCK_D):
         k = start + tl.arange(0, BLOCK_D)
         x = tl.load(sums + local * D + k, mask=k < D, other=0.0) * tl.load(factor)
@@ -321,7 +321,7 @@ def _order(targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The tokens that count, in their order, then the rest; the targets so ordered; how many count, on the device."""
     flat = targets.flatten()
     rows = (flat == IGNORE).byte().argsort(stable=True)
-    return rows, flat[rows], (flat != IGNORE).sum()
+    return rows.int(), flat[rows], (flat != IGNORE).sum()  # 32 bits: dividing 64 takes a subroutine
 
 
 def _fit(budget: int, each: int) -> int:

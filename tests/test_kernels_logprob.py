@@ -141,17 +141,16 @@ def test_ignored_tokens_are_zero_and_without_gradient_even_where_hidden_is_nan()
     assert torch.equal(again, logp) and spoilt.grad.isfinite().all() and w.grad.isfinite().all()
 
 
-def test_gradients_far_below_the_range_of_float16():
-    """g of 1e-7 times p of 1e-3 is nothing in float16; the weights' gradient must not notice."""
-    hidden, weight, targets = problem(64, 1000, 128, torch.float16, ignored=0, magnitude=0.01)
-    scaled = []
-    for factor in (1.0, 2.0**-23):
-        w = weight.clone().requires_grad_()
-        with kernels.use("triton"):
-            loss = kernels.token_logprobs(hidden, w, targets).sum() * factor
-        scaled.append(torch.autograd.grad(loss * 2.0**10, w)[0].double() / factor)
-    want = scaled[0].norm()
-    assert (scaled[1] - scaled[0]).norm() <= 2.0**-6 * want  # only the result is rounded to float16's small numbers
+def test_slopes_far_below_the_range_of_float16():
+    """g = 1e-5 times p = 1e-3 rounds to 0 in float16, but 512 such slopes times a hidden 8 do not add up to 0."""
+    hidden = torch.full((512, 128), 8.0, device=DEVICE, dtype=torch.float16)
+    weight = problem(0, 1000, 128, torch.float16, magnitude=1e-4)[1].requires_grad_()
+    with kernels.use("triton"):
+        logp = kernels.token_logprobs(hidden, weight, torch.zeros(512, device=DEVICE, dtype=torch.int64))
+    (logp.sum() * 1e-5).backward()
+    p = (hidden[:1].double() @ weight.double().t()).softmax(1)[0]
+    want = -1e-5 * 512 * 8 * p[1:, None]
+    assert ((weight.grad[1:] - want).abs() <= 2.0**-9 * want.abs() + 2.0**-24).all()
 
 
 @pytest.mark.parametrize("together", [True, False])
@@ -164,7 +163,7 @@ def test_bands_and_blocks_of_rows_and_columns(monkeypatch, together):
 
 
 def test_parts_of_a_long_sum_over_rows():
-    check(*problem(2 * 2048, 90, 16, torch.float32, ignored=0.4))
+    check(*problem(2 * 2048, 60, 16, torch.float32, ignored=0.4))
 
 
 def test_memory_is_bounded_whatever_the_size():
@@ -217,7 +216,7 @@ def test_sequences(dtype):
     got.square().sum().backward()
     want.square().sum().backward()
     for a, b in ((h.grad, H.grad), (w.grad, W.grad)):
-        assert (a - b).abs().max() <= 4 * ROUND[dtype] * b.abs().max() + 1e-5
+        assert (a - b).abs().max() <= (4 * ROUND[dtype] + 4e-6) * b.abs().max()
     assert not h.grad[1].any()
 
 
@@ -232,7 +231,7 @@ def test_masked_tokens_cost_no_arithmetic(monkeypatch):
     monkeypatch.setattr(
         interpreter.InterpreterBuilder, "create_dot", lambda *a, **k: (calls.append(1), dot(*a, **k))[1]
     )
-    hidden, weight, targets = torch.randn(40, 64, 32), torch.randn(60, 32), torch.zeros(40, 64, dtype=torch.int64)
+    hidden, weight, targets = torch.randn(40, 64, 16), torch.randn(60, 16), torch.zeros(40, 64, dtype=torch.int64)
     mask = torch.zeros(40, 64)
     mask[17, 3] = 1
     with kernels.use("triton"):
