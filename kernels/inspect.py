@@ -33,7 +33,14 @@ TARGETS = {
     "sm_120": (GPUTarget("cuda", 120, 32), 99 * 1024),
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024),
 }
-NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.uint8: "u8", torch.int64: "i64"}
+NAMES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.uint8: "u8",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
 TENSOR_CORES = re.compile(r"\b(HGMMA|UTC\w*MMA|HMMA|v_mfma)\w*\b")
 
 
