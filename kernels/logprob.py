@@ -68,7 +68,7 @@ def launch(hidden: Tensor, weight: Tensor) -> dict:
     large = even and not (wide and of not in (9, 10))
     return {
         "TILE": 128 if large else 64,
-        "BLOCK_K": (32 if wide else 64) if even else (16 if wide else 32),
+        "BLOCK_K": (32 if wide else 64) if even else 16,
         "EVEN": even,
         "PRECISION": "tf32x3" if wide and of else "ieee",
         "UPCAST": triton.knobs.runtime.interpret and hidden.dtype == torch.bfloat16,
