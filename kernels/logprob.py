@@ -108,19 +108,20 @@ def _logits(
 ):  # fmt: skip
     """hidden · weightᵀ for the tokens at `place` and the vocabulary entries `column`: a float32 tile."""
     k = tl.arange(0, BLOCK_K).to(tl.int64)
-    # a column beyond V repeats the last one; the caller masks it
-    w = weight + tl.minimum(column, V - 1).to(tl.int64)[None, :] * stride_wv + k[:, None] * stride_wd
+    # offsets stay and the base moves, which keeps registers free; a column beyond V repeats the last, for the caller
+    # to mask
+    w = tl.minimum(column, V - 1).to(tl.int64)[None, :] * stride_wv + k[:, None] * stride_wd
     h = hidden + place[:, None] + k[None, :] * stride_d
     acc = tl.zeros([TILE, TILE], tl.float32)
     for start in range(0, D, BLOCK_K):
         if EVEN:
-            a, b = tl.load(h), tl.load(w)
+            a, b = tl.load(h), tl.load(weight + w)
         else:
             a = tl.load(h, mask=(start + k < D)[None, :], other=0.0)
-            b = tl.load(w, mask=(start + k < D)[:, None], other=0.0)
+            b = tl.load(weight + w, mask=(start + k < D)[:, None], other=0.0)
         acc = _dot(a, b, acc, PRECISION, UPCAST)
         h += tl.cast(BLOCK_K, tl.int64) * stride_d
-        w += tl.cast(BLOCK_K, tl.int64) * stride_wd
+        weight += tl.cast(BLOCK_K, tl.int64) * stride_wd
     return acc
 
 

@@ -14,7 +14,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 U = 2.0**-24  # float32: half a unit in the last place of 1
 # the interpreter truncates to bfloat16 where a GPU rounds to nearest: a whole unit in place of half a one
 ROUND = {torch.float32: U, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-7 if kernels.INTERPRETED else 2.0**-8}
-SMALLEST = {torch.float32: 0.0, torch.float16: 2.0**-24, torch.bfloat16: 0.0}  # below it float16 has only 0
+SMALLEST = {torch.float32: 2.0**-126, torch.float16: 2.0**-24, torch.bfloat16: 2.0**-126}  # below it lies 0
 
 
 def laid_out(x: torch.Tensor, layout: str) -> torch.Tensor:
@@ -76,7 +76,7 @@ def check(hidden, weight, targets, temperature=1.0, seed=0):
         gain = counts[:, None] * (up[:, None].abs() + up_entropy[:, None].abs() * (log_p + want_entropy[:, None]).abs())
         hit = torch.zeros_like(p).scatter_(1, targets.clamp(min=0)[:, None], (counts * up.abs())[:, None])
         relative = ROUND[hidden.dtype] + bound[:, None] + (v + len(targets) + 16) * U
-        slope = relative * (hit + p * gain)
+        slope = relative * (hit + p * gain) + 2.0**-126 * gain  # where a smaller p is 0
         slope += p * (counts * up_entropy.abs() * (bound + bound_entropy))[:, None]
         # float16 slopes are scaled so that the largest possible is near 2^13: what rounds to 0 is below 2^-24 of that
         slope += SMALLEST[hidden.dtype] * 2.0**-12 * (up.abs().max() + 22 * up_entropy.abs().max()) * counts[:, None]
