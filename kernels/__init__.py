@@ -9,7 +9,6 @@ and nothing of the project around it.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -17,27 +16,54 @@ from torch import Tensor
 from kernels import reference
 from kernels.reference import IGNORE
 
+try:
+    import triton
+except ImportError:  # no wheel for this system: the PyTorch implementation is all there is
+    triton = None
+else:
+    from kernels import dpo, logprob, ppo
+
 BACKENDS = ("auto", "torch", "triton")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
-_backend: ContextVar[str] = ContextVar("kernels.backend", default="auto")
+# Triton reads TRITON_INTERPRET when it decorates a kernel: with 1, kernels run in Python, on CPU tensors too
+INTERPRETED = triton is not None and triton.knobs.runtime.interpret
+
+_backend = "auto"  # a plain global, which torch.compile can read where it cannot read a ContextVar
 
 
 @contextmanager
 def use(backend: str) -> Iterator[None]:
     """Choose the implementation inside a `with` block: "torch", "triton" or "auto".
 
-    Raises ValueError for another name, and RuntimeError for "triton" while there is no Triton kernel.
+    Raises ValueError for another name, and RuntimeError for "triton" where no Triton kernel can run.
     """
     if backend not in BACKENDS:
         raise ValueError(f"kernels: there is no backend {backend!r}; choose one of {', '.join(BACKENDS)}")
-    if backend == "triton":
-        raise RuntimeError("kernels: the Triton kernels are not part of this version; use 'torch' or 'auto'")
-    token = _backend.set(backend)
+    if backend == "triton" and triton is None:
+        raise RuntimeError("kernels: asked for Triton, which is not installed here; use 'torch' or 'auto'")
+    if backend == "triton" and not (torch.cuda.is_available() or INTERPRETED):
+        raise RuntimeError(
+            "kernels: asked for Triton, but there is no GPU; use 'torch' or 'auto', or set TRITON_INTERPRET=1 before "
+            "the start to run the kernels in Triton's interpreter, slowly"
+        )
+    global _backend
+    before, _backend = _backend, backend
     try:
         yield
     finally:
-        _backend.reset(token)
+        _backend = before
+
+
+def _with_triton(x: Tensor) -> bool:
+    """Whether a call on tensors like x goes to Triton; RuntimeError where that was asked for and cannot be."""
+    if _backend == "triton" and not (x.is_cuda or INTERPRETED):
+        raise RuntimeError(f"kernels: asked for Triton, which cannot take a tensor on {x.device}")
+    if _backend == "triton" and x.dtype == torch.float64:
+        raise RuntimeError("kernels: asked for Triton, which has no float64 kernels; use 'torch'")
+    return _backend == "triton" or (
+        _backend == "auto" and triton is not None and x.is_cuda and x.dtype != torch.float64
+    )
 
 
 def token_logprobs(
@@ -49,6 +75,10 @@ def token_logprobs(
     Raises ValueError for shapes, dtypes, devices, targets or a temperature that do not fit.
     """
     _check_head(hidden, weight, targets, temperature, "hidden [N, D], weight [V, D] and targets [N]", 1)
+    if _with_triton(hidden):
+        hidden, weight = _autocast(hidden, weight)
+        logprobs, entropies, _ = logprob.token_logprobs(hidden[None], weight, targets[None], temperature)
+        return (logprobs[0], entropies[0]) if entropy else logprobs[0]
     return reference.token_logprobs(hidden, weight, targets, temperature=temperature, entropy=entropy)
 
 
@@ -63,6 +93,10 @@ def sequence_logprobs(
     if mask.shape != targets.shape or mask.device != targets.device:
         raise ValueError(f"kernels: mask {_say(mask)} must have the shape and device of targets {_say(targets)}")
     _check_head(hidden, weight, targets.where(mask.bool(), 0), temperature, _SEQUENCE, 2)
+    if _with_triton(hidden):
+        hidden, weight = _autocast(hidden, weight)
+        targets = targets.where(mask.bool(), IGNORE)
+        return logprob.token_logprobs(hidden, weight, targets, temperature)[0].sum(-1)
     return reference.sequence_logprobs(hidden, weight, targets, mask, temperature=temperature)
 
 
@@ -94,6 +128,13 @@ def dpo_loss(
         raise ValueError(f"kernels: label_smoothing must be at least 0 and below 0.5, not {label_smoothing}")
     if label_smoothing and loss != "sigmoid":
         raise ValueError(f"kernels: label_smoothing belongs to the sigmoid loss, not to {loss!r}")
+    if loss not in reference.DPO_LOSSES:
+        raise ValueError(f"kernels: loss must be one of {', '.join(reference.DPO_LOSSES)}, not {loss!r}")
+    if _with_triton(policy_chosen):
+        losses, chosen, rejected, _ = dpo.dpo_loss(
+            policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta, label_smoothing, loss
+        )
+        return losses, chosen.detach(), rejected.detach()
     return reference.dpo_loss(
         policy_chosen,
         policy_rejected,
@@ -114,6 +155,9 @@ def ppo_clip_loss(
     """
     _check_alike(2, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, mask=mask)
     _check_clip(clip)
+    if _with_triton(logprobs):
+        loss, clip_fraction, approx_kl, *_ = ppo.clipped_loss(logprobs, old_logprobs, advantages, mask, clip, True)
+        return loss, {"clip_fraction": clip_fraction.detach(), "approx_kl": approx_kl.detach()}
     return reference.ppo_clip_loss(logprobs, old_logprobs, advantages, mask, clip=clip)
 
 
@@ -126,10 +170,19 @@ def clipped_value_loss(
     """
     _check_alike(2, values=values, old_values=old_values, returns=returns, mask=mask)
     _check_clip(clip)
+    if _with_triton(values):
+        loss, clip_fraction, *_ = ppo.clipped_loss(values, old_values, returns, mask, clip, False)
+        return loss, {"clip_fraction": clip_fraction.detach()}
     return reference.clipped_value_loss(values, old_values, returns, mask, clip=clip)
 
 
 _SEQUENCE = "hidden [B, T, D], weight [V, D] and targets [B, T]"
+
+
+def _autocast(*tensors: Tensor) -> Iterator[Tensor]:
+    """What autocast does before a matmul."""
+    kind = tensors[0].device.type
+    return (x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x for x in tensors)
 
 
 def _say(x: Tensor) -> str:
@@ -155,6 +208,8 @@ def _check_head(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: fl
         raise ValueError(f"kernels: targets must be int64; got {got}")
     if not hidden.device == weight.device == targets.device:
         raise ValueError(f"kernels: all tensors must be on one device; got {got}")
+    if targets.numel() >= 2**31:
+        raise ValueError(f"kernels: at most 2^31 - 1 tokens in a call; got {got}")
     if not temperature > 0:
         raise ValueError(f"kernels: temperature must be above 0, not {temperature}")
     # reading the targets of a GPU tensor would wait for the GPU; there the kernel itself asserts

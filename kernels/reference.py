@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE = -100  # a target that counts for nothing: log-prob 0, no gradient
+DPO_LOSSES = ("sigmoid", "hinge", "ipo")
 
 
 def upcast(x: Tensor) -> Tensor:
@@ -64,14 +65,15 @@ def dpo_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses on the margin h = log π_θ(y_w)/π_ref(y_w) - log π_θ(y_l)/π_ref(y_l), one a pair.
 
-    Four sequence log-probs, each [B] -> losses [B], chosen_rewards [B], rejected_rewards [B] (no gradient).
+    Four sequence log-probs, each [B] -> losses [B], chosen_rewards [B], rejected_rewards [B]. Gradients go from the
+    losses to the policy's log-probs only.
     "sigmoid": -log σ(βh), Rafailov et al. 2023, eq. 7; `label_smoothing` ε is the chance that a label is flipped
                (Mitchell 2023, conservative DPO): -(1-ε) log σ(βh) - ε log σ(-βh).
     "hinge":   max(0, 1 - βh), Zhao et al. 2023 (SLiC-HF), eq. 2, with DPO's log-ratios.
     "ipo":     (h - 1/2β)², Azar et al. 2023, eq. 17.
     """
-    chosen = upcast(policy_chosen) - upcast(reference_chosen)
-    rejected = upcast(policy_rejected) - upcast(reference_rejected)
+    chosen = upcast(policy_chosen) - upcast(reference_chosen.detach())
+    rejected = upcast(policy_rejected) - upcast(reference_rejected.detach())
     h = chosen - rejected
     if loss == "sigmoid":
         losses = -(1 - label_smoothing) * F.logsigmoid(beta * h) - label_smoothing * F.logsigmoid(-beta * h)
@@ -79,8 +81,6 @@ def dpo_loss(
         losses = F.relu(1 - beta * h)
     elif loss == "ipo":
         losses = (h - 1 / (2 * beta)) ** 2
-    else:
-        raise ValueError(f"loss must be sigmoid, hinge or ipo, not {loss!r}")
     return losses, beta * chosen.detach(), beta * rejected.detach()
 
 
@@ -117,8 +117,10 @@ def clipped_value_loss(
     values, old_values, returns = (
         torch.where(keep, upcast(x), 0.0) for x in (values, old_values.detach(), returns.detach())
     )
+    moved = values - old_values
     unclipped = (values - returns) ** 2
-    clipped = (old_values + (values - old_values).clamp(-clip, clip) - returns) ** 2
-    with torch.no_grad():
-        stats = {"clip_fraction": masked_mean((clipped > unclipped).to(values.dtype), mask)}
-    return 0.5 * masked_mean(torch.maximum(unclipped, clipped), mask), stats
+    clipped = (old_values + moved.clamp(-clip, clip) - returns) ** 2
+    # inside the range both terms are the same but for the rounding of v_old + (v - v_old), which is no clipping
+    cut = (moved.abs() > clip) & (clipped > unclipped)
+    stats = {"clip_fraction": masked_mean(cut.to(values.dtype), mask).detach()}
+    return 0.5 * masked_mean(torch.where(cut, clipped, unclipped), mask), stats

@@ -1,11 +1,15 @@
-"""Fixtures that several test files share."""
+"""Fixtures that several test files share, and how kernels run without a GPU."""
 
 import os
 from pathlib import Path
 
 import pytest
+import torch
 
-from nanopref import sft
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # which must be chosen before anything imports triton
+
+from nanopref import sft  # noqa: E402
 
 
 @pytest.fixture(scope="session")

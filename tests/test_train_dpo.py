@@ -81,7 +81,7 @@ def test_the_first_steps_are_dpo_by_hand(sft_folder, left_alone):
     reference, _ = load_pretrained(sft_folder)
     pairs = [json.loads(line) for line in (left_alone / "pairs.jsonl").read_text().splitlines()]
     pairs, _ = data.split(pairs, 0)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=1.0, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1.0, betas=(0.9, 0.99), weight_decay=0.0)
 
     def log_prob(model, prompt, answer):
         x, y = tokenizer.encode(prompt), [*tokenizer.encode(answer), tokenizer.end_of_text]

@@ -1,0 +1,179 @@
+"""The public functions: which implementation runs, what torch.library promises, what is refused."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import kernels
+from kernels import dpo, logprob, ppo, reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FUNCTIONS = ["token_logprobs", "entropy", "sequence_logprobs", "dpo_loss", "ppo_clip_loss", "clipped_value_loss"]
+
+
+def call(name, dtype=torch.float32):
+    """A function of one output, and small arguments of which the first (and weight) take a gradient."""
+    g = torch.Generator().manual_seed(0)
+
+    def randn(*shape, grad=False):
+        return torch.randn(*shape, generator=g).to(DEVICE, dtype).requires_grad_(grad)
+
+    targets = torch.tensor([[1, 3, -100], [0, 2, 4]], device=DEVICE)
+    mask = torch.tensor([[True, True, False], [False, True, True]], device=DEVICE)
+    if name in ("token_logprobs", "entropy"):
+        entropy = name == "entropy"
+        return (
+            lambda h, w, t: torch.stack(kernels.token_logprobs(h, w, t, entropy=True))[int(entropy)],
+            (randn(6, 8, grad=True), randn(5, 8, grad=True), targets.flatten()),
+        )
+    if name == "sequence_logprobs":
+        return kernels.sequence_logprobs, (randn(2, 3, 8, grad=True), randn(5, 8, grad=True), targets, mask)
+    if name == "dpo_loss":
+        return lambda *x: kernels.dpo_loss(*x, beta=0.1)[0], (randn(4, grad=True), *(randn(4) for _ in range(3)))
+    function = getattr(kernels, name)
+    return lambda *x: function(*x)[0], (randn(2, 3, grad=True), randn(2, 3), randn(2, 3), mask)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_triton_and_torch_agree(name):
+    results = []
+    for backend in ("torch", "triton"):
+        f, x = call(name)
+        with kernels.use(backend):
+            y = f(*x)
+        y.sum().backward()
+        results.append([y.detach(), *(t.grad for t in x if t.requires_grad)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_compiles_whole(name):
+    f, x = call(name)
+    with kernels.use("triton"):
+        want = f(*x)
+        got = torch.compile(f, fullgraph=True, backend="aot_eager")(*x)
+    assert torch.equal(got, want)
+    (wanted,) = torch.autograd.grad(want.sum(), x[0])
+    assert torch.equal(torch.autograd.grad(got.sum(), x[0])[0], wanted)
+
+
+def test_the_backend_may_be_chosen_inside_a_compiled_function():
+    f, x = call("dpo_loss")
+
+    def chosen(*x):
+        with kernels.use("triton"):
+            return f(*x)
+
+    torch.testing.assert_close(torch.compile(chosen, fullgraph=True, backend="aot_eager")(*x), f(*x))
+
+
+def test_opcheck():
+    h, w, targets = torch.randn(2, 3, 8, device=DEVICE), torch.randn(5, 8, device=DEVICE), torch.ones(2, 3).long()
+    targets = targets.to(DEVICE)
+    x = [torch.randn(4, device=DEVICE) for _ in range(4)]
+    m = [torch.randn(2, 3, device=DEVICE) for _ in range(3)]
+    mask = torch.ones(2, 3, dtype=torch.bool, device=DEVICE)
+    out = logprob.token_logprobs(h, w, targets, 1.0)
+    *_, share, factors = ppo.clipped_loss(*m, mask, 0.2, True)
+    cases = [
+        (logprob.token_logprobs, (h.clone().requires_grad_(), w.clone().requires_grad_(), targets, 0.9)),
+        (logprob.token_logprobs_backward, (out[0], out[1], h, w, targets, *out, 0.9)),
+        (dpo.dpo_loss, (x[0].clone().requires_grad_(), x[1].clone().requires_grad_(), *x[2:], 0.1, 0.0, "sigmoid")),
+        (dpo.dpo_loss_backward, (x[0], x[1], torch.float32, torch.float16)),
+        (ppo.clipped_loss, (m[0].clone().requires_grad_(), *m[1:], mask, 0.2, True)),
+        (ppo.clipped_loss_backward, (share, factors, share, torch.bfloat16)),
+    ]
+    for op, arguments in cases:
+        assert set(torch.library.opcheck(op, arguments).values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_second_derivative_is_refused(name):
+    f, x = call(name)
+    with kernels.use("triton"):
+        (grad,) = torch.autograd.grad(f(*x).square().sum(), x[0], create_graph=True)
+    with pytest.raises(RuntimeError, match=r"no second derivative; use kernels.use\('torch'\)"):
+        grad.sum().backward()
+
+
+def test_autocast_casts_hidden_and_weight():
+    g = torch.Generator().manual_seed(0)
+    h, w = torch.randn(6, 8, generator=g).to(DEVICE), torch.randn(5, 8, generator=g).to(DEVICE)
+    h.requires_grad_(), w.requires_grad_()
+    targets = torch.arange(6, device=DEVICE) % 5
+    with kernels.use("triton"):
+        with torch.autocast(DEVICE, torch.bfloat16):
+            got = kernels.token_logprobs(h, w, targets)
+            assert torch.equal(kernels.token_logprobs(h, w.bfloat16(), targets), got)
+        want = kernels.token_logprobs(h.bfloat16(), w.bfloat16(), targets)
+    assert torch.equal(got, want)
+    got.sum().backward()
+    assert h.grad.dtype == w.grad.dtype == torch.float32
+
+
+def test_auto_is_torch_on_the_cpu_and_on_float64():
+    f, x = call("dpo_loss", torch.float64)
+    assert f(*x).dtype == torch.float64
+    name = (kernels.dpo_loss(*(t.float().cpu() for t in x), beta=0.1)[0]).grad_fn.name()
+    assert "kernels" not in name
+    with kernels.use("triton"):
+        f32, x32 = call("dpo_loss")
+        assert "kernels" in f32(*x32).grad_fn.name()
+        with kernels.use("torch"):
+            assert "kernels" not in f32(*x32).grad_fn.name()
+
+
+def test_triton_without_a_gpu_or_the_interpreter_is_a_clear_error():
+    code = "import kernels\nwith kernels.use('triton'): pass"
+    environment = os.environ | {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode and "asked for Triton, but there is no GPU" in done.stderr
+
+
+H, W, T = torch.zeros(6, 8), torch.zeros(5, 8), torch.zeros(6, dtype=torch.int64)
+B, M = torch.zeros(4), torch.zeros(2, 3)
+REFUSED = {
+    "backend": (lambda: kernels.use("cuda").__enter__(), "no backend 'cuda'"),
+    "float64 in Triton": (lambda: kernels.token_logprobs(H.double(), W.double(), T), "no float64 kernels"),
+    "widths": (lambda: kernels.token_logprobs(H, W[:, :7], T), "needs hidden"),
+    "lengths": (lambda: kernels.token_logprobs(H, W, T[:5]), "needs hidden"),
+    "dimensions": (lambda: kernels.sequence_logprobs(H, W, T, T), "needs hidden"),
+    "dtypes": (lambda: kernels.token_logprobs(H, W.half(), T), "share a floating dtype"),
+    "whole numbers": (lambda: kernels.token_logprobs(H.int(), W.int(), T), "share a floating dtype"),
+    "targets' dtype": (lambda: kernels.token_logprobs(H, W, T.int()), "targets must be int64"),
+    "devices": (lambda: kernels.token_logprobs(H, W, T.to("meta")), "one device"),
+    "target too large": (lambda: kernels.token_logprobs(H, W, T + 5), r"target 5 is not in \[0, 5\)"),
+    "target negative": (lambda: kernels.token_logprobs(H, W, T - 1), "target -1 is not"),
+    "temperature": (lambda: kernels.token_logprobs(H, W, T, temperature=0.0), "temperature must be above 0"),
+    "mask": (lambda: kernels.sequence_logprobs(H[None], W, T[None], T), "mask .* must have the shape"),
+    "pairs": (lambda: kernels.dpo_loss(B, B, B, B[:3], beta=1.0), "share a shape"),
+    "pairs' dtype": (lambda: kernels.dpo_loss(B, B, B, B.int(), beta=1.0), "must be floating"),
+    "beta": (lambda: kernels.dpo_loss(B, B, B, B, beta=0.0), "beta must be above 0"),
+    "smoothing": (lambda: kernels.dpo_loss(B, B, B, B, beta=1.0, label_smoothing=0.5), "below 0.5"),
+    "smoothing of ipo": (lambda: kernels.dpo_loss(B, B, B, B, beta=1.0, label_smoothing=0.1, loss="ipo"), "belongs to"),
+    "loss": (lambda: kernels.dpo_loss(B, B, B, B, beta=1.0, loss="kto"), "must be one of sigmoid, hinge, ipo"),
+    "tokens": (lambda: kernels.ppo_clip_loss(M, M, M, M[:1]), "share a shape"),
+    "tokens' dimensions": (lambda: kernels.clipped_value_loss(B, B, B, B), "share a shape"),
+    "clip": (lambda: kernels.ppo_clip_loss(M, M, M, M, clip=0.0), "clip must be above 0"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_refused(what):
+    attempt, reason = REFUSED[what]
+    with kernels.use("triton") if kernels.INTERPRETED else kernels.use("auto"):
+        with pytest.raises((ValueError, RuntimeError), match=reason):
+            attempt()
+
+
+def test_references_are_the_only_definition():
+    """Every public function has a reference of the same name and parameters."""
+    import inspect
+
+    for name in ("token_logprobs", "sequence_logprobs", "dpo_loss", "ppo_clip_loss", "clipped_value_loss"):
+        ours, theirs = (inspect.signature(getattr(m, name)) for m in (kernels, reference))
+        assert ours.parameters == theirs.parameters
