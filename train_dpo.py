@@ -8,6 +8,7 @@ simulated people say which answer is better, and DPO moves the GPT towards what 
 import json
 import random
 import shlex
+import textwrap
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,7 +151,9 @@ def train(config: Config) -> None:
             for piece in data.my_micro_batches(rows, lengths, config.micro_batch):
                 losses, chosen, rejected = pair_losses(policy, train_pairs, reference, piece, config)
                 (losses.sum() / len(rows)).backward()  # a mean over the batch of all pieces and processes
-                totals += torch.stack([losses.detach().sum(), (chosen > rejected).sum(), chosen.sum(), rejected.sum()])
+                totals += torch.stack(
+                    [x.sum() for x in (losses.detach(), is_right(chosen, rejected), chosen, rejected)]
+                )
             run.sum_gradients(policy)
             loss, accuracy, chosen, rejected = (run.sum_processes(totals) / len(rows)).tolist()
             norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.grad_clip).item()
@@ -186,6 +189,11 @@ def pair_losses(policy, pairs, reference, rows, config):
     )
 
 
+def is_right(chosen, rejected):
+    """1 where the implicit reward of the chosen answer is the higher one, 1/2 at a tie (as all are at first) [b]."""
+    return (1 + torch.sign(chosen - rejected)) / 2
+
+
 @torch.no_grad()
 def judge(policy, pairs, reference, config) -> dict[str, float]:
     """Loss, accuracy and margin of the implicit rewards on held-out pairs."""
@@ -193,7 +201,7 @@ def judge(policy, pairs, reference, config) -> dict[str, float]:
     pieces = data.micro_batches(list(range(len(pairs))), lengths, config.micro_batch)
     results = [pair_losses(policy, pairs, reference, piece, config) for piece in pieces]
     losses, chosen, rejected = (torch.cat(parts) for parts in zip(*results, strict=True))
-    means = torch.stack([losses.mean(), (chosen > rejected).float().mean(), (chosen - rejected).mean()]).tolist()
+    means = torch.stack([x.mean() for x in (losses, is_right(chosen, rejected), chosen - rejected)]).tolist()
     return dict(zip(["held_out_loss", "held_out_accuracy", "held_out_margin"], means, strict=True))
 
 
@@ -257,7 +265,8 @@ def report(config: Config, this: Run, policy, tokenizer, held_out_prompts: list[
     evaluate.print_samples(answers[:3])
     say(f"\n{evaluate.comparison_table(result)}\n\n{evaluate.seconds_line(this.seconds)}")
     say(f"model, metrics, report.json and report.png are in {this.folder}; try it:")
-    say(f"  python -m nanopref.generate --model {this.folder} --prompt {shlex.quote(prompts[0][-60:])}")
+    prompt = textwrap.shorten(prompts[0], 100, placeholder=" …")
+    say(f"  python -m nanopref.generate --model {this.folder} --prompt {shlex.quote(prompt)}")
 
 
 if __name__ == "__main__":

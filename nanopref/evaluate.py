@@ -203,9 +203,12 @@ def print_samples(rows: Sequence[dict[str, Any]], n: int = 3) -> None:
 
 
 def plot(panels: Sequence[Callable[[Any], None]], path: Path) -> None:
-    """Draw each panel on axes of its own, in one row of a PNG that appears whole."""
-    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.8), layout="constrained", squeeze=False)
-    for axis, panel in zip(axes[0], panels, strict=True):
+    """Draw each panel on axes of its own in a PNG that appears whole: up to three in a row, four in a square."""
+    columns = 2 if len(panels) == 4 else len(panels)
+    rows = len(panels) // columns
+    size = (5 * columns, 3.6 * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    for axis, panel in zip(axes.flat, panels, strict=True):
         axis.spines[["top", "right"]].set_visible(False)
         panel(axis)
     write_atomic(path, lambda partial: figure.savefig(partial, dpi=110, format="png"))

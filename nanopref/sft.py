@@ -98,7 +98,8 @@ def train(config: Config) -> None:
             folder = this.folder / "model"
             if run.rank() == 0 and not (folder / "tokenizer.json").exists():
                 folder.mkdir(exist_ok=True)
-                Tokenizer.train((prompt + response for prompt, response in rows), config.vocab_size).save(folder)
+                texts = ((prompt or "") + response for prompt, response in rows)
+                Tokenizer.train(texts, config.vocab_size).save(folder)
             run.barrier()
             tokenizer = Tokenizer.load(folder)
             size = preset(config.preset, vocab_size=tokenizer.vocab_size, block_size=config.block_size)

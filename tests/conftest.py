@@ -9,7 +9,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # which must be chosen before anything imports triton
 
-from nanopref import sft  # noqa: E402
+from nanopref import sft
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,7 @@ from nanopref.tokenizer import Tokenizer
 
 ROOT = Path(train_dpo.__file__).parent
 SMALL = {"pairs": 96, "batch_size": 16, "micro_batch": 4, "eval_prompts": 16, "eval_every": 2, "save_every": 2}
-SMALL |= {"epochs": 2, "max_new_tokens": 24, "device": "cpu"}
+SMALL |= {"epochs": 6, "max_new_tokens": 24, "device": "cpu"}
 
 
 def flags(**settings) -> list[str]:
@@ -107,20 +107,22 @@ def test_the_first_steps_are_dpo_by_hand(sft_folder, left_alone):
 
 
 def test_killed_at_random_moments_and_resumed_it_ends_the_same(sft_folder, left_alone, tmp_path):
+    """Once before it has logged anything, then further and further on, each time somewhere in a step or a save."""
     words = flags(out=tmp_path / "run", init=sft_folder, resume=True, **SMALL)
-    moments = random.Random(0)
-    kills = 0
-    for _ in range(30):
+    metrics, moments = tmp_path / "run" / "metrics.jsonl", random.Random(0)
+    for kill in range(5):
         process = start(*words)
-        try:
-            process.communicate(timeout=moments.uniform(3.0, 9.0) if kills < 4 else None)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
-            kills += 1
-            continue
-        break
-    assert process.returncode == 0 and kills >= 2
+        if kill == 0:
+            time.sleep(moments.uniform(1.0, 2.0))
+        while kill and process.poll() is None and (not metrics.exists() or metrics.read_text().count("\n") < 6 * kill):
+            time.sleep(0.005)
+        time.sleep(moments.uniform(0, 0.2))
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+    process = start(*words)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
     assert results(tmp_path / "run") == results(left_alone)
 
 
@@ -151,8 +153,9 @@ def test_two_processes_give_the_losses_of_one(sft_folder, left_alone, tmp_path):
 
 
 def test_from_nothing_it_trains_an_sft_model_and_learns(tmp_path, capsys):
-    settings = SMALL | {"pairs": 512, "eval_prompts": 128, "epochs": 3, "max_new_tokens": 48, "beta": 0.05}
-    train_dpo.train(train_dpo.Config(out=str(tmp_path / "dpo"), sft_steps=60, lr=5e-4, **settings))
+    settings = SMALL | {"pairs": 512, "eval_prompts": 128, "epochs": 3, "max_new_tokens": 48, "eval_every": 50}
+    settings |= {"noise": 0.0, "beta": 0.1, "lr": 1e-3}
+    train_dpo.train(train_dpo.Config(out=str(tmp_path / "dpo"), sft_steps=60, **settings))
     output = capsys.readouterr().out
     assert "supervised fine-tuning first" in output and "win rate" in output and "before" in output
     _, report = results(tmp_path / "dpo")
@@ -254,7 +257,7 @@ def test_an_out_that_holds_another_run_is_left_alone(left_alone, sft_folder, cap
     settings = SMALL | {"init": sft_folder}
     for changed, message in [
         ({}, "add --resume to continue it, --overwrite to replace it"),
-        ({"resume": True, "beta": 0.3}, "was started with --beta 0.1"),
+        ({"resume": True, "beta": 0.3}, "was started with --beta 0.5"),
     ]:
         with pytest.raises(SystemExit) as stop:
             run.main(train_dpo.train, train_dpo.Config(out=str(left_alone), **settings, **changed))
