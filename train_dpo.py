@@ -4,20 +4,23 @@ Without --data: film reviews (nanopref/reviews.py). A small GPT learns to write 
 simulated people say which answer is better, and DPO moves the GPT towards what they prefer. With --data: your pairs.
 """
 
+import nanopref  # noqa: F401  (first, because it sets how torch's threads wait, which torch reads when it is loaded)
+
 # isort: split
+import hashlib
 import json
 import random
 import shlex
-import textwrap
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 import tyro
-from safetensors.torch import load_file, save
+from safetensors import safe_open
+from safetensors.torch import save
 
 import kernels
 from nanopref import data, evaluate, feedback, reviews, run, sft
@@ -51,14 +54,14 @@ class Config(run.Options):
     """strength of the pull towards the reference: smaller moves further"""
     label_smoothing: float = 0.0
     """share of labels taken to be wrong (conservative DPO)"""
-    epochs: int = 2
-    """passes over the pairs"""
+    epochs: int | None = None
+    """passes over the pairs; default: 2 on the built-in task, 1 on a file"""
     batch_size: int = 64
     """pairs a step, over all processes"""
     micro_batch: int = 16
     """pairs in memory at once; more steps of this size are accumulated"""
-    lr: float = 7e-4
-    """peak learning rate; a pretrained GPT-2 wants 1e-6 to 1e-5"""
+    lr: float | None = None
+    """peak learning rate; default: 7e-4 on the built-in task, 1e-4 on a file, 5e-6 for a file with --init"""
     warmup: int = 10
     """steps of linear warm-up"""
     weight_decay: float = 0.0
@@ -76,6 +79,7 @@ class Config(run.Options):
         super().check()
         run.require_at_least_one(
             self,
+            "sft_steps",
             "pairs",
             "annotators",
             "epochs",
@@ -86,20 +90,27 @@ class Config(run.Options):
             "max_new_tokens",
         )
         run.require_positive(self, "beta", "lr", "grad_clip")
-        require(self.noise >= 0, f"--noise must be 0 or above, not {self.noise}")
+        run.require_not_negative(self, "noise", "warmup", "weight_decay")
+        require(self.pairs >= 20, f"--pairs must be at least 20, so that some can be held out, not {self.pairs}")
         require(self.annotators % 2 == 1, f"--annotators must be odd, so that a vote cannot tie, not {self.annotators}")
         require(0 <= self.label_smoothing < 0.5, f"--label-smoothing must be in [0, 0.5), not {self.label_smoothing}")
         require(not self.label_smoothing or self.loss == "sigmoid", "--label-smoothing belongs to --loss sigmoid alone")
+
+    def resolved(self) -> "Config":
+        """The defaults that depend on other flags, filled in."""
+        defaults = {"epochs": 1, "lr": 5e-6 if self.init else 1e-4} if self.data else {"epochs": 2, "lr": 7e-4}
+        return replace(self, **{k: v for k, v in defaults.items() if getattr(self, k) is None})
 
 
 def train(config: Config) -> None:
     # What can be wrong is found before anything is written.
     config.check()
+    config = config.resolved()
     this = Run(config)
     device = run.start(config.device, config.seed)
     if config.data:
         pairs, notes = data.read_pairs(config.data)
-        pairs, held_out_pairs = data.split(pairs, config.seed)  # the same tenth that SFT holds out
+        pairs, held_out_pairs = data.split(pairs)  # the same tenth that SFT holds out
     if config.init:
         policy, tokenizer = load_pretrained(config.init)
     this.begin()
@@ -125,7 +136,9 @@ def train(config: Config) -> None:
                 sample_pairs(config, policy, tokenizer, path)
         run.barrier()
         pairs, notes = data.read_pairs(path)
-        pairs, held_out_pairs = data.split(pairs, config.seed)
+        if len(pairs) < config.pairs:
+            notes["pairs dropped: answers equal, empty or without an end"] = config.pairs - len(pairs)
+        pairs, held_out_pairs = data.split(pairs)
     train_pairs, cut = data.encode_pairs(pairs, tokenizer, policy.config.block_size)
     held_out, cut_held_out = data.encode_pairs(held_out_pairs, tokenizer, policy.config.block_size)
     notes += cut + cut_held_out
@@ -170,7 +183,7 @@ def train(config: Config) -> None:
     # 5. What came of it.
     if run.rank() == 0:
         save_pretrained(policy, tokenizer, this.folder / "model")
-        report(config, this, policy, tokenizer, [pair.prompt for pair in held_out_pairs], notes)
+        report(config, this, policy, tokenizer, held_out_pairs, notes)
 
 
 def pair_losses(policy, pairs, reference, rows, config):
@@ -206,13 +219,21 @@ def judge(policy, pairs, reference, config) -> dict[str, float]:
 
 
 def reference_logprobs(path: Path, model, pairs) -> torch.Tensor:
-    """log π_ref(y_w|x), log π_ref(y_l|x) -> [N, 2]; kept in a file, so that a resumed run needs no reference model."""
+    """log π_ref(y_w|x), log π_ref(y_l|x) -> [N, 2]; kept in a file, so that a resumed run needs no reference model.
+
+    Raises UserError where the file was made for other pairs.
+    """
+    digest = hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
     if run.rank() == 0 and not path.exists():
         answers = [(x, y_w) for x, y_w, _ in pairs] + [(x, y_l) for x, _, y_l in pairs]
         logprobs = evaluate.response_logprobs(model, answers, "log π_ref")
-        run.write_atomic(path, save({"logprobs": torch.stack(logprobs.chunk(2), 1).contiguous()}))
+        logprobs = torch.stack(logprobs.chunk(2), 1).contiguous()
+        run.write_atomic(path, save({"logprobs": logprobs}, metadata={"pairs": digest}))
     run.barrier()
-    return load_file(path)["logprobs"]
+    with safe_open(path, "pt") as file:
+        same = file.metadata()["pairs"] == digest
+        require(same, "--resume: the data are not those that this run began with; start again with --overwrite")
+        return file.get_tensor("logprobs")
 
 
 def sample_pairs(config: Config, policy, tokenizer, path: Path) -> None:
@@ -220,24 +241,25 @@ def sample_pairs(config: Config, policy, tokenizer, path: Path) -> None:
     rng = random.Random(f"pairs {config.seed}")
     prompts = [reviews.sample_prompt(rng) for _ in range(config.pairs)]
     answers = evaluate.respond(policy, tokenizer, prompts * 2, config.max_new_tokens, config.seed, "sampling pairs")
-    texts = [response_text(response, tokenizer) for _, response in answers]
+    # an answer without an end is no answer: as text it would be given one
+    texts = [response_text(y, tokenizer) if y[-1] == tokenizer.end_of_text else "" for _, y in answers]
     rewards = np.array([reviews.true_reward(text) for text in texts]).reshape(2, -1)
     labels = np.random.default_rng(config.seed)
     first_is_better = feedback.annotate(*rewards, noise=config.noise, annotators=config.annotators, rng=labels)
     pairs = [
         Pair(x, a, b) if first else Pair(x, b, a)
         for x, a, b, first in zip(prompts, texts[: len(prompts)], texts[len(prompts) :], first_is_better, strict=True)
-        if a != b and a.strip() and b.strip()
+        if a.strip() and b.strip() and a != b
     ]
-    say(f"pairs: {len(pairs):,} sampled and labelled, {len(prompts) - len(pairs):,} dropped as equal or empty")
+    require(len(pairs) >= 20, f"only {len(pairs)} of {config.pairs} pairs of answers end: raise --max-new-tokens")
     run.write_atomic(path, data.write_pairs(pairs))
 
 
-def report(config: Config, this: Run, policy, tokenizer, held_out_prompts: list[str], notes: Counter) -> None:
-    """Let policy and reference answer the same unseen prompts; write report.json and report.png, print the table."""
+def report(config: Config, this: Run, policy, tokenizer, held_out: list[Pair], notes: Counter) -> None:
+    """Let policy and reference answer the same new prompts; write report.json and report.png, print the table."""
     reference, _ = load_pretrained(config.init or this.folder / "sft")
     if config.data:
-        prompts, true_reward = list(dict.fromkeys(held_out_prompts))[: config.eval_prompts], None
+        prompts, true_reward = list(dict.fromkeys(pair.prompt for pair in held_out))[: config.eval_prompts], None
     else:
         prompts, true_reward = evaluate.task_prompts(config.eval_prompts, config.seed), reviews.true_reward
     with this.stage("evaluation"), kernels.use(config.kernels):
@@ -252,6 +274,10 @@ def report(config: Config, this: Run, policy, tokenizer, held_out_prompts: list[
         )
     metrics = this.metrics()
     result["held_out"] = {name: metrics[-1][f"held_out_{name}"] for name in ("loss", "accuracy", "margin")}
+    if true_reward:
+        rewards = np.array([[true_reward(pair.chosen), true_reward(pair.rejected)] for pair in held_out]).T
+        best = feedback.best_accuracy(*rewards, noise=config.noise, annotators=config.annotators)
+        result["held_out"]["best_accuracy"] = float(best)
     panels = [
         evaluate.curves(metrics, {"loss": "training", "held_out_loss": "held out"}, "DPO loss"),
         evaluate.curves(metrics, {"accuracy": "training", "held_out_accuracy": "held out"}, "pairs ranked right"),
@@ -265,7 +291,7 @@ def report(config: Config, this: Run, policy, tokenizer, held_out_prompts: list[
     evaluate.print_samples(answers[:3])
     say(f"\n{evaluate.comparison_table(result)}\n\n{evaluate.seconds_line(this.seconds)}")
     say(f"model, metrics, report.json and report.png are in {this.folder}; try it:")
-    prompt = textwrap.shorten(prompts[0], 100, placeholder=" …")
+    prompt = "…" if config.data else prompts[0]
     say(f"  python -m nanopref.generate --model {this.folder} --prompt {shlex.quote(prompt)}")
 
 

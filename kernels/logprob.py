@@ -63,8 +63,9 @@ def launch(hidden: Tensor, weight: Tensor) -> dict:
     """
     of = generation(hidden.device)
     wide = hidden.dtype == torch.float32
-    steps = *hidden.stride()[:2], weight.stride(0), hidden.data_ptr(), weight.data_ptr(), hidden.shape[-1] // 8
-    even = hidden.stride(-1) == weight.stride(-1) == 1 and all(x % 16 == 0 for x in steps)
+    steps = *hidden.stride()[:2], weight.stride(0), hidden.data_ptr(), weight.data_ptr()
+    even = hidden.shape[-1] % 128 == 0 and hidden.stride(-1) == weight.stride(-1) == 1
+    even = even and all(x % 16 == 0 for x in steps)
     large = even and not (wide and of not in (9, 10))
     return {
         "TILE": 128 if large else 64,

@@ -13,6 +13,7 @@ makes necessary (a prompt cut on the left, an empty answer dropped) is counted, 
 
 import codecs
 import gzip
+import hashlib
 import json
 import os
 import zlib
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 from nanopref import run
-from nanopref.run import UserError, generator
+from nanopref.run import UserError
 from nanopref.tokenizer import Tokenizer
 
 TURN = "\n\nAssistant:"  # what opens an answer in an HH dialogue
@@ -35,6 +36,14 @@ class Pair(NamedTuple):
     prompt: str
     chosen: str
     rejected: str
+
+
+class Response(NamedTuple):
+    """What SFT imitates. `whole`: the prompt is to be learnt too, as in plain text, which has none, or a dialogue."""
+
+    prompt: str
+    response: str
+    whole: bool = False
 
 
 class EncodedPair(NamedTuple):
@@ -104,7 +113,7 @@ def read_pairs(path: str | Path) -> tuple[list[Pair], Counter]:
             if not pair.chosen.strip():
                 notes["pairs dropped: the chosen answer is empty"] += 1
                 continue
-            if TURN in pair.chosen + pair.rejected:
+            if TURN in pair.chosen or TURN in pair.rejected:
                 notes["pairs that part before the last turn (kept: the answer runs to the end)"] += 1
             pairs.append(pair)
     if not pairs:
@@ -123,22 +132,23 @@ def split_dialogues(chosen: str, rejected: str) -> Pair | None:
     return Pair(chosen[:cut], chosen[cut:], rejected[cut:])
 
 
-def read_responses(path: str | Path) -> tuple[list[tuple[str | None, str]], Counter]:
-    """What to imitate: (prompt, response) for each row, the prompt None for plain text; and the counts.
+def read_responses(path: str | Path) -> tuple[list[Response], Counter]:
+    """What to imitate, and how many rows were dropped and why. Raises UserError for a row that does not fit.
 
-    Rows may be text, prompt and response, or pairs, of which the chosen side counts, as one text with its prompt.
+    Rows may be text, prompt and response, or pairs, whose chosen side counts: of two dialogues the whole of it.
     """
     first = next(read_rows(path), None)
     if first is None:
         raise UserError(f"{path}: holds no row")
     if "chosen" in first[1]:
         pairs, notes = read_pairs(path)
-        return [(None, pair.prompt + pair.chosen) for pair in pairs], notes
+        return [Response(pair.prompt, pair.chosen, whole="prompt" not in first[1]) for pair in pairs], notes
     if "text" in first[1]:
-        found = [(None, _field(where, row, "text")) for where, row in read_rows(path)]
+        found = [Response("", _field(where, row, "text"), whole=True) for where, row in read_rows(path)]
     else:
-        found = [(_field(where, row, "prompt"), _field(where, row, "response")) for where, row in read_rows(path)]
-    kept = [(prompt, response) for prompt, response in found if response.strip()]
+        fields = ("prompt", "response")
+        found = [Response(*(_field(where, row, name) for name in fields)) for where, row in read_rows(path)]
+    kept = [row for row in found if row.response.strip()]
     if not kept:
         raise UserError(f"{path}: holds no text")
     return kept, Counter({"rows dropped: no text": len(found) - len(kept)} if len(kept) < len(found) else {})
@@ -149,13 +159,22 @@ def write_pairs(pairs: Sequence[Pair]) -> str:
     return "".join(json.dumps(pair._asdict(), ensure_ascii=False) + "\n" for pair in pairs)
 
 
-def split(rows: list, seed: int, share: float = 0.1) -> tuple[list, list]:
-    """Shuffle at least two rows and hold out a share: (for training, held out), at least one in each."""
-    if len(rows) < 2:
-        raise UserError("the data hold one usable row, but one is needed to train on and one to hold out")
-    order = torch.randperm(len(rows), generator=generator(seed, "split")).tolist()
-    n = max(1, round(len(rows) * share))
-    return [rows[i] for i in order[n:]], [rows[i] for i in order[:n]]
+def split(rows: Sequence[Pair] | Sequence[Response]) -> tuple[list, list]:
+    """(for training, held out): a tenth of the prompts, with all their rows, is held out.
+
+    Which tenth depends on the prompts alone (on the texts, where there are none), so that no stage and no seed trains
+    on what another holds out. Raises UserError where there are fewer than two prompts.
+    """
+    digests = [hashlib.sha256((row[0] or row[1]).encode()).digest() for row in rows]
+    ordered = sorted(set(digests))
+    if len(ordered) < 2:
+        raise UserError("the data hold only one prompt, but one is needed to train on and one to hold out")
+    held_out = set(ordered[: max(1, round(len(ordered) / 10))])
+    chosen = [digest in held_out for digest in digests]
+    return (
+        [row for row, held in zip(rows, chosen, strict=True) if not held],
+        [row for row, held in zip(rows, chosen, strict=True) if held],
+    )
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
@@ -186,20 +205,20 @@ def encode_pairs(pairs: Sequence[Pair], tokenizer: Tokenizer, block_size: int) -
 
 
 def encode_responses(
-    rows: Sequence[tuple[str | None, str]], tokenizer: Tokenizer, block_size: int
+    rows: Sequence[Response], tokenizer: Tokenizer, block_size: int
 ) -> tuple[list[tuple[list[int], list[int]]], Counter]:
     """Sequences (prompt, response) in tokens, none longer than block_size, in which the response is to be learnt.
 
-    Rows with a prompt become one sequence each. Texts, end-of-text behind each, become one stream that is cut into
-    blocks, in which every token but the first counts.
+    Rows become one sequence each, but those to be learnt whole become one stream, end-of-text behind each, that is cut
+    into blocks in which every token but the first counts.
     """
     encoded, stream, notes = [], [], Counter()
-    for prompt, response in rows:
-        tokens = [*tokenizer.encode(response), tokenizer.end_of_text]
-        if prompt is None:
-            stream += tokens
+    for row in rows:
+        response = [*tokenizer.encode(row.response), tokenizer.end_of_text]
+        if row.whole:
+            stream += tokenizer.encode(row.prompt) + response
         else:
-            encoded.append(_fit(encode_prompt(tokenizer, prompt), [tokens], block_size, notes))
+            encoded.append(_fit(encode_prompt(tokenizer, row.prompt), [response], block_size, notes))
     for i in range(0, len(stream) - 1, block_size - 1):  # a block's last token is the next one's first
         encoded.append((stream[i : i + 1], stream[i + 1 : i + block_size]))
     return encoded, +notes

@@ -44,7 +44,7 @@ def response_logprobs(
     model.eval()
     result = torch.empty(len(rows))
     lengths = [len(prompt) + len(response) for prompt, response in rows]
-    with progress(None, description, total=len(rows)) as bar:
+    with progress(description, len(rows)) as bar:
         for indices in data.micro_batches(list(range(len(rows))), lengths, batch_size):
             inputs, targets, mask = data.collate([rows[i] for i in indices]).to(model.device)
             with run.autocast(model.device):
@@ -115,7 +115,7 @@ def compare(
             x != encode_prompt(tokenizer, p) for p, (x, _) in zip(prompts, answers["policy"], strict=True)
         ),
         "kl": log_ratio.mean().item(),
-        "kl_standard_error": (log_ratio.std() / math.sqrt(len(prompts))).item(),
+        "kl_standard_error": (log_ratio.std(correction=0) / math.sqrt(len(prompts))).item(),
         "response_length": {name: float(np.mean([len(r) for r in rows])) for name, rows in tokens.items()},
         "ended": {name: float(np.mean(rows)) for name, rows in ended.items()},
     }
@@ -170,7 +170,8 @@ def comparison_table(report: dict[str, Any]) -> str:
     if report["prompts_cut"]:
         rows.append(("prompts cut on the left", "", f"{report['prompts_cut']}", f"of {report['prompts']}"))
     if held_out := report.get("held_out"):
-        rows.append(("held-out pairs ranked right", "", f"{held_out['accuracy']:.1%}", ""))
+        best = f"{held_out['best_accuracy']:.1%} at best" if "best_accuracy" in held_out else ""
+        rows.append(("held-out pairs ranked right", "", f"{held_out['accuracy']:.1%}", best))
         rows.append(("held-out loss", "", f"{held_out['loss']:.3f}", ""))
     return table(rows, ("", "before", "after", ""))
 
@@ -195,10 +196,10 @@ def side_by_side(row: dict[str, Any], width: int) -> str:
     return "\n".join([*prompt, *(f"{left.ljust(column)} │ {right}".rstrip() for left, right in pairs)])
 
 
-def print_samples(rows: Sequence[dict[str, Any]], n: int = 3) -> None:
-    """The first n prompts with both answers."""
+def print_samples(rows: Sequence[dict[str, Any]]) -> None:
+    """The prompts with both answers."""
     width = min(120, shutil.get_terminal_size((100, 20)).columns)
-    for row in rows[:n]:
+    for row in rows:
         say(f"\n{side_by_side(row, width)}")
 
 
@@ -267,7 +268,7 @@ class Config:
 
 
 def task_prompts(n: int, seed: int) -> list[str]:
-    """Prompts of the built-in task that no training has seen under this name."""
+    """New prompts of the built-in task (of the many there are, one in some hundreds has been trained on)."""
     rng = random.Random(f"evaluation {seed}")
     return [reviews.sample_prompt(rng) for _ in range(n)]
 
@@ -298,7 +299,7 @@ def main(config: Config) -> None:
         )
         say(f"\n{name} (after) against {config.reference} (before), {len(prompts)} prompts\n")
         say(comparison_table(report))
-    print_samples(rows)
+    print_samples(rows[:3])
 
 
 if __name__ == "__main__":

@@ -151,7 +151,7 @@ def generate_all(
 ) -> list[Sample]:
     """`generate` over any number of prompts, a batch at a time, with a progress bar."""
     samples = []
-    with progress(None, description, total=len(prompts)) as bar:
+    with progress(description, len(prompts)) as bar:
         for i in range(0, len(prompts), batch_size):
             samples += generate(model, prompts[i : i + batch_size], max_new_tokens, **kwargs)
             bar.update(min(batch_size, len(prompts) - i))

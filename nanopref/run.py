@@ -2,18 +2,19 @@
 
 `out/<stage>/` holds
     config.json     every flag, the versions, the seed
+    seconds.json    what each stage took
     metrics.jsonl   one row a logged step
     state.pt        what `--resume` continues from: weights, optimiser, random state, step
     model/          the trained model, a Hugging Face folder, with its tokenizer
     report.json, report.png
-Each file is written under another name and then renamed, so it is whole or absent whenever the process dies.
+Each file but metrics.jsonl, which grows by a line a step, is written under another name and then renamed, so it is
+whole or absent whenever the process dies.
 """
 
 import json
 import math
 import os
 import platform
-import random
 import shutil
 import signal
 import sys
@@ -24,6 +25,7 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
+from signal import SIGINT, SIGTERM
 from typing import Any, Literal
 
 import numpy as np
@@ -57,6 +59,13 @@ def require_positive(flags: "Options", *names: str) -> None:
     for name in names:
         value = getattr(flags, name)
         require(value is None or 0 < value < math.inf, f"--{name.replace('_', '-')} must be above 0, not {value}")
+
+
+def require_not_negative(flags: "Options", *names: str) -> None:
+    """Raise UserError for a flag that is a number below 0, or not finite."""
+    for name in names:
+        value = getattr(flags, name)
+        require(0 <= value < math.inf, f"--{name.replace('_', '-')} must be 0 or above, not {value}")
 
 
 @dataclass
@@ -108,17 +117,21 @@ def main(train: Callable[[Any], None], config) -> None:
 
 
 def _fail(message: str, code: int) -> int:
-    print(message, file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":
+        print(message, file=sys.stderr)
     return code
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
+PARTIAL = ".partial"  # how the names of files end that are being written
+
+
 def write_atomic(path: str | Path, content: str | bytes | Callable[[Path], None]) -> None:
     """Write a file whole or not at all. `content` is text, bytes, or a function that writes to the path it is given."""
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     try:
         if callable(content):
             content(partial)
@@ -137,10 +150,10 @@ def say(*words) -> None:
         print(*words, flush=True)
 
 
-def progress(iterable, description: str, **kwargs):
+def progress(description: str, total: int, unit: str = "it") -> tqdm:
     """A progress bar on stderr for what takes more than two seconds; nothing where stderr is no terminal."""
     hidden = True if rank() else None
-    return tqdm(iterable, desc=description, disable=hidden, delay=2, leave=False, dynamic_ncols=True, **kwargs)
+    return tqdm(desc=description, total=total, unit=unit, disable=hidden, delay=2, leave=False, dynamic_ncols=True)
 
 
 # ---- device, precision, seeds, processes -----------------------------------------------------------------------------
@@ -178,8 +191,6 @@ def start(device: str, seed: int) -> torch.device:
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(days=1))
     if chosen.type == "cuda":
         torch.set_float32_matmul_precision("high")
-    random.seed(seed)
-    np.random.seed(seed)
     torch.manual_seed(seed)
     return chosen
 
@@ -269,35 +280,41 @@ class Run:
         self.config = config
         self.folder = Path(config.out)
         self.seconds: dict[str, float] = {}
-        flags = asdict(config)
-        if config.resume and config.overwrite:
-            raise UserError("--resume continues a run and --overwrite removes it: give one of them")
-        old = self.folder / "config.json"
-        if self.folder.exists() and not self.folder.is_dir():
-            raise UserError(f"--out {self.folder}: that is a file; name a folder")
-        occupied = self.folder.is_dir() and any(self.folder.iterdir())
-        if occupied and not config.overwrite:
-            if not old.is_file():
-                raise UserError(f"--out {self.folder}: the folder holds something else; choose another")
-            if not config.resume:
-                raise UserError(
-                    f"--out {self.folder} holds a run: add --resume to continue it, --overwrite to replace it, "
-                    "or choose another --out"
-                )
-            try:
-                before = json.loads(old.read_text())["flags"]
-            except (ValueError, KeyError, TypeError):
-                raise UserError(f"--resume: {old} was not written by a run; choose another --out") from None
-            free = {"resume", "overwrite", "out", "device"}
+        self._bar = None
+        self._shown: dict[str, str] = {}
+        self._stage, self._since = "", 0.0
+        require(not self.folder.exists() or self.folder.is_dir(), f"--out {self.folder}: that is a file; name a folder")
+        require(
+            not (config.resume and config.overwrite),
+            "--resume continues a run and --overwrite removes it: give one of them",
+        )
+        if self.folder.is_dir() and any(not path.name.endswith(PARTIAL) for path in self.folder.iterdir()):
+            self._check_old_run()
+
+    def _check_old_run(self) -> None:
+        old, flags = self.folder / "config.json", asdict(self.config)
+        try:
+            before = json.loads(old.read_text())
+            before, ours = before["flags"], isinstance(before["flags"], dict) and isinstance(before["versions"], dict)
+        except (OSError, ValueError, KeyError, TypeError):
+            ours = False
+        require(ours, f"--out {self.folder}: the folder holds something that is no run of ours; choose another")
+        require(
+            self.config.resume or self.config.overwrite,
+            f"--out {self.folder} holds a run: add --resume to continue it, --overwrite to replace it, "
+            "or choose another --out",
+        )
+        if self.config.overwrite:
+            for name in ("init", "data"):
+                inside = flags.get(name) and Path(flags[name]).resolve().is_relative_to(self.folder.resolve())
+                require(not inside, f"--overwrite would remove {flags.get(name)}, which --{name} wants to read")
+        else:
+            # what changes nothing in the results may change
+            free = {"resume", "overwrite", "out", "device", "kernels", "save_every"}
             changed = [k for k in flags if k not in free and flags[k] != before.get(k)]
-            if changed:
-                was = ", ".join(f"--{k.replace('_', '-')} {before.get(k)}" for k in changed)
-                raise UserError(
-                    f"--resume: the run in {self.folder} was started with {was}; use the same, or --overwrite"
-                )
-        if occupied and config.overwrite and not old.is_file():
-            raise UserError(
-                f"--overwrite: {self.folder} is no run's folder (it has no config.json), so it is left alone"
+            was = ", ".join(f"--{k.replace('_', '-')} {before.get(k)}" for k in changed)
+            require(
+                not changed, f"--resume: the run in {self.folder} was started with {was}; use the same, or --overwrite"
             )
 
     def begin(self) -> None:
@@ -305,13 +322,16 @@ class Run:
         barrier()  # all processes have looked at the folder before one of them changes it
         if rank() == 0:
             if self.config.overwrite and self.folder.exists():
-                shutil.rmtree(self.folder)
+                aside = self.folder.with_name(f".{self.folder.name}.{os.getpid()}{PARTIAL}")
+                self.folder.rename(aside)
+                shutil.rmtree(aside)
             self.folder.mkdir(parents=True, exist_ok=True)
+            for left in self.folder.rglob(f".*{PARTIAL}"):  # by a process that was killed while it wrote
+                left.unlink()
             versions = {name: _version(name) for name in ("torch", "triton", "numpy", "tiktoken", "safetensors")}
-            flags = {**asdict(self.config), "resume": False, "overwrite": False}
             content = {
                 "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-                "flags": flags,
+                "flags": {**asdict(self.config), "resume": False, "overwrite": False},
                 "versions": {"python": platform.python_version(), **versions},
             }
             if not (self.folder / "config.json").exists():
@@ -323,17 +343,28 @@ class Run:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Add the time that the block takes to `seconds[name]`, and remember it for a resumed run."""
-        begun = time.monotonic()
+        self._stage, self._since = name, time.monotonic()
         try:
             yield
         finally:
-            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.monotonic() - begun, 2)
-            if rank() == 0:
-                write_atomic(self.folder / "seconds.json", json.dumps(self.seconds) + "\n")
+            self._remember_seconds()
+            self._stage = ""
+
+    def _remember_seconds(self) -> None:
+        now = time.monotonic()
+        self.seconds[self._stage] = round(self.seconds.get(self._stage, 0.0) + now - self._since, 2)
+        self._since = now
+        if rank() == 0:
+            write_atomic(self.folder / "seconds.json", json.dumps(self.seconds) + "\n")
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Append one row to metrics.jsonl."""
+        """Append one row to metrics.jsonl, and show losses and accuracies beside the progress bar."""
         if rank() == 0:
+            self._shown |= {
+                k: f"{v:.3f}" for k, v in metrics.items() if "loss" in k or "accuracy" in k or "margin" in k
+            }
+            if self._bar is not None:
+                self._bar.set_postfix(self._shown, refresh=False)
             with (self.folder / "metrics.jsonl").open("a") as f:
                 f.write(json.dumps({"step": step, **metrics}) + "\n")
 
@@ -354,9 +385,11 @@ class Run:
                 "model": model.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "random": torch.get_rng_state(),
-                "cuda_random": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+                "cuda_random": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
             }
             write_atomic(self.folder / "state.pt", lambda path: torch.save(state, path))
+        if self._stage:
+            self._remember_seconds()
 
     def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
         """Continue from state.pt where there is one; forget what was logged after it. Returns the updates done."""
@@ -368,8 +401,8 @@ class Run:
                 model.load_state_dict(state["model"])
                 optimizer.load_state_dict(state["optimizer"])
                 torch.set_rng_state(state["random"])
-                if state["cuda_random"]:
-                    torch.cuda.set_rng_state_all(state["cuda_random"])
+                if state["cuda_random"] is not None and torch.cuda.is_available():
+                    torch.cuda.set_rng_state(state["cuda_random"])
                 step = state["step"]
             except Exception as error:  # torch and pickle raise many kinds, and all mean the same here
                 raise UserError(
@@ -384,28 +417,33 @@ class Run:
     def steps(self, batches, total: int, model: nn.Module, optimizer: torch.optim.Optimizer, description: str):
         """Iterate over (step, rows) with a progress bar, saving every `config.save_every` steps.
 
-        Ctrl-C lets the step in hand finish, saves, and raises KeyboardInterrupt with how to continue.
+        Ctrl-C, or SIGTERM, lets the step in hand finish, saves, and raises KeyboardInterrupt with how to continue.
         """
         interrupted = []
-        before = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
-        bar, first = progress(None, description, total=total, unit="step"), True
+        signals = {number: signal.signal(number, lambda *_: interrupted.append(True)) for number in (SIGINT, SIGTERM)}
+        bar = self._bar = progress(description, total, "step")
+        device = next(model.parameters()).device
+        done = None
         try:
             for step, rows in batches:
-                if first:
+                if done is None:
                     bar.update(step)
                 elif step % self.config.save_every == 0:
                     self.save(step, model, optimizer)
-                first = False
                 yield step, rows
+                done = step + 1
                 bar.update()
-                if interrupted:
-                    self.save(step + 1, model, optimizer)
-                    done = f"{step + 1} of {total} steps are saved in {self.folder}"
-                    raise KeyboardInterrupt(f"{done}; add --resume to the same command to continue")
-            self.save(total, model, optimizer)
+                # all processes must agree to stop, or some would wait for the others' gradients for ever
+                if sum_processes(torch.tensor(len(interrupted), device=device)) if world_size() > 1 else interrupted:
+                    break
+            self.save(total if done is None else done, model, optimizer)
+            if interrupted:
+                where = f"{done} of {total} steps are saved in {self.folder}"
+                raise KeyboardInterrupt(f"{where}; add --resume to the same command to continue")
         finally:
             bar.close()
-            signal.signal(signal.SIGINT, before)
+            for number, handler in signals.items():
+                signal.signal(number, handler)
 
     def stop_if_not_finite(
         self, step: int, loss: float | Tensor, model: nn.Module, optimizer: torch.optim.Optimizer

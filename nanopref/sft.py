@@ -45,7 +45,7 @@ class Config(run.Options):
     micro_batch: int = 16
     """sequences in memory at once; more steps of this size are accumulated"""
     lr: float | None = None
-    """peak learning rate; default: 4e-3 from nothing, 5e-5 from --init"""
+    """peak learning rate; default: 4e-3 on the built-in task, 1e-3 on a file, 5e-5 from --init"""
     warmup: int = 20
     """steps of linear warm-up"""
     weight_decay: float = 0.1
@@ -55,12 +55,14 @@ class Config(run.Options):
     grad_clip: float = 1.0
     """largest norm of the gradient"""
     eval_every: int = 50
-    """steps between two looks at the held-out tenth"""
+    """steps between two looks at the held-out tenth (the first 256 sequences of it; all at the end)"""
 
     def check(self) -> None:
         super().check()
         run.require_at_least_one(self, "steps", "batch_size", "micro_batch", "eval_every")
         run.require_positive(self, "lr", "grad_clip")
+        run.require_not_negative(self, "warmup", "weight_decay")
+        require(not (self.init and self.vocab_size), "--vocab-size is for a model that starts from nothing, not --init")
         require(0 <= self.dropout < 1, f"--dropout must be at least 0 and below 1, not {self.dropout}")
         require(self.init or self.preset in PRESETS, f"--preset {self.preset}: choose one of {', '.join(PRESETS)}")
         require(
@@ -70,11 +72,11 @@ class Config(run.Options):
 
     def resolved(self) -> "Config":
         """The defaults that depend on other flags, filled in."""
-        task = {"vocab_size": 1024, "block_size": 96, "steps": 200, "batch_size": 64}
-        file = {"vocab_size": 4096, "block_size": 256, "steps": 500, "batch_size": 16}
-        defaults = {**(file if self.data else task), "lr": 5e-5 if self.init else 4e-3}
+        task = {"vocab_size": 1024, "block_size": 96, "steps": 200, "batch_size": 64, "lr": 4e-3}
+        file = {"vocab_size": 4096, "block_size": 256, "steps": 500, "batch_size": 16, "lr": 1e-3}
+        defaults = file if self.data else task
         if self.init:
-            defaults["vocab_size"] = defaults["block_size"] = None  # the checkpoint's
+            defaults |= {"vocab_size": None, "block_size": None, "lr": 5e-5}  # the checkpoint's own sizes
         return replace(self, **{k: v for k, v in defaults.items() if getattr(self, k) is None})
 
 
@@ -90,7 +92,7 @@ def train(config: Config) -> None:
         model is None or config.block_size is None or config.block_size <= model.config.block_size,
         f"--block-size {config.block_size} is more than the context of {config.init}",
     )
-    rows, held_out_rows = data.split(rows, config.seed)
+    rows, held_out_rows = data.split(rows)
     this.begin()
 
     with this.stage("tokenizer"):
@@ -98,13 +100,13 @@ def train(config: Config) -> None:
             folder = this.folder / "model"
             if run.rank() == 0 and not (folder / "tokenizer.json").exists():
                 folder.mkdir(exist_ok=True)
-                texts = ((prompt or "") + response for prompt, response in rows)
+                texts = (row.prompt + row.response for row in rows)
                 Tokenizer.train(texts, config.vocab_size).save(folder)
             run.barrier()
             tokenizer = Tokenizer.load(folder)
-            size = preset(config.preset, vocab_size=tokenizer.vocab_size, block_size=config.block_size)
+            sizes = {"vocab_size": tokenizer.vocab_size, "block_size": config.block_size, "dropout": config.dropout}
             torch.manual_seed(config.seed)
-            model = GPT(replace(size, dropout=config.dropout))
+            model = GPT(preset(config.preset, **sizes))
     model.to(device)
     block_size = config.block_size or model.config.block_size
     train_rows, cut = data.encode_responses(rows, tokenizer, block_size)
@@ -142,7 +144,9 @@ def train(config: Config) -> None:
             optimizer.zero_grad()
 
             metrics = {"loss": loss.item(), "grad_norm": norm.item(), "lr": lr}
-            if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
+            if step + 1 == config.steps:
+                metrics["held_out_loss"] = token_loss(model, held_out)
+            elif (step + 1) % config.eval_every == 0:  # on the way a part is enough
                 metrics["held_out_loss"] = token_loss(model, held_out[:256])
             this.log(step + 1, metrics)
 
@@ -151,11 +155,11 @@ def train(config: Config) -> None:
         report(this, model, tokenizer, held_out_rows, notes)
 
 
-def sample_reviews(config: Config) -> list[tuple[str, str]]:
-    """(prompt, response) of the built-in task, so many that none is seen twice with a tenth held out."""
+def sample_reviews(config: Config) -> list[data.Response]:
+    """Reviews of the built-in task, so many that none is seen twice with a tenth of the prompts held out."""
     rng = random.Random(f"reviews {config.seed}")
-    prompts = [reviews.sample_prompt(rng) for _ in range(config.steps * config.batch_size * 10 // 9 + 2)]
-    return [(prompt, reviews.sample_response(rng, prompt)) for prompt in prompts]
+    prompts = [reviews.sample_prompt(rng) for _ in range(config.steps * config.batch_size * 9 // 8)]
+    return [data.Response(prompt, reviews.sample_response(rng, prompt)) for prompt in prompts]
 
 
 def token_loss(model: GPT, rows: Sequence[tuple[list[int], list[int]]]) -> float:
@@ -167,7 +171,7 @@ def report(this: Run, model: GPT, tokenizer: Tokenizer, held_out, notes: Counter
     """Write report.json and report.png, print the losses and three samples."""
     metrics = this.metrics()
     loss = metrics[-1]["held_out_loss"]
-    prompts = [(prompt or "") for prompt, _ in held_out[:3]]
+    prompts = [row.prompt for row in held_out[:3]]
     answers = evaluate.respond(model, tokenizer, prompts, min(64, model.config.block_size // 2), 0, "samples")
     texts = [response_text(response, tokenizer) for _, response in answers]
     evaluate.plot(

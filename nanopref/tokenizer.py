@@ -164,7 +164,7 @@ def _learn_merges(pieces: dict[str, int], n_merges: int) -> list[tuple[int, int]
     queue = [(-count, pair) for pair, count in counts.items()]
     heapq.heapify(queue)
     merges: list[tuple[int, int]] = []
-    with progress(None, "BPE merges", total=n_merges) as bar:
+    with progress("BPE merges", n_merges) as bar:
         while queue and len(merges) < n_merges:
             count, pair = heapq.heappop(queue)
             if counts[pair] != -count:

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from nanopref import run
 from nanopref.data import (
     TURN,
     Pair,
+    Response,
     collate,
     encode_pairs,
     encode_prompt,
@@ -204,11 +205,14 @@ def test_what_is_written_is_read_again(tmp_path_factory, pairs):
 
 def test_responses_of_each_kind(write):
     path = write(jsonl({"text": "a"}, {"text": " "}, {"text": "b"}))
-    assert read_responses(path) == ([(None, "a"), (None, "b")], Counter({"rows dropped: no text": 1}))
+    assert read_responses(path) == ([("", "a", True), ("", "b", True)], Counter({"rows dropped: no text": 1}))
     path = write(jsonl({"prompt": "p", "response": "r"}, {"prompt": "", "response": "s"}))
-    assert read_responses(path) == ([("p", "r"), ("", "s")], Counter())
+    assert read_responses(path) == ([("p", "r", False), ("", "s", False)], Counter())
     path = write(jsonl({"prompt": "p", "chosen": "c", "rejected": "r"}))
-    assert read_responses(path) == ([(None, "pc")], Counter())
+    assert read_responses(path) == ([("p", "c", False)], Counter())
+    dialogue = f"\n\nHuman: h{TURN}"
+    path = write(jsonl({"chosen": f"{dialogue} c", "rejected": f"{dialogue} r"}))
+    assert read_responses(path) == ([(dialogue, " c", True)], Counter())
 
 
 # ---- dialogues -------------------------------------------------------------------------------------------------------
@@ -267,12 +271,12 @@ def test_the_real_dialogues():
     for row, pair in zip(whole, pairs, strict=True):
         assert pair.prompt + pair.chosen == row["chosen"] and pair.prompt + pair.rejected == row["rejected"]
         assert pair.prompt.startswith("\n\nHuman:") and pair.prompt.endswith(TURN)
-    assert read_responses(path) == ([(None, row["chosen"]) for row in whole], notes)
+    assert read_responses(path) == ([(pair.prompt, pair.chosen, True) for pair in pairs], notes)
 
 
 def test_the_real_reviews():
     found, notes = read_responses(real_file("movie_reviews.jsonl.gz"))
-    assert len(found) == 2000 and not notes and all(prompt is None and text for prompt, text in found)
+    assert len(found) == 2000 and not notes and all(row.response and row.whole and not row.prompt for row in found)
 
 
 # ---- encoding --------------------------------------------------------------------------------------------------------
@@ -308,11 +312,11 @@ def test_an_empty_prompt_is_end_of_text():
 
 
 @settings(deadline=None, max_examples=200)
-@given(st.lists(st.tuples(st.none() | words, words), max_size=8), st.integers(2, 24))
+@given(st.lists(st.builds(Response, words, words, st.booleans()), max_size=8), st.integers(2, 24))
 def test_encoded_responses_fit_and_packing_loses_nothing(rows, block_size):
     encoded, notes = encode_responses(rows, TOKENIZER, block_size)
     assert all(prompt and response and len(prompt) + len(response) <= block_size for prompt, response in encoded)
-    with_prompt = [(prompt, response) for prompt, response in rows if prompt is not None]
+    with_prompt = [(row.prompt, row.response) for row in rows if not row.whole]
     cut = Counter()
     for (prompt, response), (x, y) in zip(with_prompt, encoded, strict=False):
         whole_x, whole_y = encode_prompt(TOKENIZER, prompt), [*TOKENIZER.encode(response), END]
@@ -320,7 +324,8 @@ def test_encoded_responses_fit_and_packing_loses_nothing(rows, block_size):
         cut += Counter({CUT_PROMPTS: int(x != whole_x), CUT_ANSWERS: int(y != whole_y)})
     assert notes == cut
     packed = encoded[len(with_prompt) :]
-    stream = [token for prompt, text in rows if prompt is None for token in [*TOKENIZER.encode(text), END]]
+    whole = [TOKENIZER.encode(row.prompt) + TOKENIZER.encode(row.response) + [END] for row in rows if row.whole]
+    stream = [token for tokens in whole for token in tokens]
     targets = [token for _, response in packed for token in response]
     assert targets == stream[1:]  # each token counts once, but for the very first
     first, previous = stream[:1], stream[:-1]
@@ -351,25 +356,32 @@ def test_a_batch_counts_exactly_the_response(rows):
 
 
 @settings(deadline=None)
-@given(st.integers(2, 60), st.integers(0, 1000), st.floats(0, 0.5))
-def test_the_split_is_a_partition(n, seed, share):
-    training, held_out = split(list(range(n)), seed, share)
-    assert sorted(training + held_out) == list(range(n))
-    assert len(held_out) == max(1, round(n * share)) and training
-    assert (training, held_out) == split(list(range(n)), seed, share)
+@given(st.lists(st.builds(Pair, st.sampled_from("abcdefgh"), words, words), min_size=2, max_size=40), st.randoms())
+def test_the_split_is_a_partition_by_prompts(rows, rng):
+    assume(len({row.prompt for row in rows}) > 1)
+    training, held_out = split(rows)
+    assert training and held_out and Counter(training) + Counter(held_out) == Counter(rows)
+    assert not {row.prompt for row in training} & {row.prompt for row in held_out}
+    rng.shuffle(rows)
+    assert Counter(split(rows)[1]) == Counter(held_out)  # whatever the order, and so the file
 
 
-def test_one_row_cannot_be_split():
-    with pytest.raises(UserError, match="one usable row"):
-        split([1], 0)
+def test_sft_and_dpo_hold_out_the_same_dialogues():
+    pairs = [Pair(f"prompt {i}", f"chosen {i}", f"rejected {i}") for i in range(1000)]
+    responses = [Response(pair.prompt, pair.chosen, whole=True) for pair in pairs]
+    held_out = [pair.prompt for pair in split(pairs)[1]]
+    assert len(held_out) == 100 and held_out == [row.prompt for row in split(responses)[1]]
+    assert 350 < sum(int(prompt.split()[1]) for prompt in held_out) / 100 < 650  # from all over the file
 
 
-def test_the_split_depends_on_the_seed_and_shuffles():
-    rows = list(range(1000))
-    splits = [split(rows, seed)[1] for seed in range(3)]
-    assert all(len(held_out) == 100 for held_out in splits)
-    assert len({tuple(held_out) for held_out in splits}) == 3
-    assert 350 < sum(splits[0]) / 100 < 650  # from all over the file: the mean of 100 has a deviation of 29
+def test_texts_are_split_by_themselves():
+    training, held_out = split([Response("", f"text {i}", whole=True) for i in range(50)])
+    assert (len(training), len(held_out)) == (45, 5)
+
+
+def test_one_prompt_cannot_be_split():
+    with pytest.raises(UserError, match="only one prompt"):
+        split([Pair("p", "a", "b"), Pair("p", "c", "d")])
 
 
 lengths_lists = st.lists(st.integers(1, 100), min_size=1, max_size=40)

@@ -25,6 +25,10 @@ def laid_out(x: torch.Tensor, layout: str) -> torch.Tensor:
         wide = torch.full((x.shape[0], x.shape[1] + 3), torch.nan, dtype=x.dtype, device=x.device)
         wide[:, 1:-2] = x
         return wide[:, 1:-2]
+    if layout == "aligned slice":
+        wide = torch.full((x.shape[0], (x.shape[1] // 128 + 1) * 128), torch.nan, dtype=x.dtype, device=x.device)
+        wide[:, : x.shape[1]] = x
+        return wide[:, : x.shape[1]]
     return x
 
 
@@ -93,16 +97,20 @@ def check(hidden, weight, targets, temperature=1.0, seed=0):
 @given(
     n=st.integers(0, 80),
     v=st.integers(1, 200),
-    d=st.sampled_from([1, 7, 33, 64, 128, 256]),
+    d=st.sampled_from([1, 7, 33, 64, 128, 129, 256]),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
     temperature=st.sampled_from([0.3, 1.0, 4.0]),
     magnitude=st.sampled_from([0.01, 1.0, 20.0]),
     ignored=st.sampled_from([0.0, 0.5, 1.0]),
-    layout=st.sampled_from(["contiguous", "transposed", "sliced"]),
+    layout=st.sampled_from(["contiguous", "transposed", "sliced", "aligned slice"]),
     seed=st.integers(0, 2**16),
 )
 def test_any_shape(n, v, d, dtype, temperature, magnitude, ignored, layout, seed):
     check(*problem(n, v, d, dtype, magnitude=magnitude, ignored=ignored, layout=layout, seed=seed), temperature, seed)
+
+
+def test_a_width_that_is_no_multiple_of_a_tile_in_rows_that_are():
+    check(*problem(5, 40, 129, torch.float32, layout="aligned slice"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import train_dpo
 from nanopref import data, run
@@ -23,7 +24,7 @@ from nanopref.tokenizer import Tokenizer
 
 ROOT = Path(train_dpo.__file__).parent
 SMALL = {"pairs": 96, "batch_size": 16, "micro_batch": 4, "eval_prompts": 16, "eval_every": 2, "save_every": 2}
-SMALL |= {"epochs": 6, "max_new_tokens": 24, "device": "cpu"}
+SMALL |= {"epochs": 6, "max_new_tokens": 64, "device": "cpu"}
 
 
 def flags(**settings) -> list[str]:
@@ -80,7 +81,7 @@ def test_the_first_steps_are_dpo_by_hand(sft_folder, left_alone):
     policy, tokenizer = load_pretrained(sft_folder)
     reference, _ = load_pretrained(sft_folder)
     pairs = [json.loads(line) for line in (left_alone / "pairs.jsonl").read_text().splitlines()]
-    pairs, _ = data.split(pairs, 0)
+    pairs, _ = data.split([data.Pair(**pair) for pair in pairs])
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1.0, betas=(0.9, 0.99), weight_decay=0.0)
 
     def log_prob(model, prompt, answer):
@@ -88,11 +89,11 @@ def test_the_first_steps_are_dpo_by_hand(sft_folder, left_alone):
         logp = model(torch.tensor([x + y])[:, :-1]).log_softmax(-1)[0]
         return sum(logp[len(x) - 1 + i, token] for i, token in enumerate(y))
 
-    settings = train_dpo.Config()
+    settings = train_dpo.Config().resolved()
     for step, rows in run.batches(len(pairs), SMALL["batch_size"], 2, 0):
         loss = 0.0
         for i in rows:
-            x, y_w, y_l = pairs[i]["prompt"], pairs[i]["chosen"], pairs[i]["rejected"]
+            x, y_w, y_l = pairs[i]
             with torch.no_grad():
                 reference_ratio = log_prob(reference, x, y_w) - log_prob(reference, x, y_l)
             h = log_prob(policy, x, y_w) - log_prob(policy, x, y_l) - reference_ratio
@@ -152,6 +153,21 @@ def test_two_processes_give_the_losses_of_one(sft_folder, left_alone, tmp_path):
         assert a == pytest.approx(b, rel=1e-3, abs=1e-4)  # float32 sums in another order, through 12 steps of AdamW
 
 
+def test_the_triton_path_gives_the_same_curve(tmp_path):
+    """Without a GPU through Triton's interpreter, which is slow: few steps of a very small model."""
+    torch.manual_seed(0)
+    tokenizer = Tokenizer.train(["a film and its plot"], 270)
+    save_pretrained(GPT(GPTConfig(tokenizer.vocab_size, 32, 1, 2, 16)), tokenizer, tmp_path / "init")
+    rows = [{"prompt": f"a film {i}", "chosen": f" and {i}", "rejected": f" plot {i}{i}"} for i in range(10)]
+    (tmp_path / "pairs.jsonl").write_bytes(lines(*rows))
+    for backend in ("torch", "triton"):
+        settings = SMALL | {"epochs": 2, "batch_size": 3, "kernels": backend, "data": str(tmp_path / "pairs.jsonl")}
+        settings |= {"init": str(tmp_path / "init"), "max_new_tokens": 2, "eval_prompts": 1}
+        train_dpo.train(train_dpo.Config(out=str(tmp_path / backend), **settings))
+    for a, b in zip(results(tmp_path / "torch")[0], results(tmp_path / "triton")[0], strict=True):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-4)  # float32 sums in another order, through 6 steps of AdamW
+
+
 def test_from_nothing_it_trains_an_sft_model_and_learns(tmp_path, capsys):
     settings = SMALL | {"pairs": 512, "eval_prompts": 128, "epochs": 3, "max_new_tokens": 48, "eval_every": 50}
     settings |= {"noise": 0.0, "beta": 0.1, "lr": 1e-3}
@@ -194,7 +210,7 @@ BAD_FILES = {
     "both equal": (lines({**GOOD, "rejected": " b"}), "are equal"),
     "invalid UTF-8": (lines(GOOD) + b'{"prompt": "\xff"}\n', "line 2: not valid UTF-8"),
     "no pair": (b"\n\n", "holds no usable pair"),
-    "one pair": (lines(GOOD), "hold one usable row"),
+    "one prompt": (lines(GOOD, {**GOOD, "chosen": "d"}), "hold only one prompt"),
 }
 
 
@@ -239,6 +255,10 @@ def test_a_missing_file_or_folder_is_refused(tmp_path, capsys):
         ({"label_smoothing": 0.1, "loss": "ipo"}, "belongs to --loss sigmoid"),
         ({"lr": -1.0}, "--lr must be above 0"),
         ({"seed": -1}, "--seed"),
+        ({"sft_steps": 0}, "--sft-steps must be at least 1"),
+        ({"noise": float("inf")}, "--noise must be 0 or above"),
+        ({"warmup": -1}, "--warmup must be 0 or above"),
+        ({"pairs": 1}, "--pairs must be at least 20"),
         ({"resume": True, "overwrite": True}, "give one of them"),
     ],
 )
@@ -265,8 +285,66 @@ def test_an_out_that_holds_another_run_is_left_alone(left_alone, sft_folder, cap
     assert before == {path: path.stat().st_mtime_ns for path in left_alone.rglob("*")}
 
 
-def test_a_folder_that_is_no_run_is_never_overwritten(tmp_path, capsys):
+def broken(folder: Path, drop=(), **more) -> None:
+    """Rewrite the weights of a model folder without some tensors and with others."""
+    kept = {k: v for k, v in load_file(folder / "model.safetensors").items() if k not in drop}
+    save_file({**kept, **more}, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda f: broken(f, drop=["transformer.ln_f.bias"]), "1 tensors are missing, the first is ln_f.bias"),
+        (lambda f: broken(f, extra=torch.zeros(1)), "do not belong to a GPT-2, the first is extra"),
+        (lambda f: broken(f, **{"transformer.ln_f.bias": torch.zeros(3)}), "ln_f.bias is [3]"),
+        (lambda f: torch.save({}, f / "pickle") or (f / "pickle").replace(f / "model.safetensors"), "a pickle"),
+        (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "is a pickle and is never loaded"),
+    ],
+)
+def test_a_broken_checkpoint_is_refused(spoil, message, tmp_path, capsys):
+    tokenizer = Tokenizer.train(["some text to learn from"], 260)
+    save_pretrained(GPT(GPTConfig(tokenizer.vocab_size, 32, 1, 1, 8)), tokenizer, tmp_path / "model")
+    spoil(tmp_path / "model")
+    refused(capsys, tmp_path / "out", message, init=str(tmp_path / "model"))
+
+
+def test_a_prompt_longer_than_the_context_is_cut_and_counted(tmp_path, capsys):
+    tokenizer = Tokenizer.train(["a film and its plot"], 270)
+    save_pretrained(GPT(GPTConfig(tokenizer.vocab_size, 32, 1, 2, 16)), tokenizer, tmp_path / "init")
+    rows = [{"prompt": f"{i} " + "film " * 9 * i, "chosen": " good", "rejected": " bad"} for i in range(12)]
+    (tmp_path / "pairs.jsonl").write_bytes(lines(*rows))
+    settings = SMALL | {"data": str(tmp_path / "pairs.jsonl"), "init": str(tmp_path / "init"), "max_new_tokens": 4}
+    train_dpo.train(train_dpo.Config(out=str(tmp_path / "out"), **settings))
+    count = results(tmp_path / "out")[1]["data"]["prompts cut on the left to fit the context"]
+    assert count >= 9 and f"{count} prompts cut on the left" in capsys.readouterr().out
+
+
+def test_data_that_changed_are_noticed_on_resume(tmp_path, capsys):
+    tokenizer = Tokenizer.train(["a film and its plot"], 270)
+    save_pretrained(GPT(GPTConfig(tokenizer.vocab_size, 32, 1, 2, 16)), tokenizer, tmp_path / "init")
+    rows = [{"prompt": f"film {i}", "chosen": " good", "rejected": " bad"} for i in range(12)]
+    settings = SMALL | {"data": str(tmp_path / "pairs.jsonl"), "init": str(tmp_path / "init"), "max_new_tokens": 4}
+    (tmp_path / "pairs.jsonl").write_bytes(lines(*rows))
+    train_dpo.train(train_dpo.Config(out=str(tmp_path / "out"), **settings))
+    (tmp_path / "pairs.jsonl").write_bytes(lines(*rows[:-1], {**rows[-1], "chosen": " new"}))
+    with pytest.raises(SystemExit) as stop:
+        run.main(train_dpo.train, train_dpo.Config(out=str(tmp_path / "out"), resume=True, **settings))
+    assert stop.value.code == 2 and "not those that this run began with" in capsys.readouterr().err
+
+
+def test_overwrite_spares_what_the_run_wants_to_read(left_alone, capsys):
+    for settings in ({"data": str(left_alone / "pairs.jsonl")}, {"init": str(left_alone)}):
+        with pytest.raises(SystemExit) as stop:
+            run.main(train_dpo.train, train_dpo.Config(out=str(left_alone), overwrite=True, **settings))
+        assert stop.value.code == 2 and "--overwrite would remove" in capsys.readouterr().err
+    assert (left_alone / "pairs.jsonl").exists()
+
+
+@pytest.mark.parametrize("config", [None, "{}", '{"flags": [], "versions": {}}', "not JSON"])
+def test_a_folder_that_is_no_run_is_never_overwritten(config, tmp_path, capsys):
     (tmp_path / "thesis.tex").write_text("years of work")
+    if config:
+        (tmp_path / "config.json").write_text(config)
     for settings in ({}, {"overwrite": True}, {"resume": True}):
         with pytest.raises(SystemExit) as stop:
             run.main(train_dpo.train, train_dpo.Config(out=str(tmp_path), device="cpu", **settings))
