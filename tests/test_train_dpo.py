@@ -64,7 +64,7 @@ def test_the_run_folder_holds_what_the_design_promises(left_alone):
     assert {"config.json", "metrics.jsonl", "report.json", "report.png", "model", "state.pt", "pairs.jsonl"} <= names
     assert not [name for name in names if "partial" in name]
     config = json.loads((left_alone / "config.json").read_text())
-    assert config["flags"]["beta"] == train_dpo.Config.beta and config["flags"]["seed"] == 0
+    assert config["flags"]["beta"] == 0.5 and config["flags"]["seed"] == 0
     assert config["versions"]["torch"] == torch.__version__
     metrics, report = results(left_alone)
     assert [row["step"] for row in metrics] == list(range(1, len(metrics) + 1))
