@@ -19,7 +19,7 @@ from typing import Literal
 import numpy as np
 import torch
 import tyro
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 import kernels
@@ -27,7 +27,7 @@ from nanopref import data, evaluate, feedback, reviews, run, sft
 from nanopref.data import Pair
 from nanopref.generate import response_text
 from nanopref.model import load_pretrained, save_pretrained
-from nanopref.run import Run, require, say
+from nanopref.run import Run, UserError, require, say
 
 
 @dataclass
@@ -51,7 +51,7 @@ class Config(run.Options):
     loss: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
     """sigmoid is DPO's own; hinge is SLiC's, ipo is IPO's"""
     beta: float | None = None
-    """pull towards the reference: smaller moves further; default: 0.5 on the built-in task, 0.1 on a file"""
+    """pull towards the reference: smaller moves further; default: 0.4 on the built-in task, 0.1 on a file"""
     label_smoothing: float = 0.0
     """share of labels taken to be wrong (conservative DPO)"""
     epochs: int | None = None
@@ -98,7 +98,7 @@ class Config(run.Options):
 
     def resolved(self) -> "Config":
         """The defaults that depend on other flags, filled in."""
-        task = {"beta": 0.5, "epochs": 2, "lr": 7e-4}
+        task = {"beta": 0.4, "epochs": 2, "lr": 7e-4}
         file = {"beta": 0.1, "epochs": 1, "lr": 5e-6 if self.init else 1e-4}
         defaults = file if self.data else task
         return replace(self, **{k: v for k, v in defaults.items() if getattr(self, k) is None})
@@ -232,10 +232,13 @@ def reference_logprobs(path: Path, model, pairs) -> torch.Tensor:
         logprobs = torch.stack(logprobs.chunk(2), 1).contiguous()
         run.write_atomic(path, save({"logprobs": logprobs}, metadata={"pairs": digest}))
     run.barrier()
-    with safe_open(path, "pt") as file:
-        same = file.metadata()["pairs"] == digest
-        require(same, "--resume: the data are not those that this run began with; start again with --overwrite")
-        return file.get_tensor("logprobs")
+    try:
+        with safe_open(path, "pt") as file:
+            found, logprobs = file.metadata()["pairs"], file.get_tensor("logprobs")
+    except (SafetensorError, TypeError, KeyError):
+        raise UserError(f"{path}: damaged; remove it and --resume makes it again") from None
+    require(found == digest, "--resume: the data are not those that this run began with; start again with --overwrite")
+    return logprobs
 
 
 def sample_pairs(config: Config, policy, tokenizer, path: Path) -> None:
@@ -293,8 +296,8 @@ def report(config: Config, this: Run, policy, tokenizer, held_out: list[Pair], n
     evaluate.print_samples(answers[:3])
     say(f"\n{evaluate.comparison_table(result)}\n\n{evaluate.seconds_line(this.seconds)}")
     say(f"model, metrics, report.json and report.png are in {this.folder}; try it:")
-    prompt = "…" if config.data else prompts[0]
-    say(f"  python -m nanopref.generate --model {this.folder} --prompt {shlex.quote(prompt)}")
+    prompt = "your prompt" if config.data else prompts[0]
+    say(f"  python -m nanopref.generate --model {shlex.quote(str(this.folder))} --prompt {shlex.quote(prompt)}")
 
 
 if __name__ == "__main__":

@@ -223,9 +223,10 @@ def curves(metrics: Sequence[dict[str, float]], names: dict[str, str], title: st
         for name, legend in names.items():
             points = [(row["step"], row[name]) for row in metrics if name in row]
             if points:
-                sparse = len(points) < 0.5 * len(metrics)
-                axis.plot(*zip(*points, strict=True), label=legend, marker="o" if sparse else None, alpha=0.9)
+                marker = "o" if len(points) <= 0.5 * len(metrics) or len(points) == 1 else None
+                axis.plot(*zip(*points, strict=True), label=legend, marker=marker, alpha=0.9)
         axis.set(title=title, xlabel="step")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.legend(frameon=False)
 
     return draw

@@ -325,6 +325,8 @@ class Run:
                 aside = self.folder.with_name(f".{self.folder.name}.{os.getpid()}{PARTIAL}")
                 self.folder.rename(aside)
                 shutil.rmtree(aside)
+            if self.config.resume and not (self.folder / "config.json").exists():
+                say(f"nothing to resume in {self.folder}: starting from the beginning")
             self.folder.mkdir(parents=True, exist_ok=True)
             for left in self.folder.rglob(f".*{PARTIAL}"):  # by a process that was killed while it wrote
                 left.unlink()
@@ -337,8 +339,8 @@ class Run:
             if not (self.folder / "config.json").exists():
                 write_atomic(self.folder / "config.json", json.dumps(content, indent=2) + "\n")
         barrier()
-        path = self.folder / "seconds.json"
-        self.seconds = json.loads(path.read_text()) if path.is_file() else {}
+        with suppress(OSError, ValueError):  # it holds timings only: a run goes on without them
+            self.seconds = json.loads((self.folder / "seconds.json").read_text())
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -359,6 +361,12 @@ class Run:
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Append one row to metrics.jsonl, and show losses and accuracies beside the progress bar."""
+        for name, value in metrics.items():
+            require(
+                math.isfinite(value),
+                f"{name} became {value} after step {step}; {self.folder / 'state.pt'} holds the last good state, if any: "
+                "lower --lr, or look at the data, and start again with --overwrite",
+            )
         if rank() == 0:
             self._shown |= {
                 k: f"{v:.3f}" for k, v in metrics.items() if "loss" in k or "accuracy" in k or "margin" in k
@@ -405,9 +413,8 @@ class Run:
                     torch.cuda.set_rng_state(state["cuda_random"])
                 step = state["step"]
             except Exception as error:  # torch and pickle raise many kinds, and all mean the same here
-                raise UserError(
-                    f"{path}: no state of this run ({str(error).splitlines()[0]}); add --overwrite"
-                ) from None
+                reason = f"{path}: no state of this run can be read from it ({type(error).__name__})"
+                raise UserError(f"{reason}; remove it and --resume starts this stage from its beginning") from None
         if rank() == 0:
             rows = [row for row in self.metrics() if row["step"] <= step]
             write_atomic(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))

@@ -132,6 +132,17 @@ def test_seconds_add_up_over_resumed_runs(tmp_path):
     assert 10 <= a_run(tmp_path / "run", resume=True).seconds["work"] < 11
 
 
+def test_a_run_goes_on_without_its_timings(tmp_path):
+    a_run(tmp_path / "run")
+    (tmp_path / "run" / "seconds.json").write_text("{")
+    assert a_run(tmp_path / "run", resume=True).seconds == {}
+
+
+def test_a_figure_that_is_not_finite_stops_the_run(tmp_path):
+    with pytest.raises(UserError, match="held_out_loss became nan after step 7"):
+        a_run(tmp_path / "run").log(7, {"loss": 1.0, "held_out_loss": math.nan})
+
+
 def test_only_finite_losses_pass(tmp_path):
     this = a_run(tmp_path / "run")
     model = torch.nn.Linear(1, 1)
