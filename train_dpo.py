@@ -42,7 +42,7 @@ class Config(run.Options):
     """steps of that SFT model (default: its own); `python -m nanopref.sft --help` has the rest"""
     data: str = ""
     """pairs in JSON Lines (prompt, chosen, rejected; or two whole dialogues); default: sampled from the model"""
-    pairs: int = 3072
+    pairs: int = 4096
     """built-in task: pairs to sample"""
     annotators: int = 3
     """built-in task: people who vote on each pair (odd)"""

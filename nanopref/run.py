@@ -364,7 +364,7 @@ class Run:
         for name, value in metrics.items():
             require(
                 math.isfinite(value),
-                f"{name} became {value} after step {step}; {self.folder / 'state.pt'} holds the last good state, if any: "
+                f"{name} became {value} after step {step}; {self.folder / 'state.pt'} holds the last good state: "
                 "lower --lr, or look at the data, and start again with --overwrite",
             )
         if rank() == 0:
