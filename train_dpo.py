@@ -51,7 +51,7 @@ class Config(run.Options):
     loss: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
     """sigmoid is DPO's own; hinge is SLiC's, ipo is IPO's"""
     beta: float | None = None
-    """pull towards the reference: smaller moves further; default: 0.4 on the built-in task, 0.1 on a file"""
+    """pull towards the reference: smaller moves further; default: 0.5 on the built-in task, 0.1 on a file"""
     label_smoothing: float = 0.0
     """share of labels taken to be wrong (conservative DPO)"""
     epochs: int | None = None
@@ -98,7 +98,7 @@ class Config(run.Options):
 
     def resolved(self) -> "Config":
         """The defaults that depend on other flags, filled in."""
-        task = {"beta": 0.4, "epochs": 2, "lr": 7e-4}
+        task = {"beta": 0.5, "epochs": 2, "lr": 7e-4}
         file = {"beta": 0.1, "epochs": 1, "lr": 5e-6 if self.init else 1e-4}
         defaults = file if self.data else task
         return replace(self, **{k: v for k, v in defaults.items() if getattr(self, k) is None})

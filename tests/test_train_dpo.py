@@ -64,7 +64,7 @@ def test_the_run_folder_holds_what_the_design_promises(left_alone):
     assert {"config.json", "metrics.jsonl", "report.json", "report.png", "model", "state.pt", "pairs.jsonl"} <= names
     assert not [name for name in names if "partial" in name]
     config = json.loads((left_alone / "config.json").read_text())
-    assert config["flags"]["beta"] == 0.4 and config["flags"]["seed"] == 0
+    assert config["flags"]["beta"] == 0.5 and config["flags"]["seed"] == 0
     assert config["versions"]["torch"] == torch.__version__
     metrics, report = results(left_alone)
     assert [row["step"] for row in metrics] == list(range(1, len(metrics) + 1))
@@ -277,7 +277,7 @@ def test_an_out_that_holds_another_run_is_left_alone(left_alone, sft_folder, cap
     settings = SMALL | {"init": sft_folder}
     for changed, message in [
         ({}, "add --resume to continue it, --overwrite to replace it"),
-        ({"resume": True, "beta": 0.3}, "was started with --beta 0.4"),
+        ({"resume": True, "beta": 0.3}, "was started with --beta 0.5"),
     ]:
         with pytest.raises(SystemExit) as stop:
             run.main(train_dpo.train, train_dpo.Config(out=str(left_alone), **settings, **changed))
