@@ -9,7 +9,6 @@ import nanopref  # noqa: F401  (first, because it sets how torch's threads wait,
 # isort: split
 import hashlib
 import json
-import random
 import shlex
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -25,7 +24,6 @@ from safetensors.torch import save
 import kernels
 from nanopref import data, evaluate, feedback, reviews, run, sft
 from nanopref.data import Pair
-from nanopref.generate import response_text
 from nanopref.model import load_pretrained, save_pretrained
 from nanopref.run import Run, UserError, require, say
 
@@ -119,27 +117,12 @@ def train(config: Config) -> None:
 
     # 1. π_SFT: where the policy starts, and the reference that it is held to.
     if not config.init:
-        folder = this.folder / "sft"
-        if not (folder / "report.json").exists():
-            say(f"no --init: supervised fine-tuning first, in {folder}")
-            names = ("data", "seed", "device", "kernels", "resume", "save_every")
-            same = {name: getattr(config, name) for name in names}
-            sft.train(sft.Config(out=str(folder), steps=config.sft_steps, **same))
-        run.barrier()
-        this.seconds |= json.loads((folder / "report.json").read_text())["seconds"]
-        policy, tokenizer = load_pretrained(folder)
+        policy, tokenizer = load_pretrained(sft.first(config, this))
     policy.to(device)
 
     # 2. Pairs y_w ≻ y_l: two responses of π_SFT to each prompt, and a label.
     if not config.data:
-        path = this.folder / "pairs.jsonl"
-        if not path.exists() and run.rank() == 0:
-            with this.stage("pairs"):
-                sample_pairs(config, policy, tokenizer, path)
-        run.barrier()
-        pairs, notes = data.read_pairs(path)
-        if len(pairs) < config.pairs:
-            notes["pairs dropped: answers equal, empty or without an end"] = config.pairs - len(pairs)
+        pairs, notes = feedback.collected(config, this, policy, tokenizer)
         pairs, held_out_pairs = data.split(pairs)
     train_pairs, cut = data.encode_pairs(pairs, tokenizer, policy.config.block_size)
     held_out, cut_held_out = data.encode_pairs(held_out_pairs, tokenizer, policy.config.block_size)
@@ -239,25 +222,6 @@ def reference_logprobs(path: Path, model, pairs) -> torch.Tensor:
         raise UserError(f"{path}: damaged; remove it and --resume makes it again") from None
     require(found == digest, "--resume: the data are not those that this run began with; start again with --overwrite")
     return logprobs
-
-
-def sample_pairs(config: Config, policy, tokenizer, path: Path) -> None:
-    """Draw two responses of the policy to each prompt, let the annotators say which is better, and write the pairs."""
-    rng = random.Random(f"pairs {config.seed}")
-    prompts = [reviews.sample_prompt(rng) for _ in range(config.pairs)]
-    answers = evaluate.respond(policy, tokenizer, prompts * 2, config.max_new_tokens, config.seed, "sampling pairs")
-    # an answer without an end is no answer: as text it would be given one
-    texts = [response_text(y, tokenizer) if y[-1] == tokenizer.end_of_text else "" for _, y in answers]
-    rewards = np.array([reviews.true_reward(text) for text in texts]).reshape(2, -1)
-    labels = np.random.default_rng(config.seed)
-    first_is_better = feedback.annotate(*rewards, noise=config.noise, annotators=config.annotators, rng=labels)
-    pairs = [
-        Pair(x, a, b) if first else Pair(x, b, a)
-        for x, a, b, first in zip(prompts, texts[: len(prompts)], texts[len(prompts) :], first_is_better, strict=True)
-        if a.strip() and b.strip() and a != b
-    ]
-    require(len(pairs) >= 20, f"only {len(pairs)} of {config.pairs} pairs of answers end: raise --max-new-tokens")
-    run.write_atomic(path, data.write_pairs(pairs))
 
 
 def report(config: Config, this: Run, policy, tokenizer, held_out: list[Pair], notes: Counter) -> None:

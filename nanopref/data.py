@@ -2,7 +2,7 @@
 
 A file is `.jsonl` or `.jsonl.gz`, one object a row, in the field names that the ecosystem uses:
 
-    pairs      {"prompt": …, "chosen": …, "rejected": …}
+    pairs      {"prompt": …, "chosen": …, "rejected": …}, and perhaps a "margin": by how much
                {"chosen": …, "rejected": …}   two whole dialogues, as in Anthropic's HH: what they share is the prompt
     responses  {"prompt": …, "response": …}
     text       {"text": …}
@@ -36,6 +36,7 @@ class Pair(NamedTuple):
     prompt: str
     chosen: str
     rejected: str
+    margin: float = 1.0  # by how much, on whatever scale the file uses; only reward models ask
 
 
 class Response(NamedTuple):
@@ -93,6 +94,13 @@ def _field(where: str, row: dict, name: str) -> str:
     return value
 
 
+def _margin(where: str, row: dict) -> float:
+    value = row.get("margin", 1.0)
+    if type(value) not in (int, float) or not 0 <= value < 1e30:  # an int of JSON may be too large for a float
+        raise UserError(f"{where}: 'margin' must be a number of at least 0, found {value!r}")
+    return float(value)
+
+
 def read_pairs(path: str | Path) -> tuple[list[Pair], Counter]:
     """All pairs of a file, and how many rows were dropped and why. Raises UserError for a row that does not fit."""
     pairs, notes = [], Counter()
@@ -103,7 +111,7 @@ def read_pairs(path: str | Path) -> tuple[list[Pair], Counter]:
         if not chosen.strip():
             raise UserError(f"{where}: 'chosen' is empty")
         if "prompt" in row:
-            pairs.append(Pair(_field(where, row, "prompt"), chosen, rejected))
+            pairs.append(Pair(_field(where, row, "prompt"), chosen, rejected, _margin(where, row)))
         else:
             pair = split_dialogues(chosen, rejected)
             if pair is None:
@@ -115,7 +123,7 @@ def read_pairs(path: str | Path) -> tuple[list[Pair], Counter]:
                 continue
             if TURN in pair.chosen or TURN in pair.rejected:
                 notes["pairs that part before the last turn (kept: the answer runs to the end)"] += 1
-            pairs.append(pair)
+            pairs.append(pair._replace(margin=_margin(where, row)))
     if not pairs:
         raise UserError(f"{path}: holds no usable pair")
     return pairs, notes
@@ -155,8 +163,9 @@ def read_responses(path: str | Path) -> tuple[list[Response], Counter]:
 
 
 def write_pairs(pairs: Sequence[Pair]) -> str:
-    """Pairs as JSON Lines."""
-    return "".join(json.dumps(pair._asdict(), ensure_ascii=False) + "\n" for pair in pairs)
+    """Pairs as JSON Lines, without the margins that say nothing."""
+    rows = [{k: v for k, v in pair._asdict().items() if k != "margin" or v != 1} for pair in pairs]
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def split(rows: Sequence[Pair] | Sequence[Response]) -> tuple[list, list]:
@@ -237,13 +246,19 @@ class Batch(NamedTuple):
 
 def collate(rows: Sequence[tuple[list[int], list[int]]]) -> Batch:
     """(prompt, response) tokens -> one batch, padded on the right; only response tokens are in the mask."""
-    length = max(len(prompt) + len(response) for prompt, response in rows) - 1
-    tokens = torch.zeros(len(rows), length + 1, dtype=torch.long)
-    mask = torch.zeros(len(rows), length)
+    tokens = pad([prompt + response for prompt, response in rows])
+    mask = torch.zeros(tokens.shape)[:, 1:]
     for i, (prompt, response) in enumerate(rows):
-        tokens[i, : len(prompt) + len(response)] = torch.tensor(prompt + response)
         mask[i, len(prompt) - 1 : len(prompt) + len(response) - 1] = 1
     return Batch(tokens[:, :-1], tokens[:, 1:], mask)
+
+
+def pad(sequences: Sequence[list[int]]) -> Tensor:
+    """Sequences of tokens -> [B, T], padded on the right with 0."""
+    tokens = torch.zeros(len(sequences), max(map(len, sequences)), dtype=torch.long)
+    for i, sequence in enumerate(sequences):
+        tokens[i, : len(sequence)] = torch.tensor(sequence)
+    return tokens
 
 
 def micro_batches(rows: list[int], lengths: Sequence[int], size: int) -> list[list[int]]:

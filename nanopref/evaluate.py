@@ -24,7 +24,7 @@ import kernels
 from nanopref import data, reviews, run
 from nanopref.data import encode_prompt
 from nanopref.generate import generate_all, response_text
-from nanopref.model import GPT, load_pretrained
+from nanopref.model import GPT, ScalarGPT, load_pretrained
 from nanopref.run import progress, say, write_atomic
 from nanopref.tokenizer import Tokenizer
 
@@ -53,6 +53,57 @@ def response_logprobs(
             bar.update(len(indices))
     model.train(training)
     return result
+
+
+def last_scores(model: ScalarGPT, rows: Sequence[tuple[list[int], list[int]]]) -> Tensor:
+    """What a reward model says of (prompt, response) tokens at the response's last token: [B, heads], float32."""
+    sequences = [prompt + response for prompt, response in rows]
+    last = torch.tensor([len(sequence) - 1 for sequence in sequences], device=model.device)
+    with run.autocast(model.device):
+        scores = model(data.pad(sequences).to(model.device))
+    return scores[torch.arange(len(rows), device=model.device), last].float()
+
+
+@torch.no_grad()
+def response_scores(
+    model: ScalarGPT, rows: Sequence[tuple[list[int], list[int]]], batch_size: int = 64, description: str = "scores"
+) -> Tensor:
+    """`last_scores` of any number of rows -> [N, heads] on the CPU, with dropout off."""
+    training = model.training
+    model.eval()
+    result = torch.empty(len(rows), len(model.score.weight))
+    lengths = [len(prompt) + len(response) for prompt, response in rows]
+    with progress(description, len(rows)) as bar:
+        for indices in data.micro_batches(list(range(len(rows))), lengths, batch_size):
+            result[indices] = last_scores(model, [rows[i] for i in indices]).cpu()
+            bar.update(len(indices))
+    model.train(training)
+    return result
+
+
+def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
+    """Spearman's: the correlation of the ranks, equal values sharing theirs; 0 where one of the two is constant."""
+
+    def ranks(values: Sequence[float]) -> np.ndarray:
+        _, place, count = np.unique(values, return_inverse=True, return_counts=True)
+        return (np.cumsum(count) - (count - 1) / 2)[place]
+
+    x, y = ranks(x), ranks(y)
+    return float(np.corrcoef(x, y)[0, 1]) if x.std() and y.std() else 0.0
+
+
+def calibration(gap: np.ndarray, bins: int = 10) -> list[dict[str, float]]:
+    """Pairs by how sure a model is, |gap| apart, which of two is better: what it says, σ(|gap|), and how often it is
+    right. Bins of equally many pairs, the least sure first; `gap` [N] is positive where the model is right."""
+    ordered = np.array(sorted(gap, key=abs), dtype=np.float64)
+    return [
+        {
+            "says": float(np.mean(0.5 * (1 + np.tanh(np.abs(part) / 2)))),
+            "right": float(np.mean((1 + np.sign(part)) / 2)),
+            "pairs": len(part),
+        }
+        for part in np.array_split(ordered, min(bins, len(ordered)))
+    ]
 
 
 def win_rate(policy: Sequence[float], reference: Sequence[float]) -> tuple[float, tuple[float, float]]:
@@ -204,12 +255,14 @@ def print_samples(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def plot(panels: Sequence[Callable[[Any], None]], path: Path) -> None:
-    """Draw each panel on axes of its own in a PNG that appears whole: up to three in a row, four in a square."""
-    columns = 2 if len(panels) == 4 else len(panels)
-    rows = len(panels) // columns
+    """Draw each panel on axes of its own in a PNG that appears whole: three in a row, or four in a square."""
+    columns = 2 if len(panels) == 4 else min(len(panels), 3)
+    rows = -(-len(panels) // columns)
     size = (5 * columns, 3.6 * rows)
     figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
-    for axis, panel in zip(axes.flat, panels, strict=True):
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    for axis, panel in zip(axes.flat, panels, strict=False):
         axis.spines[["top", "right"]].set_visible(False)
         panel(axis)
     write_atomic(path, lambda partial: figure.savefig(partial, dpi=110, format="png"))
@@ -241,6 +294,27 @@ def histograms(values: dict[str, Sequence[float]], title: str, xlabel: str) -> C
             axis.hist(v, bins, alpha=0.6, label=f"{name}, mean {np.mean(v):.2f}")
         axis.set(title=title, xlabel=xlabel, ylabel="responses")
         axis.legend(frameon=False)
+
+    return draw
+
+
+def scatter(x: Sequence[float], y: Sequence[float], title: str, xlabel: str, ylabel: str) -> Callable[[Any], None]:
+    """A panel with a point for each pair of values, and their rank correlation."""
+
+    def draw(axis) -> None:
+        axis.scatter(x, y, s=6, alpha=0.35, linewidths=0)
+        axis.set(title=f"{title} (ρ = {rank_correlation(x, y):.2f})", xlabel=xlabel, ylabel=ylabel)
+
+    return draw
+
+
+def reliability(bins: Sequence[dict[str, float]], title: str) -> Callable[[Any], None]:
+    """A panel with the `calibration` of a model: on the diagonal it is as often right as it says."""
+
+    def draw(axis) -> None:
+        axis.plot([0.5, 1], [0.5, 1], color="grey", linestyle=":")
+        axis.plot([b["says"] for b in bins], [b["right"] for b in bins], marker="o")
+        axis.set(title=title, xlabel="how sure the model is", ylabel="how often it is right")
 
     return draw
 

@@ -6,8 +6,17 @@ and the majority decides, so k is odd.
 """
 
 import math
+import random
+from collections import Counter
 
 import numpy as np
+
+from nanopref import data, evaluate, reviews, run
+from nanopref.data import Pair
+from nanopref.generate import response_text
+from nanopref.model import GPT
+from nanopref.run import require
+from nanopref.tokenizer import Tokenizer
 
 
 def _check_annotators(annotators: int) -> None:
@@ -49,3 +58,44 @@ def best_accuracy(reward_a, reward_b, *, noise: float = 1.0, annotators: int = 1
     """The share of such labels that one who knows the true reward gets right, on average; no model can expect more."""
     p = majority_probability(bradley_terry_probability(reward_a, reward_b, noise=noise), annotators)
     return float(np.maximum(p, 1 - p).mean())
+
+
+def collect(
+    policy: GPT, tokenizer: Tokenizer, *, pairs: int, noise: float, annotators: int, max_new_tokens: int, seed: int
+) -> list[Pair]:
+    """Preferences as in the textbook: two responses of the policy to each new prompt, and which one people prefer.
+
+    Pairs whose answers are equal, or of which one is empty or has no end, are left out. UserError if few remain.
+    """
+    rng = random.Random(f"pairs {seed}")
+    prompts = [reviews.sample_prompt(rng) for _ in range(pairs)]
+    answers = evaluate.respond(policy, tokenizer, prompts * 2, max_new_tokens, seed, "sampling pairs")
+    # an answer without an end is no answer: as text it would be given one
+    texts = [response_text(y, tokenizer) if y[-1] == tokenizer.end_of_text else "" for _, y in answers]
+    rewards = np.array([reviews.true_reward(text) for text in texts]).reshape(2, -1)
+    first_is_better = annotate(*rewards, noise=noise, annotators=annotators, rng=np.random.default_rng(seed))
+    found = [
+        Pair(x, a, b) if first else Pair(x, b, a)
+        for x, a, b, first in zip(prompts, texts[:pairs], texts[pairs:], first_is_better, strict=True)
+        if a.strip() and b.strip() and a != b
+    ]
+    require(len(found) >= 20, f"only {len(found)} of {pairs} pairs of answers end: raise --max-new-tokens")
+    return found
+
+
+def collected(config: run.Options, this: run.Run, policy: GPT, tokenizer: Tokenizer) -> tuple[list[Pair], Counter]:
+    """`collect`, kept in OUT/pairs.jsonl so that a resumed run goes on with the same; and notes of what is missing.
+
+    `config` has the fields pairs, noise, annotators, max_new_tokens and seed.
+    """
+    path = this.folder / "pairs.jsonl"
+    names = ("pairs", "noise", "annotators", "max_new_tokens", "seed")
+    if not path.exists() and run.rank() == 0:
+        with this.stage("pairs"):
+            found = collect(policy, tokenizer, **{name: getattr(config, name) for name in names})
+            run.write_atomic(path, data.write_pairs(found))
+    run.barrier()
+    pairs, notes = data.read_pairs(path)
+    if len(pairs) < config.pairs:
+        notes["pairs dropped: answers equal, empty or without an end"] = config.pairs - len(pairs)
+    return pairs, notes

@@ -1,7 +1,8 @@
 """Sampling from a GPT with a KV cache: `python -m nanopref.generate --model out/dpo --prompt "Last night I saw"`.
 
 Each row of a batch keeps its own place in the cache, so prompts of different lengths need no padding that could be
-seen, and rows that have finished leave the batch.
+seen. On a CPU, rows that have finished leave the batch. On a GPU the step from one token to the next is recorded once,
+as a CUDA graph, and replayed, because launching its many small kernels one by one takes longer than they do.
 """
 
 import codecs
@@ -15,7 +16,7 @@ import tyro
 from torch import Tensor
 
 from nanopref import run
-from nanopref.data import encode_prompt
+from nanopref.data import encode_prompt, pad
 from nanopref.model import GPT, KVCache, load_pretrained
 from nanopref.run import UserError, progress
 from nanopref.tokenizer import Tokenizer
@@ -50,16 +51,14 @@ def token_distribution(logits: Tensor, *, temperature: float = 1.0, top_k: int =
     return logprobs
 
 
-def draw(logprobs: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """One token [B, 1] from each row of log π [B, V], by inverting the cumulative distribution.
+def draw(logprobs: Tensor, uniform: Tensor) -> Tensor:
+    """One token [B, 1] from each row of log π [B, V], by inverting the cumulative distribution at `uniform` [B].
 
-    One uniform number a row is drawn, where torch.multinomial draws one for each of the V tokens. In float64 a token of
-    probability 0 is never hit and small ones are not lost in the sum.
+    In float64, as `uniform` should be, a token of probability 0 is never hit and small ones are not lost in the sum.
     """
     cumulative = logprobs.double().exp().cumsum(-1)
-    shape = (len(logprobs), 1)
-    uniform = torch.rand(shape, generator=generator, device=logprobs.device, dtype=torch.float64)
-    return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).clamp(max=logprobs.shape[1] - 1)
+    token = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
+    return token.clamp(max=logprobs.shape[1] - 1)
 
 
 @torch.inference_mode()
@@ -74,50 +73,76 @@ def generate(
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
     on_token: Callable[[int, int], None] | None = None,
+    static: bool | None = None,
 ) -> list[Sample]:
     """One response to each of at least one prompts (tokens, at least one in each), all as one batch.
 
     A response ends with end-of-text, after `max_new_tokens`, or where the context is full. `on_token(row, token)` is
-    called as tokens appear. Raises UserError where a prompt leaves no room to respond.
+    called as tokens appear. `static` (default: on a GPU) keeps every row until all are done, see KVCache. Raises
+    UserError where a prompt leaves no room to respond.
     """
     check_sampling(max_new_tokens, temperature, top_k, top_p)
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
-    longest = check_room(prompts, model)
-    tokens = torch.zeros(len(prompts), longest, dtype=torch.long)
-    for i, prompt in enumerate(prompts):
-        tokens[i, : len(prompt)] = torch.tensor(prompt)
-    dtype = torch.bfloat16 if torch.is_autocast_enabled(model.device.type) else torch.float32
+    longest, device, B = check_room(prompts, model), model.device, len(prompts)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     room = min(longest + max_new_tokens, model.config.block_size)
-    cache = KVCache(model.config, len(prompts), room, device=model.device, dtype=dtype)
-    hidden = model.hidden(tokens.to(model.device), cache)
-    hidden = hidden[torch.arange(len(prompts), device=model.device), lengths - 1]
+    max_new_tokens = min(max_new_tokens, room - min(map(len, prompts)))
+    dtype = torch.bfloat16 if torch.is_autocast_enabled(device.type) else torch.float32
+    cache = KVCache(model.config, B, room, device=device, dtype=dtype)
+    hidden = model.hidden(pad(prompts).to(device), cache)
+    hidden = hidden[torch.arange(B, device=device), lengths - 1]
     cache.lengths = lengths  # what the padding wrote behind a shorter prompt is overwritten by its response
+    cache.static = static = device.type == "cuda" if static is None else static
 
-    alive = torch.arange(len(prompts), device=model.device)  # the prompt that each row of the batch answers
-    going = torch.ones_like(alive, dtype=torch.bool)
-    samples = [Sample([], []) for _ in prompts]
-    for _ in range(max_new_tokens):
+    # all that chance decides, drawn at once: a row's response does not depend on which others are still going
+    uniform = torch.rand(max_new_tokens, B, generator=generator, device=device, dtype=torch.float64)
+    tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
+    logprobs = torch.zeros(B, max_new_tokens, device=device)
+    counts = torch.zeros(B, dtype=torch.long, device=device)
+    alive = torch.arange(B, device=device)  # the prompt that each row of the batch answers
+    going = torch.ones(B, dtype=torch.bool, device=device)
+    place = torch.zeros(1, dtype=torch.long, device=device)
+
+    def step() -> None:
+        """Draw a token for each row, note it, and put it through the model. Changes tensors in place only."""
         logits = F.linear(hidden, model.unembedding)
-        logprobs = token_distribution(logits, temperature=temperature, top_k=top_k, top_p=top_p)
-        token = draw(logprobs, generator)
-        for row, on, drawn, logprob in zip(
-            *(x.tolist() for x in (alive, going, token[:, 0], logprobs.gather(1, token)[:, 0])), strict=True
-        ):
-            if on:
-                samples[row].tokens.append(drawn)
-                samples[row].logprobs.append(logprob)
-                if on_token:
-                    on_token(row, drawn)
-        going &= (token[:, 0] != end_of_text) & (cache.lengths + 1 < model.config.block_size)
+        distribution = token_distribution(logits, temperature=temperature, top_k=top_k, top_p=top_p)
+        token = draw(distribution, uniform[place, alive])
+        tokens[alive, place] = token[:, 0]
+        logprobs[alive, place] = distribution.gather(1, token)[:, 0]
+        counts[alive] += going
+        going.logical_and_(token[:, 0] != end_of_text).logical_and_(cache.lengths + 1 < model.config.block_size)
+        cache.lengths *= going  # a row that is done but still here must not outgrow the cache
+        hidden.copy_(model.hidden(token, cache)[:, 0])
+        place.add_(1)
+
+    advance = step
+    for i in range(max_new_tokens):
+        if device.type == "cuda" and i == 2:
+            advance = record(step)  # after two ordinary steps, in which libraries set themselves up
+        advance()
+        if on_token:
+            for row in (counts > i).nonzero()[:, 0].tolist():
+                on_token(row, int(tokens[row, i]))
+        if static and i % 16 != 15 and not on_token:
+            continue  # asking whether all rows are done would wait for the GPU
         remaining = int(going.sum())
         if remaining == 0:
             break
-        if remaining < len(alive) / 2:  # moving the cache pays only where it drops a good part of the batch
+        if not static and remaining < len(alive) / 2:  # moving the cache pays only where it drops a good part of it
             cache.keep(going)
-            alive, token, going = alive[going], token[going], going[going]
-        cache.lengths = cache.lengths * going  # a row that is done but still here must not outgrow the cache
-        hidden = model.hidden(token, cache)[:, 0]
-    return samples
+            alive, hidden, going = alive[going], hidden[going], going[going]
+    return [
+        Sample(row[:n], logprob[:n])
+        for row, logprob, n in zip(tokens.tolist(), logprobs.tolist(), counts.tolist(), strict=True)
+    ]
+
+
+def record(step: Callable[[], None]) -> Callable[[], None]:
+    """What `step` asks of the GPU, as a CUDA graph that is replayed at each call; `step` itself is not carried out."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
 
 
 def check_room(prompts: Sequence[list[int]], model: GPT) -> int:

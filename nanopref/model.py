@@ -48,7 +48,12 @@ class KVCache:
 
     `lengths` [B] counts the tokens of each row that are in the cache. Rows may differ, so a batch of prompts of
     different lengths needs no left padding: each row writes at its own position and sees only what is below it.
+
+    `static`: every step does the same work on the same memory, looks at the whole cache and waits for nothing, as a
+    CUDA graph needs it. The caller then sees to it that no row outgrows the cache.
     """
+
+    static = False
 
     def __init__(self, config: GPTConfig, batch: int, length: int, *, device=None, dtype=torch.float32):
         shape = (config.n_layer, batch, config.n_head, length, config.n_embd // config.n_head)
@@ -151,13 +156,13 @@ class GPT(nn.Module):
             positions, cached = torch.arange(T, device=tokens.device), None
         else:
             positions = cache.lengths[:, None] + torch.arange(T, device=tokens.device)
-            seen = int(positions.max()) + 1
+            seen = cache.keys.shape[3] if cache.static else int(positions.max()) + 1
             if seen > min(cache.keys.shape[3], self.config.block_size):
                 raise ValueError(f"{seen} tokens are more than the cache or the context holds")
             unseen = torch.arange(seen, device=tokens.device) > positions[:, None, :, None]
             mask = torch.zeros(unseen.shape, device=tokens.device, dtype=cache.keys.dtype)
             cached = positions, mask.masked_fill_(unseen, -torch.inf)  # added to the scores of every layer
-            cache.lengths = cache.lengths + T
+            cache.lengths += T
         x = F.dropout(self.wte(tokens) + self.wpe(positions), self.config.dropout, self.training)
         for i, block in enumerate(self.h):
             x = block(x, cached and (cache.keys[i], cache.values[i], *cached))
@@ -169,33 +174,7 @@ class GPT(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors as `transformers` reads them; each file appears whole."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        state = {
-            f"transformer.{name}": (p.t() if _is_conv1d(name) else p).contiguous().cpu()
-            for name, p in self.state_dict().items()
-        }
-        c = self.config
-        settings = {
-            "architectures": ["GPT2LMHeadModel"],
-            "model_type": "gpt2",
-            "activation_function": "gelu_new",
-            "vocab_size": c.vocab_size,
-            "n_positions": c.block_size,
-            "n_ctx": c.block_size,
-            "n_layer": c.n_layer,
-            "n_head": c.n_head,
-            "n_embd": c.n_embd,
-            "attn_pdrop": c.dropout,
-            "embd_pdrop": c.dropout,
-            "resid_pdrop": c.dropout,
-            "layer_norm_epsilon": 1e-5,
-            "tie_word_embeddings": True,
-            "bos_token_id": c.vocab_size - 1,
-            "eos_token_id": c.vocab_size - 1,
-        }
-        write_atomic(folder / "model.safetensors", lambda path: save_file(state, path, metadata={"format": "pt"}))
-        write_atomic(folder / "config.json", json.dumps(settings, indent=2) + "\n")
+        _save(folder, self, {}, {"architectures": ["GPT2LMHeadModel"]})
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *, dropout: float = 0.0) -> "GPT":
@@ -204,11 +183,95 @@ class GPT(nn.Module):
         Raises UserError, in one sentence, for a folder or a name that is not there and for files that do not fit.
         """
         folder = find_model(name)
-        config = _read_config(folder / "config.json", dropout)
-        with torch.device("meta"):
-            model = cls(config)
-        model.load_state_dict(_read_weights(folder, model), assign=True)
+        model, head = _read_model(folder, dropout)
+        if head is not None:
+            raise UserError(f"{folder}: a reward model or a critic, which writes no text; name a policy")
         return model
+
+
+class ScalarGPT(nn.Module):
+    """A GPT that says a number of each token (or one from each of several heads): a reward model, or a critic.
+
+    The head is a linear map of the last hidden state without a bias, as in GPT2ForSequenceClassification of
+    `transformers`, which opens the saved folder. What one token says is of the text up to it.
+    """
+
+    def __init__(self, transformer: GPT, heads: int = 1):
+        super().__init__()
+        self.transformer = transformer
+        self.score = nn.Linear(transformer.config.n_embd, heads, bias=False)
+        # of unit variance at first: the last LayerNorm makes D numbers of variance 1 (Stiennon et al. 2020, appendix B)
+        nn.init.normal_(self.score.weight, std=(transformer.config.n_embd + 1) ** -0.5)
+
+    @property
+    def config(self) -> GPTConfig:
+        return self.transformer.config
+
+    @property
+    def device(self) -> torch.device:
+        return self.transformer.device
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens [B, T] -> [B, T, heads]."""
+        return self.score(self.transformer.hidden(tokens))
+
+    @torch.no_grad()
+    def rescale(self, shift: Tensor, scale: Tensor) -> None:
+        """From now on say (what was said - shift) / scale, for shift and scale [heads].
+
+        The head has no bias, so the shift goes into the last LayerNorm's: to say c more, add Wᵀ(WWᵀ)⁻¹c there.
+        """
+        W = self.score.weight.double()
+        self.transformer.ln_f.bias -= (torch.linalg.pinv(W) @ shift.double()).float()
+        self.score.weight /= scale[:, None]
+
+    def save_pretrained(self, folder: str | Path, **settings) -> None:
+        """Write config.json, with `settings` in it, and model.safetensors as `transformers` reads them."""
+        labels = {str(i): f"LABEL_{i}" for i in range(len(self.score.weight))}
+        settings |= {"architectures": ["GPT2ForSequenceClassification"], "id2label": labels}
+        settings |= {"label2id": {label: int(i) for i, label in labels.items()}}
+        _save(folder, self.transformer, {"score.weight": self.score.weight.detach().cpu()}, settings)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, *, dropout: float = 0.0) -> "ScalarGPT":
+        """Load a folder or a hub name with a scalar head. Raises UserError as GPT.from_pretrained does."""
+        folder = find_model(name)
+        transformer, head = _read_model(folder, dropout)
+        if head is None:
+            raise UserError(f"{folder}: has no scalar head, so it is no reward model; train_rm.py makes one")
+        model = cls(transformer, len(head))
+        model.score.weight = nn.Parameter(head)
+        return model
+
+
+def _save(folder: str | Path, model: GPT, head: dict[str, Tensor], settings: dict) -> None:
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {
+        f"transformer.{name}": (p.t() if _is_conv1d(name) else p).contiguous().cpu()
+        for name, p in model.state_dict().items()
+    }
+    c = model.config
+    settings = {
+        "model_type": "gpt2",
+        "activation_function": "gelu_new",
+        "vocab_size": c.vocab_size,
+        "n_positions": c.block_size,
+        "n_ctx": c.block_size,
+        "n_layer": c.n_layer,
+        "n_head": c.n_head,
+        "n_embd": c.n_embd,
+        "attn_pdrop": c.dropout,
+        "embd_pdrop": c.dropout,
+        "resid_pdrop": c.dropout,
+        "layer_norm_epsilon": 1e-5,
+        "tie_word_embeddings": True,
+        "bos_token_id": c.vocab_size - 1,
+        "eos_token_id": c.vocab_size - 1,
+        **settings,
+    }
+    write_atomic(folder / "model.safetensors", lambda path: save_file(state | head, path, metadata={"format": "pt"}))
+    write_atomic(folder / "config.json", json.dumps(settings, indent=2) + "\n")
 
 
 def find_model(name: str | Path) -> Path:
@@ -265,7 +328,17 @@ def _read_config(path: Path, dropout: float) -> GPTConfig:
     return GPTConfig(*sizes, dropout=dropout)
 
 
-def _read_weights(folder: Path, model: GPT) -> dict[str, Tensor]:
+def _read_model(folder: Path, dropout: float) -> tuple[GPT, Tensor | None]:
+    """The GPT in a folder and, where there is one, its scalar head [heads, D]."""
+    config = _read_config(folder / "config.json", dropout)
+    with torch.device("meta"):
+        model = GPT(config)
+    weights, head = _read_weights(folder, model)
+    model.load_state_dict(weights, assign=True)
+    return model, head
+
+
+def _read_weights(folder: Path, model: GPT) -> tuple[dict[str, Tensor], Tensor | None]:
     path = folder / "model.safetensors"
     if not path.is_file():
         pickles = [p.name for p in folder.glob("*.bin")] + [p.name for p in folder.glob("*.pt")]
@@ -281,6 +354,9 @@ def _read_weights(folder: Path, model: GPT) -> dict[str, Tensor]:
     head = found.pop("lm_head.weight", None)
     if head is not None and "wte.weight" in found and not torch.equal(head, found["wte.weight"]):
         raise UserError(f"{path}: lm_head.weight is not tied to the embedding, as GPT-2's is")
+    score = found.pop("score.weight", None)
+    if score is not None and (score.dim() != 2 or score.shape[1] != model.config.n_embd):
+        raise UserError(f"{path}: score.weight is {list(score.shape)}, not [heads, {model.config.n_embd}]")
     wanted = model.state_dict()
     if missing := sorted(wanted.keys() - found.keys()):
         raise UserError(f"{path}: {len(missing)} tensors are missing, the first is {missing[0]}")
@@ -293,7 +369,7 @@ def _read_weights(folder: Path, model: GPT) -> dict[str, Tensor]:
         if not x.is_floating_point():
             raise UserError(f"{path}: {name} holds {x.dtype}, not floating-point numbers")
         found[name] = x.float().contiguous()
-    return found
+    return found, score if score is None else score.float()
 
 
 def preset(name: str, *, vocab_size: int, block_size: int, dropout: float = 0.0) -> GPTConfig:
@@ -304,13 +380,13 @@ def preset(name: str, *, vocab_size: int, block_size: int, dropout: float = 0.0)
     return GPTConfig(vocab_size, block_size, n_layer, n_head, n_embd, dropout)
 
 
-def load_pretrained(name: str | Path, *, dropout: float = 0.0) -> tuple[GPT, Tokenizer]:
-    """A model and the tokenizer beside it (GPT-2's own where there is none and the sizes agree).
+def load_pretrained(name: str | Path, *, dropout: float = 0.0, kind: type = GPT) -> tuple[GPT, Tokenizer]:
+    """A model (`kind` is GPT or ScalarGPT) and the tokenizer beside it, or GPT-2's own where that is what fits.
 
     Raises UserError where either is missing or broken, or where one does not fit the other.
     """
     folder = find_model(name)
-    model = GPT.from_pretrained(folder, dropout=dropout)
+    model = kind.from_pretrained(folder, dropout=dropout)
     if not (folder / "tokenizer.json").exists() and model.config.vocab_size != GPTConfig.vocab_size:
         raise UserError(
             f"{folder}: no tokenizer.json there, and a vocabulary of {model.config.vocab_size} is not GPT-2's"
@@ -327,7 +403,13 @@ def load_pretrained(name: str | Path, *, dropout: float = 0.0) -> tuple[GPT, Tok
     return model, tokenizer
 
 
-def save_pretrained(model: GPT, tokenizer: Tokenizer, folder: str | Path) -> None:
-    """Write the model and its tokenizer; config.json, which makes it a model folder, comes last."""
+def save_pretrained(model: GPT | ScalarGPT, tokenizer: Tokenizer, folder: str | Path, **settings) -> None:
+    """Write the model and its tokenizer; config.json, which makes it a model folder, comes last.
+
+    `transformers` reads a score at the last token that is no padding: a scalar head's padding is the zero byte, which
+    no text holds.
+    """
     tokenizer.save(folder)
-    model.save_pretrained(folder)
+    if isinstance(model, ScalarGPT):
+        settings["pad_token_id"] = tokenizer.ranks[b"\0"]
+    model.save_pretrained(folder, **settings)

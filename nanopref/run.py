@@ -292,7 +292,8 @@ class Run:
             self._check_old_run()
 
     def _check_old_run(self) -> None:
-        old, flags = self.folder / "config.json", asdict(self.config)
+        old = self.folder / "config.json"
+        flags = json.loads(json.dumps(asdict(self.config)))  # in the types that a file gives back
         try:
             before = json.loads(old.read_text())
             before, ours = before["flags"], isinstance(before["flags"], dict) and isinstance(before["versions"], dict)
@@ -305,9 +306,11 @@ class Run:
             "or choose another --out",
         )
         if self.config.overwrite:
-            for name in ("init", "data"):
-                inside = flags.get(name) and Path(flags[name]).resolve().is_relative_to(self.folder.resolve())
-                require(not inside, f"--overwrite would remove {flags.get(name)}, which --{name} wants to read")
+            for name in ("init", "data", "reward"):
+                read = flags.get(name) or []
+                for path in [read] if isinstance(read, str) else read:
+                    inside = Path(path).resolve().is_relative_to(self.folder.resolve())
+                    require(not inside, f"--overwrite would remove {path}, which --{name} wants to read")
         else:
             # what changes nothing in the results may change
             free = {"resume", "overwrite", "out", "device", "kernels", "save_every"}
@@ -358,6 +361,11 @@ class Run:
         self._since = now
         if rank() == 0:
             write_atomic(self.folder / "seconds.json", json.dumps(self.seconds) + "\n")
+
+    def add_seconds(self, folder: Path, prefix: str = "") -> None:
+        """Count what another run, on which this one builds, took."""
+        seconds = json.loads((folder / "report.json").read_text())["seconds"]
+        self.seconds |= {prefix + name: value for name, value in seconds.items()}
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Append one row to metrics.jsonl, and show losses and accuracies beside the progress bar."""

@@ -10,6 +10,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 import tyro
@@ -153,6 +154,21 @@ def train(config: Config) -> None:
     if run.rank() == 0:
         save_pretrained(model, tokenizer, this.folder / "model")
         report(this, model, tokenizer, held_out_rows, notes)
+
+
+def first(config: run.Options, this: Run) -> Path:
+    """Where a run without --init begins: an SFT model in OUT/sft, trained now if it is not there yet.
+
+    `config` has the fields data and sft_steps; the seconds that SFT took are added to those of the run.
+    """
+    folder = this.folder / "sft"
+    if not (folder / "report.json").exists():
+        say(f"no --init: supervised fine-tuning first, in {folder}")
+        names = ("data", "seed", "device", "kernels", "resume", "save_every")
+        train(Config(out=str(folder), steps=config.sft_steps, **{name: getattr(config, name) for name in names}))
+    run.barrier()
+    this.add_seconds(folder)
+    return folder
 
 
 def sample_reviews(config: Config) -> list[data.Response]:

@@ -387,3 +387,34 @@ def test_the_command_refuses_a_seed_out_of_range(folder, capsys, seed):
 def test_response_text_leaves_out_the_end_of_text(tokenizer):
     tokens = tokenizer.encode("aaa bé")
     assert response_text([*tokens, tokenizer.end_of_text], tokenizer) == response_text(tokens, tokenizer) == "aaa bé"
+
+
+@given(st.data())
+@settings(max_examples=25, deadline=None)
+def test_the_static_path_draws_the_same(data):
+    """What a GPU records, every row kept and the whole cache looked at, gives what dropping finished rows gives."""
+    lengths = data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=6))
+    prompts = [[data.draw(st.integers(0, 40)) for _ in range(n)] for n in lengths]
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(41, data.draw(st.integers(10, 16)), 2, 2, 8))
+    setting = {"end_of_text": data.draw(st.integers(0, 40)), "temperature": data.draw(st.sampled_from([0, 0.7, 1.0]))}
+    new, seed = data.draw(st.integers(1, 20)), data.draw(st.integers(0, 99))
+    static, dynamic = (
+        generate(model, prompts, new, static=flag, generator=torch.Generator().manual_seed(seed), **setting)
+        for flag in (True, False)
+    )
+    assert [s.tokens for s in static] == [s.tokens for s in dynamic]
+    for a, b in zip(static, dynamic, strict=True):
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-5)
+        assert len(a.tokens) == len(a.logprobs)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
+def test_the_recorded_step_draws_what_the_ordinary_one_does():
+    model = GPT(GPTConfig(41, 64, 2, 2, 8)).cuda()
+    prompts = [[1, 2, 3], [4], [5] * 9]
+    recorded, ordinary = (
+        generate(model, prompts, 40, end_of_text=7, static=flag, generator=torch.Generator("cuda").manual_seed(0))
+        for flag in (True, False)
+    )
+    assert [s.tokens for s in recorded] == [s.tokens for s in ordinary]

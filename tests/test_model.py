@@ -259,7 +259,7 @@ def test_decoding_in_chunks_equals_the_whole(prompts, chunks, data):
     first = model.hidden(padded, cache)
     for row, n in enumerate(prompts):
         torch.testing.assert_close(first[row, :n], whole[row, :n], atol=1e-12, rtol=0)
-    cache.lengths = done
+    cache.lengths = done.clone()
     for chunk in chunks:
         if data.draw(st.booleans()):
             rows = data.draw(st.lists(st.sampled_from(range(len(tokens))), min_size=1, unique=True).map(torch.tensor))

@@ -1,0 +1,116 @@
+"""Losses and estimators that have no kernel: plain functions of tensors, each with its formula and its source.
+
+B responses, T tokens. A `mask` [B, T] is 1 on the tokens of a response, which stand in one run; what stands elsewhere
+in the other arguments may be anything, NaN too, and is never read. Inputs may have any floating dtype; float64 stays.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.reference import masked_mean
+
+
+def bradley_terry_loss(chosen: Tensor, rejected: Tensor, margin: float | Tensor = 0.0) -> Tensor:
+    """-log σ(r_w - r_l - m): scores of equal shapes -> losses of that shape, in nats.
+
+    Without a margin Ouyang et al. 2022 (InstructGPT), eq. 1; with it Touvron et al. 2023 (Llama 2), eq. 2.
+    """
+    return -F.logsigmoid(chosen - rejected - margin)
+
+
+# ---- KL between the policy and its reference, from tokens that the policy drew ---------------------------------------
+
+
+def kl_k1(logprobs: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
+    """Σ_t log π_θ - log π_ref, [B, T] -> [B], nats a response: unbiased for KL(π_θ, π_ref) (Schulman 2020, k1)."""
+    return torch.where(mask.bool(), logprobs - reference, 0.0).sum(-1)
+
+
+def kl_k3(logprobs: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
+    """Σ_t ρ - 1 - log ρ with ρ = π_ref/π_θ, [B, T] -> [B], nats a response: never negative, and of less variance
+    while the two are close (Schulman 2020, k3)."""
+    log_ratio = torch.where(mask.bool(), reference - logprobs, 0.0)
+    return (torch.expm1(log_ratio) - log_ratio).sum(-1)
+
+
+def adapt_kl_coefficient(beta: float, kl: float, target: float, samples: int, horizon: int) -> float:
+    """The next β after `samples` responses at this KL: β (1 + clip(KL/target - 1, -0.2, 0.2) · samples/horizon).
+
+    Ziegler et al. 2019, section 2.2, with K_β = 1/horizon a response.
+    """
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return beta * (1 + error * samples / horizon)
+
+
+# ---- rewards and advantages ------------------------------------------------------------------------------------------
+
+
+def token_rewards(scores: Tensor, logprobs: Tensor, reference: Tensor, mask: Tensor, beta: float | Tensor) -> Tensor:
+    """-β (log π_θ - log π_ref) at each token and the score [B] at the last one: [B, T], 0 outside the mask.
+
+    Ziegler et al. 2019, eq. 2, spread over the tokens as in Stiennon et al. 2020. A row's sum is score - β·k1.
+    """
+    keep = mask.bool()
+    penalty = torch.where(keep, -beta * (logprobs - reference), 0.0)
+    return penalty + torch.where(_is_last(keep), scores[:, None], 0.0)
+
+
+def _is_last(keep: Tensor) -> Tensor:
+    """True at the last token of each row's run [B, T]."""
+    return keep & ~F.pad(keep[:, 1:], (0, 1))
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation, Schulman et al. 2016, eq. 16: [B, T] -> advantages, returns [B, T].
+
+    Â_t = Σ_l (γλ)^l δ_{t+l} with δ_t = r_t + γ V_{t+1} - V_t, where V is 0 after the last token: a response is a whole
+    episode, and one that was cut off is treated as if it ended there. Returns are Â + V, the critic's targets (TD(λ)).
+    """
+    keep = mask.bool()
+    rewards, values = torch.where(keep, rewards, 0.0), torch.where(keep, values, 0.0)
+    deltas = torch.where(keep, rewards + gamma * F.pad(values[:, 1:], (0, 1)) - values, 0.0)
+    advantages, carry = [], torch.zeros_like(deltas[:, 0])
+    for delta in deltas.flip(1).unbind(1):
+        carry = delta + gamma * lam * carry  # 0 behind the run, so nothing leaks in from the padding
+        advantages.append(carry)
+    advantages = torch.where(keep, torch.stack(advantages[::-1], 1), 0.0)
+    return advantages, advantages + values
+
+
+def rloo_advantages(returns: Tensor, group: int) -> Tensor:
+    """Return minus the mean return of the other responses to the same prompt: [B] -> [B].
+
+    The responses to a prompt stand side by side, `group` of them. REINFORCE leave-one-out: Kool et al. 2019; Ahmadian
+    et al. 2024, eq. 8.
+    """
+    returns = returns.view(-1, group)
+    return ((returns - returns.mean(1, keepdim=True)) * (group / (group - 1))).flatten()
+
+
+def grpo_advantages(returns: Tensor, group: int) -> Tensor:
+    """Return, standardised among the responses to the same prompt: [B] -> [B] (Shao et al. 2024, section 4.1.2)."""
+    returns = returns.view(-1, group)
+    centred = returns - returns.mean(1, keepdim=True)
+    return (centred / (returns.std(1, keepdim=True) + 1e-4)).flatten()
+
+
+def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
+    """x brought to variance 1, and to mean 0 unless not `shift_mean`, over the mask's tokens: [B, T], 0 elsewhere.
+
+    Advantages lose their mean; rewards keep theirs, which says how good a response is (Huang et al. 2023, "The N
+    implementation details of RLHF with PPO").
+    """
+    mean = masked_mean(x, mask)
+    variance = masked_mean((x - mean) ** 2, mask)
+    white = (x - mean) * torch.rsqrt(variance + 1e-8)
+    return torch.where(mask.bool(), white if shift_mean else white + mean, 0.0)
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+    """1 - Var(R - V)/Var(R) over the mask's tokens, 0-dim: 1 for a critic that knows, 0 for a constant."""
+
+    def variance(x: Tensor) -> Tensor:
+        return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
+
+    return 1 - variance(returns - values) / variance(returns).clamp(min=1e-12)
