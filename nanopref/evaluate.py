@@ -144,11 +144,13 @@ def compare(
     max_new_tokens: int,
     seed: int,
     *,
-    true_reward=None,
+    true_reward: Callable[[str], float] | None = None,
+    score: Callable[[list], list[float]] | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Both models answer all prompts -> (the report's figures, one row a prompt with both answers).
 
-    `true_reward` judges a response's text; without it only KL and length are measured.
+    `true_reward` judges a response's text, `score` the (prompt, response) tokens of all; without them KL and length
+    are what is measured.
     """
     answers = {
         name: respond(model, tokenizer, prompts, max_new_tokens, seed, f"{name} answers")
@@ -174,6 +176,8 @@ def compare(
         {"prompt": prompt, "reference": r, "policy": p}
         for prompt, r, p in zip(prompts, texts["reference"], texts["policy"], strict=True)
     ]
+    if score:
+        report["score"] = {name: float(np.mean(score(answers[name]))) for name in answers}
     if true_reward:
         rewards = {name: [true_reward(text) for text in texts[name]] for name in texts}
         rate, interval = win_rate(rewards["policy"], rewards["reference"])
@@ -213,6 +217,8 @@ def comparison_table(report: dict[str, Any]) -> str:
         rows.append(("true reward", f"{reward['reference']:.2f}", f"{reward['policy']:.2f}", note))
         low, high = report["win_rate_95"]
         rows.append(("win rate", "", f"{report['win_rate']:.1%}", f"95%: {low:.1%} to {high:.1%}"))
+    if score := report.get("score"):
+        rows.append(("score", f"{score['reference']:.2f}", f"{score['policy']:.2f}", ""))
     rows += [
         ("KL to the reference, nats", "0", f"{report['kl']:.2f}", f"± {report['kl_standard_error']:.2f}"),
         ("response length, tokens", f"{length['reference']:.1f}", f"{length['policy']:.1f}", ""),

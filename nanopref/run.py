@@ -362,10 +362,9 @@ class Run:
         if rank() == 0:
             write_atomic(self.folder / "seconds.json", json.dumps(self.seconds) + "\n")
 
-    def add_seconds(self, folder: Path, prefix: str = "") -> None:
+    def add_seconds(self, folder: Path, name: str) -> None:
         """Count what another run, on which this one builds, took."""
-        seconds = json.loads((folder / "report.json").read_text())["seconds"]
-        self.seconds |= {prefix + name: value for name, value in seconds.items()}
+        self.seconds[name] = round(sum(json.loads((folder / "report.json").read_text())["seconds"].values()), 2)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Append one row to metrics.jsonl, and show losses and accuracies beside the progress bar."""

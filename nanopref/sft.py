@@ -167,7 +167,7 @@ def first(config: run.Options, this: Run) -> Path:
         names = ("data", "seed", "device", "kernels", "resume", "save_every")
         train(Config(out=str(folder), steps=config.sft_steps, **{name: getattr(config, name) for name in names}))
     run.barrier()
-    this.add_seconds(folder)
+    this.add_seconds(folder, "sft")
     return folder
 
 

@@ -1,0 +1,514 @@
+"""RLHF with PPO (Ziegler et al. 2019; Stiennon et al. 2020), from nothing to a report: `python train_ppo.py`
+
+Without --data: film reviews (nanopref/reviews.py). A small GPT learns to write them, simulated people compare its
+answers, a reward model learns from them (train_rm.py), and PPO moves the GPT towards high scores and a critic towards
+knowing them in advance, while each nat of KL from where it began costs β. With --data: your pairs and their prompts.
+"""
+
+import nanopref  # noqa: F401  (first, because it sets how torch's threads wait, which torch reads when it is loaded)
+
+# isort: split
+import copy
+import math
+import random
+import shlex
+import time
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+import tyro
+from torch import Tensor, nn
+
+import kernels
+import train_rm
+from kernels.reference import IGNORE, masked_mean
+from nanopref import data, evaluate, losses, reviews, run, sft
+from nanopref.generate import check_sampling, generate, response_text
+from nanopref.model import GPT, ScalarGPT, load_pretrained, save_pretrained
+from nanopref.run import Run, require, say
+
+
+@dataclass
+class Config(run.Options):
+    """Train a GPT with PPO against a reward model: on the built-in film reviews, or on a file."""
+
+    out: str = "out/ppo"
+    """the run's folder: models, metrics, report, and the state to resume from"""
+    init: str = ""
+    """the policy to start from, also the reference; default: the SFT model in the folder of --reward, else a new one"""
+    sft_steps: int | None = None
+    """steps of a new SFT model (default: its own); `python -m nanopref.sft --help` has the rest"""
+    data: str = ""
+    """pairs in JSON Lines: their prompts are answered, and a new reward model is trained on them; default: reviews"""
+    reward: tuple[str, ...] = ()
+    """reward models: run folders, or `true` for the built-in task's own; default: one is trained first, in OUT/rm"""
+    reward_weights: tuple[float, ...] = ()
+    """a weight for each --reward, whose weighted scores are added; default: 1 each"""
+    rm_pairs: int = 6144
+    """built-in task: pairs for that new reward model; `python train_rm.py --help` has the rest"""
+    doubt: float = 0.0
+    """subtract this many times the spread of a reward model's heads from its score"""
+    missing_end: float = 1.0
+    """subtract this from the score of a response that does not end"""
+    advantage: Literal["gae", "rloo", "grpo"] = "gae"
+    """gae: from a critic; rloo and grpo: from the other responses to the same prompt, without one"""
+    group: int | None = None
+    """responses to each prompt; default: 1 for gae, 4 for rloo and grpo"""
+    critic: Literal["network", "head"] = "network"
+    """the critic: a network that starts from the reward model, or a scalar head on the policy"""
+    iterations: int = 40
+    """rounds of answering and learning"""
+    batch_size: int = 128
+    """responses a round"""
+    epochs: int = 2
+    """passes over them"""
+    minibatch: int = 32
+    """responses an optimiser step"""
+    micro_batch: int = 16
+    """responses in memory at once; more steps of this size are accumulated"""
+    lr: float | None = None
+    """the policy's learning rate, which falls to 0 in a line; default: 3e-4 on the built-in task, 1e-5 on a file"""
+    critic_lr: float | None = None
+    """the critic's; default: that of the policy"""
+    value_weight: float = 0.5
+    """weight of the critic's loss, which matters for --critic head and for the gradient's norm"""
+    value_warmup: int = 2
+    """rounds in which only the critic learns"""
+    beta: float = 0.1
+    """price of a nat of KL from the reference, in units of score; where it starts, with --kl-target"""
+    kl_target: float | None = None
+    """change beta from round to round so that the KL comes to this many nats (default: beta is fixed)"""
+    kl_horizon: int = 1000
+    """responses after which a KL that is 20% too high has raised beta by 20%"""
+    max_kl: float = 100.0
+    """stop when the KL is beyond this many nats: the policy has collapsed"""
+    temperature: float = 1.0
+    """in sampling and in every log-prob"""
+    gamma: float = 1.0
+    """discount a token"""
+    lam: float = 0.95
+    """GAE's λ: lower trusts the critic more"""
+    clip: float = 0.2
+    """the ratio π_θ/π_old is of use within 1 ± this"""
+    value_clip: float = 0.2
+    """the critic's values move by this much a round, in units of score"""
+    target_kl: float | None = None
+    """end a round's passes early when π_θ is this many nats a token from π_old (default: never)"""
+    entropy: float = 0.0
+    """weight of the entropy bonus"""
+    whiten_rewards: bool = False
+    """bring the rewards of a round to variance 1"""
+    whiten_advantages: bool = True
+    """bring the advantages of a round to mean 0 and variance 1"""
+    grad_clip: float = 1.0
+    """largest norm of the gradient"""
+    save_every: int = 5
+    """rounds between two saves of the state that --resume continues from, and of the policy if its KL is in bounds"""
+    eval_prompts: int = 512
+    """prompts that policy and reference answer for the report"""
+    max_new_tokens: int = 64
+    """longest response that is sampled"""
+
+    def check(self) -> None:
+        super().check()
+        counts = ("sft_steps", "group", "iterations", "batch_size", "epochs", "minibatch", "micro_batch", "kl_horizon")
+        run.require_at_least_one(self, *counts, "eval_prompts", "max_new_tokens")
+        names = ("lr", "critic_lr", "kl_target", "max_kl", "clip", "value_clip", "target_kl", "grad_clip")
+        run.require_positive(self, *names)
+        run.require_not_negative(self, "beta", "doubt", "missing_end", "value_weight", "value_warmup", "entropy")
+        check_sampling(self.max_new_tokens, self.temperature, 0, 1.0)
+        require(self.temperature > 0, "--temperature must be above 0: a greedy policy has nothing to learn from")
+        require(self.rm_pairs >= 20, f"--rm-pairs must be at least 20, not {self.rm_pairs}")
+        require(0 < self.gamma <= 1, f"--gamma must be above 0 and at most 1, not {self.gamma}")
+        require(0 <= self.lam <= 1, f"--lam must be from 0 to 1, not {self.lam}")
+        require(
+            len(self.reward_weights) in (0, len(self.reward)),
+            f"--reward-weights: {len(self.reward_weights)} weights for {len(self.reward)} reward models",
+        )
+        require(all(map(math.isfinite, self.reward_weights)), "--reward-weights must be finite numbers")
+        require("true" not in self.reward or not self.data, "--reward true: only the built-in task knows its own")
+        require(
+            self.advantage == "gae" or self.group is None or self.group > 1,
+            f"--advantage {self.advantage} compares the responses to one prompt, so --group must be at least 2",
+        )
+        require(
+            self.batch_size % (self.resolved().group) == 0,
+            f"--batch-size {self.batch_size} is no multiple of --group {self.resolved().group}",
+        )
+
+    def resolved(self) -> "Config":
+        """The defaults that depend on other flags, filled in."""
+        lr = self.lr or (1e-5 if self.data else 3e-4)
+        made_from = [str(Path(name) / "sft") for name in self.reward if (Path(name) / "sft" / "report.json").exists()]
+        return replace(
+            self,
+            lr=lr,
+            critic_lr=self.critic_lr or lr,
+            init=self.init or (made_from[0] if made_from else ""),
+            group=self.group or (1 if self.advantage == "gae" else 4),
+            reward_weights=self.reward_weights or (1.0,) * max(1, len(self.reward)),
+        )
+
+
+class Learner(nn.Module):
+    """All that learns, and β, which may adapt: what --resume must find again."""
+
+    def __init__(self, policy: GPT, critic: ScalarGPT | None, beta: float):
+        super().__init__()
+        self.policy, self.critic = policy, critic
+        self.register_buffer("beta", torch.tensor(beta, dtype=torch.float64))
+
+    def forward(self, inputs: Tensor, targets: Tensor, mask: Tensor, temperature: float) -> tuple[Tensor, ...]:
+        """log π_θ(targets), entropy, and V before each target: each [B, T], float32."""
+        with run.autocast(inputs.device):
+            hidden = self.policy.hidden(inputs)
+            logprobs, entropies = token_logprobs(self.policy, hidden, targets, mask, temperature)
+        return logprobs, entropies, self.values(inputs, hidden)
+
+    def values(self, inputs: Tensor, hidden: Tensor | None = None) -> Tensor:
+        """V [B, T], float32; 0 without a critic. `hidden` saves a critic that is a head on the policy a second look."""
+        if self.critic is None:
+            return torch.zeros(inputs.shape, device=inputs.device)
+        with run.autocast(inputs.device):
+            if hidden is None or self.critic.transformer is not self.policy:
+                hidden = self.critic.transformer.hidden(inputs)
+            return self.critic.score(hidden)[..., 0].float()
+
+
+class Rollout(NamedTuple):
+    """A round's responses, each [B, T], laid out as data.Batch: what stands at t is about targets[:, t]."""
+
+    inputs: Tensor
+    targets: Tensor
+    mask: Tensor
+    logprobs: Tensor  # log π_old, as the sampler knew it
+    values: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+    def take(self, rows: list[int], length: int) -> "Rollout":
+        """These rows and the first columns."""
+        return Rollout(*(x[rows, :length] for x in self))
+
+
+def train(config: Config) -> None:
+    # What can be wrong is found before anything is written.
+    config.check()
+    config = config.resolved()
+    this = Run(config)
+    device = run.start(config.device, config.seed)
+    require(run.world_size() == 1, "train_ppo.py runs as one process: start it without torchrun")
+    if config.init:
+        policy, tokenizer = load_pretrained(config.init)
+        load_reward_models(config.reward, policy, tokenizer)
+    else:
+        require(set(config.reward) <= {"true"}, "--reward: name the policy that it was trained for with --init")
+    context = policy.config.block_size if config.init else sft.Config(data=config.data).resolved().block_size
+    room = context - config.max_new_tokens
+    require(room > 0, f"--max-new-tokens {config.max_new_tokens} leaves no room for a prompt in a context of {context}")
+    prompts, new_prompts = read_prompts(config)
+    this.begin()
+
+    # 1. π_SFT, where the policy starts and what it is held to; and the reward model.
+    if not config.init:
+        policy, tokenizer = load_pretrained(sft.first(config, this))
+    names = config.reward or (first_reward_model(config, this),)
+    reward_models = load_reward_models(names, policy.to(device), tokenizer)
+    reference = copy.deepcopy(policy).eval()
+    encoded = [data.encode_prompt(tokenizer, prompt) for prompt in prompts]
+    notes = Counter({"prompts cut on the left to fit the context": sum(len(prompt) > room for prompt in encoded)})
+    prompts = [prompt[-room:] for prompt in encoded]
+
+    # 2. What learns. No dropout: it would make π_θ another policy at each look.
+    learner = Learner(policy, new_critic(config, policy, reward_models), config.beta).to(device).eval()
+    shared = set(policy.parameters())
+    groups = [
+        {"params": list(policy.parameters()), "peak": config.lr},
+        {"params": [p for p in learner.parameters() if p not in shared], "peak": config.critic_lr},
+    ]
+    # ε = 1e-5 as in PPO2; with 1e-8, weights that have almost no gradient move by all of lr (Huang et al. 2022, no. 3)
+    optimizer = torch.optim.Adam([group for group in groups if group["params"]], eps=1e-5, fused=True)
+    start = this.load(learner, optimizer)
+    batches = run.batches(len(prompts), config.batch_size // config.group, config.iterations, config.seed, start)
+    say(f"PPO: {config.iterations} rounds of {config.batch_size} responses to {len(prompts):,} prompts")
+    for note, count in (+notes).items():
+        say(f"  {count:,} {note}")
+
+    with this.stage("ppo"), kernels.use(config.kernels):
+        for step, rows in this.steps(batches, config.iterations, learner, optimizer, "PPO"):
+            # 3. Responses of the policy as it is now, and what the reward model thinks of them.
+            began = time.monotonic()
+            queries = [prompts[i] for i in rows for _ in range(config.group)]
+            with run.autocast(device):
+                samples = generate(
+                    policy,
+                    queries,
+                    config.max_new_tokens,
+                    end_of_text=tokenizer.end_of_text,
+                    temperature=config.temperature,
+                    generator=run.generator(config.seed, f"round {step}", device),
+                )
+            responses = [(x, sample.tokens) for x, sample in zip(queries, samples, strict=True)]
+            batch = data.collate(responses).to(device)
+            mask = batch.mask
+            old_logprobs = torch.zeros_like(mask)
+            old_logprobs[mask.bool()] = torch.tensor([p for s in samples for p in s.logprobs], device=device)
+            rolled_out = time.monotonic()
+
+            scores = score(config, reward_models, responses, tokenizer).to(device)
+            unended = torch.tensor([y[-1] != tokenizer.end_of_text for _, y in responses], device=device)
+            lengths = [len(x) + len(y) - 1 for x, y in responses]
+            values, ref_logprobs = look(learner, reference, batch, lengths, config)
+            kl = losses.kl_k1(old_logprobs, ref_logprobs, mask).mean().item()
+            stop_if_collapsed(config, this, kl, responses)
+            if step % config.save_every == 0:
+                save_pretrained(policy, tokenizer, this.folder / "model")  # what a later collapse leaves
+
+            # 4. A reward at each token, -β (log π_θ - log π_ref), and the score at the last one; how much better than
+            # expected each token was.
+            rewards = losses.token_rewards(
+                scores - config.missing_end * unended, old_logprobs, ref_logprobs, mask, learner.beta.float()
+            )
+            if config.whiten_rewards:
+                rewards = losses.whiten(rewards, mask, shift_mean=False)
+            advantages, returns = estimate_advantages(config, rewards, values, mask)
+            if config.whiten_advantages:
+                advantages = losses.whiten(advantages, mask)
+            rollout = Rollout(*batch, old_logprobs, values, advantages, returns)
+
+            # 5. Several passes of minibatches with the clipped losses.
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * (1 - step / config.iterations)
+            shuffle = run.generator(config.seed, f"minibatches {step}")
+            order = [torch.randperm(len(responses), generator=shuffle) for _ in range(config.epochs)]
+            totals = torch.zeros(7, device=device)
+            done = 0
+            for minibatch in [m for epoch in order for m in epoch.split(config.minibatch)]:
+                tokens = mask[minibatch].sum()
+                approx_kl = torch.zeros((), device=device)
+                for piece in data.micro_batches(minibatch.tolist(), lengths, config.micro_batch):
+                    now = rollout.take(piece, max(lengths[i] for i in piece))
+                    share = now.mask.sum() / tokens  # a mean over the minibatch's tokens, not over this piece's
+                    logprobs, entropies, values = learner(now.inputs, now.targets, now.mask, config.temperature)
+                    policy_loss, policy_stats = kernels.ppo_clip_loss(
+                        logprobs, now.logprobs, now.advantages, now.mask, clip=config.clip
+                    )
+                    value_loss, value_stats = kernels.clipped_value_loss(
+                        values, now.values, now.returns, now.mask, clip=config.value_clip
+                    )
+                    entropy = masked_mean(entropies, now.mask)
+                    loss = (step >= config.value_warmup) * (policy_loss - config.entropy * entropy)
+                    (share * (loss + config.value_weight * value_loss)).backward()
+                    approx_kl += share * policy_stats["approx_kl"]
+                    stats = [policy_loss, value_loss, entropy, policy_stats["clip_fraction"]]
+                    stats += [value_stats["clip_fraction"], policy_stats["approx_kl"]]
+                    totals[:6] += share * torch.stack(stats).detach()
+                norm = torch.nn.utils.clip_grad_norm_(learner.parameters(), config.grad_clip)
+                this.stop_if_not_finite(step, norm, learner, optimizer)
+                optimizer.step()
+                optimizer.zero_grad()
+                totals[6] += norm
+                done += 1
+                if config.target_kl and approx_kl > config.target_kl:
+                    break
+
+            # 6. What happened; and a β for the next round.
+            names = ("policy_loss", "value_loss", "entropy", "clip_fraction", "value_clip_fraction", "approx_kl")
+            metrics = dict(zip((*names, "grad_norm"), (totals / done).tolist(), strict=True))
+            tokens, finished = int(mask.sum()), time.monotonic()
+            metrics |= {
+                "score": scores.mean().item(),
+                "kl": kl,
+                "kl_k3": losses.kl_k3(old_logprobs, ref_logprobs, mask).mean().item(),
+                "beta": learner.beta.item(),
+                "explained_variance": losses.explained_variance(rollout.values, returns, mask).item(),
+                "response_length": tokens / len(responses),
+                "unended": unended.float().mean().item(),
+                "minibatches": done,
+                "rollout_tokens_per_second": tokens / (rolled_out - began),
+                "learning_tokens_per_second": tokens * done / len(order) / (finished - rolled_out),
+            }
+            if not config.data:
+                texts = [response_text(y, tokenizer) for _, y in responses]
+                metrics["true_reward"] = sum(map(reviews.true_reward, texts)) / len(texts)
+            if config.kl_target:
+                horizon = config.kl_horizon
+                learner.beta.fill_(
+                    losses.adapt_kl_coefficient(learner.beta.item(), kl, config.kl_target, len(responses), horizon)
+                )
+            this.log(step + 1, metrics)
+
+    # 7. What came of it.
+    save_pretrained(policy, tokenizer, this.folder / "model")
+    if learner.critic is not None:
+        save_pretrained(learner.critic, tokenizer, this.folder / "critic")
+    report(config, this, policy, reference, reward_models, tokenizer, new_prompts, notes)
+
+
+def token_logprobs(model: GPT, hidden: Tensor, targets: Tensor, mask: Tensor, temperature: float):
+    """log π(targets) and entropy at the mask's tokens, each [B, T], 0 elsewhere."""
+    counted = targets.where(mask.bool(), IGNORE).flatten()
+    results = kernels.token_logprobs(
+        hidden.flatten(0, 1), model.unembedding, counted, temperature=temperature, entropy=True
+    )
+    return tuple(x.view(targets.shape) for x in results)
+
+
+@torch.no_grad()
+def look(learner: Learner, reference: GPT, batch: data.Batch, lengths: list[int], config: Config):
+    """The critic's values and log π_ref, each [B, T]."""
+    values, ref_logprobs = torch.zeros_like(batch.mask), torch.zeros_like(batch.mask)
+    for piece in data.micro_batches(list(range(len(lengths))), lengths, 4 * config.micro_batch):
+        length = max(lengths[i] for i in piece)
+        inputs, targets, mask = (x[piece, :length] for x in batch)
+        values[piece, :length] = learner.values(inputs)
+        with run.autocast(inputs.device):
+            found, _ = token_logprobs(reference, reference.hidden(inputs), targets, mask, config.temperature)
+        ref_logprobs[piece, :length] = found
+    return values, ref_logprobs
+
+
+def estimate_advantages(config: Config, rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Advantages, and the critic's targets, each [B, T]."""
+    if config.advantage == "gae":
+        return losses.gae(rewards, values, mask, gamma=config.gamma, lam=config.lam)
+    # the whole response is one action, whose return is its score less β times its KL
+    compare = {"rloo": losses.rloo_advantages, "grpo": losses.grpo_advantages}[config.advantage]
+    return compare(rewards.sum(1), config.group)[:, None] * mask, torch.zeros_like(mask)
+
+
+def score(config: Config, reward_models: list, responses: list, tokenizer) -> Tensor:
+    """The weighted sum of the rewards of (prompt, response) tokens [N]. Raises UserError where one is not finite."""
+    total = torch.zeros(len(responses))
+    for weight, model in zip(config.reward_weights, reward_models, strict=True):
+        if model is None:
+            rewards = torch.tensor([reviews.true_reward(response_text(y, tokenizer)) for _, y in responses])
+        else:
+            heads = evaluate.response_scores(model, responses)
+            rewards = heads.mean(1) - config.doubt * heads.std(1, correction=0)
+        total += weight * rewards
+    require(bool(total.isfinite().all()), "a reward model gives a score that is no finite number; train it again")
+    return total
+
+
+def stop_if_collapsed(config: Config, this: Run, kl: float, responses: list) -> None:
+    """Raise UserError where nothing good can follow."""
+    empty = all(len(y) <= 1 for _, y in responses)
+    hint = f"the last good policy is in {this.folder / 'model'}; raise --beta or lower --lr, and use --overwrite"
+    require(not empty, f"the policy has collapsed: every response is empty; {hint}")
+    require(kl <= config.max_kl, f"the policy has collapsed: its KL is {kl:.0f} nats (--max-kl); {hint}")
+
+
+# ---- before the loop -------------------------------------------------------------------------------------------------
+
+
+def read_prompts(config: Config) -> tuple[list[str], list[str]]:
+    """Prompts to learn from, and others for the report."""
+    if not config.data:
+        rng = random.Random(f"ppo {config.seed}")
+        prompts = [reviews.sample_prompt(rng) for _ in range(config.iterations * config.batch_size // config.group)]
+        return prompts, evaluate.task_prompts(config.eval_prompts, config.seed)
+    pairs, held_out = data.split(data.read_pairs(config.data)[0])  # the tenth that SFT and the reward model hold out
+    prompts, new_prompts = (list(dict.fromkeys(pair.prompt for pair in part)) for part in (pairs, held_out))
+    return prompts, new_prompts[: config.eval_prompts]
+
+
+def first_reward_model(config: Config, this: Run) -> str:
+    """The reward model of a run without --reward, in OUT/rm: trained now if it is not there yet."""
+    folder = this.folder / "rm"
+    if not (folder / "report.json").exists():
+        say(f"no --reward: a reward model first, in {folder}")
+        names = ("data", "seed", "device", "kernels", "resume", "max_new_tokens")
+        same = {name: getattr(config, name) for name in names}
+        small = {"lr": 1e-4} if config.data and not config.init else {}  # what train_rm.py takes for a model of its own
+        init = config.init or str(this.folder / "sft")
+        train_rm.train(train_rm.Config(out=str(folder), init=init, pairs=config.rm_pairs, **same, **small))
+    this.add_seconds(folder, "reward model")
+    return str(folder)
+
+
+def load_reward_models(names: tuple[str, ...], policy: GPT, tokenizer) -> list[ScalarGPT | None]:
+    """The model in each folder, None for the task's true reward. Raises UserError where one does not fit the policy."""
+    models = []
+    for name in names:
+        model, other = load_pretrained(name, kind=ScalarGPT) if name != "true" else (None, tokenizer)
+        require(other == tokenizer, f"--reward {name}: its tokenizer is not the policy's, so it would misread it")
+        if model is not None:
+            model.to(policy.device).eval()
+            longest, needed = model.config.block_size, policy.config.block_size
+            require(longest >= needed, f"--reward {name}: its context of {longest} is less than the policy's {needed}")
+            scores = evaluate.response_scores(model, [([tokenizer.end_of_text], [tokenizer.end_of_text])])
+            require(bool(scores.isfinite().all()), f"--reward {name}: gives a score that is no finite number")
+        models.append(model)
+    return models
+
+
+def new_critic(config: Config, policy: GPT, reward_models: list[ScalarGPT | None]) -> ScalarGPT | None:
+    """A network that starts from the reward model, which knows what is expected of a whole response; or from the policy
+    with a head that says 0; or such a head on the policy itself; or none."""
+    if config.advantage != "gae":
+        return None
+    if config.critic == "network" and reward_models[0] is not None:
+        critic = copy.deepcopy(reward_models[0])
+        critic.score.weight = nn.Parameter(critic.score.weight.detach().mean(0, keepdim=True))
+        critic.score.out_features = 1
+        return critic
+    critic = ScalarGPT(copy.deepcopy(policy) if config.critic == "network" else policy)
+    nn.init.zeros_(critic.score.weight)
+    return critic
+
+
+def report(config: Config, this: Run, policy, reference, reward_models, tokenizer, prompts, notes: Counter) -> None:
+    """Let policy and reference answer the same new prompts; write report.json and report.png, print the table."""
+    with this.stage("evaluation"), kernels.use(config.kernels):
+        result, answers = evaluate.compare(
+            policy,
+            reference,
+            tokenizer,
+            prompts,
+            config.max_new_tokens,
+            config.seed,
+            true_reward=None if config.data else reviews.true_reward,
+            score=lambda responses: score(config, reward_models, responses, tokenizer).tolist(),
+        )
+    metrics = this.metrics()
+    rewards = {"score": "score"}
+    if true := result.get("true_reward"):
+        # in one unit: what the reward model believes and what is so part where the policy games it
+        for row in metrics:
+            row["true_reward_std"] = (row["true_reward"] - true["reference"]) / (true["reference_std"] or 1.0)
+        rewards["true_reward_std"] = "true reward, in reference std"
+    panels = [
+        evaluate.curves(metrics, rewards, "reward"),
+        evaluate.curves(metrics, {"kl": "k1", "kl_k3": "k3"}, "KL to the reference, nats a response"),
+        evaluate.curves(metrics, {"entropy": "π_θ"}, "entropy, nats a token"),
+        evaluate.curves(metrics, {"clip_fraction": "policy", "value_clip_fraction": "value"}, "share clipped"),
+        evaluate.curves(metrics, {"value_loss": "value"}, "value loss"),
+        evaluate.curves(metrics, {"explained_variance": "critic"}, "explained variance of the returns"),
+        evaluate.curves(metrics, {"response_length": "tokens"}, "response length"),
+        evaluate.curves(metrics, {"unended": "share"}, "responses without end-of-text"),
+        evaluate.curves(metrics, {"approx_kl": "π_old, π_θ"}, "KL within a round, nats a token"),
+        evaluate.curves(metrics, {"beta": "β"}, "β"),
+        evaluate.curves(
+            metrics,
+            {"rollout_tokens_per_second": "rollout", "learning_tokens_per_second": "learning"},
+            "tokens a second",
+        ),
+    ]
+    if true:
+        after = {name: [row[f"{name}_true_reward"] for row in answers] for name in ("reference", "policy")}
+        panels.append(evaluate.histograms(after, "true reward, before and after", "true reward"))
+    evaluate.plot(panels, this.folder / "report.png")
+    this.report({**result, "data": dict(notes), "samples": answers[:3]})
+    evaluate.print_samples(answers[:3])
+    say(f"\n{evaluate.comparison_table(result)}\n\n{evaluate.seconds_line(this.seconds)}")
+    say(f"model, critic, metrics, report.json and report.png are in {this.folder}; try it:")
+    prompt = "your prompt" if config.data else prompts[0]
+    say(f"  python -m nanopref.generate --model {shlex.quote(str(this.folder))} --prompt {shlex.quote(prompt)}")
+
+
+if __name__ == "__main__":
+    run.main(train, tyro.cli(Config, description=__doc__))
