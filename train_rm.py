@@ -153,7 +153,8 @@ def train(config: Config) -> None:
     # 5. What came of it; then the scale, folded into the weights so that whoever opens the folder has it too.
     if run.rank() == 0:
         scores = evaluate.response_scores(model, baseline)
-        shift, scale = scores.mean(0), scores.std(0, correction=0).clamp(min=1e-6)
+        shift = scores.mean(0)  # of each head; but one scale for all, that of their mean, which is the score
+        scale = scores.mean(1).std(correction=0).clamp(min=1e-6).expand_as(shift)
         gap = held_out_gap(model, held_out).cpu()
         model.rescale(shift.to(device), scale.to(device))
         constants = {"score_shift": shift.tolist(), "score_scale": scale.tolist()}

@@ -3,18 +3,17 @@
 import gzip
 import json
 import math
-import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
+import helpers
 import pytest
 import torch
+from helpers import flags, lines, results, start
 from safetensors.torch import load_file, save_file
 
 import train_dpo
@@ -22,38 +21,15 @@ from nanopref import data, run
 from nanopref.model import GPT, GPTConfig, load_pretrained, save_pretrained
 from nanopref.tokenizer import Tokenizer
 
-ROOT = Path(train_dpo.__file__).parent
 SMALL = {"pairs": 96, "batch_size": 16, "micro_batch": 4, "eval_prompts": 16, "eval_every": 2, "save_every": 2}
 SMALL |= {"epochs": 6, "max_new_tokens": 64, "device": "cpu"}
-
-
-def flags(**settings) -> list[str]:
-    """A dictionary of settings as command-line flags."""
-    words = []
-    for name, value in settings.items():
-        words += [f"--{name.replace('_', '-')}"] if value is True else [f"--{name.replace('_', '-')}", str(value)]
-    return words
-
-
-def start(*words: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
-    """train_dpo.py in a process of its own, with one thread, so that several at once do not fight."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, *launcher, str(ROOT / "train_dpo.py"), *words]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def results(folder: Path) -> tuple[list[dict], dict]:
-    """metrics.jsonl and report.json, without the seconds."""
-    report = json.loads((folder / "report.json").read_text())
-    report.pop("seconds")
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()], report
 
 
 @pytest.fixture(scope="session")
 def left_alone(sft_folder, tmp_path_factory) -> Path:
     """A small run that nobody disturbed."""
     out = tmp_path_factory.mktemp("dpo") / "left alone"
-    process = start(*flags(out=out, init=sft_folder, **SMALL))
+    process = start("train_dpo.py", *flags(out=out, init=sft_folder, **SMALL))
     _, errors = process.communicate()
     assert process.returncode == 0, errors
     return out
@@ -112,7 +88,7 @@ def test_killed_at_random_moments_and_resumed_it_ends_the_same(sft_folder, left_
     words = flags(out=tmp_path / "run", init=sft_folder, resume=True, **SMALL)
     metrics, moments = tmp_path / "run" / "metrics.jsonl", random.Random(0)
     for kill in range(5):
-        process = start(*words)
+        process = start("train_dpo.py", *words)
         if kill == 0:
             time.sleep(moments.uniform(1.0, 2.0))
         while kill and process.poll() is None and (not metrics.exists() or metrics.read_text().count("\n") < 6 * kill):
@@ -121,7 +97,7 @@ def test_killed_at_random_moments_and_resumed_it_ends_the_same(sft_folder, left_
         process.kill()
         process.communicate()
         assert process.returncode == -signal.SIGKILL
-    process = start(*words)
+    process = start("train_dpo.py", *words)
     _, errors = process.communicate()
     assert process.returncode == 0, errors
     assert results(tmp_path / "run") == results(left_alone)
@@ -129,7 +105,7 @@ def test_killed_at_random_moments_and_resumed_it_ends_the_same(sft_folder, left_
 
 def test_ctrl_c_saves_and_says_how_to_continue(sft_folder, left_alone, tmp_path):
     words = flags(out=tmp_path / "run", init=sft_folder, **(SMALL | {"save_every": 1000}))
-    process = start(*words)
+    process = start("train_dpo.py", *words)
     metrics = tmp_path / "run" / "metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 3):
         time.sleep(0.02)
@@ -138,14 +114,14 @@ def test_ctrl_c_saves_and_says_how_to_continue(sft_folder, left_alone, tmp_path)
     assert process.returncode == 130 and "--resume" in errors and "Traceback" not in errors
     done = torch.load(tmp_path / "run" / "state.pt", weights_only=True)["step"]
     assert 3 <= done and f"{done} of" in errors
-    process = start(*words, "--resume")
+    process = start("train_dpo.py", *words, "--resume")
     process.communicate()
     assert results(tmp_path / "run") == results(left_alone)
 
 
 def test_two_processes_give_the_losses_of_one(sft_folder, left_alone, tmp_path):
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    process = start(*flags(out=tmp_path / "run", init=sft_folder, **SMALL), launcher=launcher)
+    process = start("train_dpo.py", *flags(out=tmp_path / "run", init=sft_folder, **SMALL), launcher=launcher)
     _, errors = process.communicate()
     assert process.returncode == 0, errors
     one, two = results(left_alone)[0], results(tmp_path / "run")[0]
@@ -197,10 +173,6 @@ def test_a_nan_stops_the_run_and_leaves_the_last_good_weights(sft_folder, tmp_pa
 GOOD = {"prompt": "a", "chosen": " b", "rejected": " c"}
 
 
-def lines(*rows) -> bytes:
-    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
-
-
 BAD_FILES = {
     "not JSON": (b"{}x\n", "line 1: not JSON"),
     "not an object": (b"[1]\n", "must be an object"),
@@ -215,12 +187,8 @@ BAD_FILES = {
 
 
 def refused(capsys, out: Path, message: str, **settings) -> None:
-    with pytest.raises(SystemExit) as stop:
-        run.main(train_dpo.train, train_dpo.Config(out=str(out), **{"device": "cpu", **settings}))
-    errors = capsys.readouterr().err
-    assert stop.value.code == 2
-    assert message in errors and "Traceback" not in errors and errors.count("\n") == 1
-    assert not out.exists()
+    config = train_dpo.Config(out=str(out), **{"device": "cpu", **settings})
+    helpers.refused(train_dpo.train, config, message, capsys)
 
 
 @pytest.mark.parametrize("case", BAD_FILES)
@@ -353,7 +321,7 @@ def test_a_folder_that_is_no_run_is_never_overwritten(config, tmp_path, capsys):
 
 
 def test_the_command_line_exits_with_2_and_one_line(tmp_path):
-    process = start("--data", "nowhere.jsonl", "--out", str(tmp_path / "out"))
+    process = start("train_dpo.py", "--data", "nowhere.jsonl", "--out", str(tmp_path / "out"))
     output, errors = process.communicate()
     assert process.returncode == 2 and errors == "error: nowhere.jsonl: no such file\n" and output == ""
 
