@@ -1,0 +1,406 @@
+"""train_ppo.py as its users meet it: its optimum on a bandit, its log-probs, killed and resumed, fed nonsense."""
+
+import gzip
+import itertools
+import json
+import random
+import signal
+import time
+from pathlib import Path
+
+import helpers
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import finish, flags, results, start
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import train_ppo
+from nanopref import data, losses, reviews, run
+from nanopref.generate import generate
+from nanopref.model import GPT, GPTConfig, ScalarGPT, load_pretrained, save_pretrained
+from nanopref.tokenizer import Tokenizer
+
+SMALL = {"iterations": 6, "batch_size": 16, "minibatch": 8, "micro_batch": 4, "eval_prompts": 16, "save_every": 2}
+SMALL |= {"device": "cpu", "value_warmup": 1}
+
+
+@pytest.fixture(scope="module")
+def reward_folder(sft_folder, tmp_path_factory) -> str:
+    """A reward model that knows nothing, which is all that most tests need."""
+    model, tokenizer = load_pretrained(sft_folder)
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("rm") / "rm"
+    save_pretrained(ScalarGPT(model), tokenizer, folder / "model")
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def left_alone(sft_folder, reward_folder, tmp_path_factory) -> Path:
+    """A small run that nobody disturbed."""
+    out = tmp_path_factory.mktemp("ppo") / "left alone"
+    finish(start("train_ppo.py", *flags(out=out, init=sft_folder, reward=reward_folder, kl_target=1.0, **SMALL)))
+    return out
+
+
+# ---- the optimum -----------------------------------------------------------------------------------------------------
+
+LETTERS = "abc"
+REWARDS = {"": -0.5, "a": 0.0, "b": 1.0, "c": 0.3, "aa": 0.6, "ab": -1.0, "bc": 1.2, "cb": -0.4, "cc": 0.9}
+
+
+def bandit_reward(text: str) -> float:
+    return REWARDS.get(text, 0.2)
+
+
+@pytest.fixture(scope="module")
+def bandit(tmp_path_factory) -> Path:
+    """A GPT that answers with at most two of three letters, each with a probability of its own."""
+    torch.manual_seed(0)
+    tokenizer = Tokenizer.train([""], 257)
+    model = GPT(GPTConfig(257, 8, 1, 2, 16))
+    tokens = torch.tensor([tokenizer.encode(letter)[0] for letter in LETTERS] + [tokenizer.end_of_text])
+    likely = torch.tensor([0.3, 0.2, 0.3, 0.2])
+    contexts = [[ord("x")]] + [[ord("x"), int(token)] for token in tokens[:3]]
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(150):
+        loss = sum(F.cross_entropy(model(torch.tensor([c]))[0, -1][None], wanted(tokens, likely)) for c in contexts)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    folder = tmp_path_factory.mktemp("bandit") / "init"
+    save_pretrained(model, tokenizer, folder)
+    return folder
+
+
+def wanted(tokens: torch.Tensor, likely: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(1, 257).index_copy(1, tokens, likely[None])
+
+
+def all_responses(model: GPT, tokenizer: Tokenizer) -> tuple[list[str], torch.Tensor]:
+    """Each response of at most two tokens to "x" and its log-prob, in float64."""
+    model = model.double()
+    end = tokenizer.end_of_text
+    with torch.no_grad():
+        first = model(torch.tensor([[ord("x")]]))[0, -1].log_softmax(-1)
+        contexts = torch.tensor([[ord("x"), token] for token in range(end)])
+        second = model(contexts)[:, -1].log_softmax(-1)
+    texts = [""] + [
+        tokenizer.decode([a]) + (tokenizer.decode([b]) if b != end else "") for a in range(end) for b in range(end + 1)
+    ]
+    return texts, torch.cat([first[end:], (first[:end, None] + second).flatten()])
+
+
+@pytest.mark.parametrize("settings", [{}, {"critic": "head"}, {"advantage": "rloo"}], ids=["gae", "head", "rloo"])
+def test_ppo_finds_the_closed_form_optimum_of_a_bandit(bandit, settings, tmp_path, monkeypatch):
+    """π* ∝ π_ref exp(r/β), over every response there is."""
+    monkeypatch.setattr(reviews, "true_reward", bandit_reward)
+    monkeypatch.setattr(reviews, "sample_prompt", lambda rng: "x")
+    beta = 0.5
+    config = train_ppo.Config(
+        out=str(tmp_path / "ppo"), init=str(bandit), reward=("true",), beta=beta, missing_end=0.0, max_new_tokens=2,
+        iterations=120, batch_size=256, minibatch=128, micro_batch=256, epochs=2, lr=3e-3, eval_prompts=4,
+        device="cpu", value_clip=10.0, **settings,
+    )  # fmt: skip
+    train_ppo.train(config)
+    texts, reference = all_responses(*load_pretrained(bandit))
+    _, found = all_responses(*load_pretrained(tmp_path / "ppo"))
+    best = (reference + torch.tensor([bandit_reward(text) for text in texts]) / beta).log_softmax(0)
+    distance = (found.exp() * (found - best)).sum().item()
+    assert (reference.exp() * (reference - best)).sum() > 0.5  # there was a way to go
+    assert 0 <= distance < 0.02
+
+
+# ---- the run ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_run_folder_holds_what_the_design_promises(left_alone):
+    names = {path.name for path in left_alone.iterdir()}
+    assert {"config.json", "metrics.jsonl", "report.json", "report.png", "model", "critic", "state.pt"} <= names
+    metrics, report = results(left_alone)
+    assert [row["step"] for row in metrics] == list(range(1, SMALL["iterations"] + 1))
+    expected = {"score", "true_reward", "kl", "kl_k3", "entropy", "clip_fraction", "value_clip_fraction", "value_loss"}
+    expected |= {"explained_variance", "response_length", "unended", "beta", "approx_kl", "grad_norm"}
+    assert expected <= metrics[0].keys()
+    rows = [json.loads(line) for line in (left_alone / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["rollout_tokens_per_second"] > 0 and row["learning_tokens_per_second"] > 0 for row in rows)
+    assert {"reference", "policy", "reference_std"} <= report["true_reward"].keys()
+    assert {"win_rate", "kl", "response_length", "score"} <= report.keys()
+    critic, _ = load_pretrained(left_alone / "critic", kind=ScalarGPT)
+    assert len(critic.score.weight) == 1
+
+
+def test_the_first_round_starts_at_the_reference(left_alone):
+    """Before any step π_θ is π_ref: both KL estimates are 0, nothing is clipped, and during the warm-up it stays so."""
+    metrics, _ = results(left_alone)
+    for row in metrics[:2]:
+        assert row["kl"] == pytest.approx(0, abs=1e-4) and row["kl_k3"] == pytest.approx(0, abs=1e-4)
+    assert metrics[0]["clip_fraction"] == 0 and metrics[0]["approx_kl"] == pytest.approx(0, abs=1e-7)
+    assert metrics[2]["kl_k3"] > 1e-3 and metrics[1]["approx_kl"] > 0
+
+
+def test_the_kl_coefficient_follows_the_controller(left_alone):
+    metrics, _ = results(left_alone)
+    for before, after in itertools.pairwise(metrics):
+        expected = losses.adapt_kl_coefficient(before["beta"], before["kl"], 1.0, SMALL["batch_size"], 1000)
+        assert after["beta"] == pytest.approx(expected, rel=1e-12)
+    assert metrics[0]["beta"] == train_ppo.Config().beta and metrics[1]["beta"] < metrics[0]["beta"]
+
+
+@given(st.sampled_from([0.5, 0.8, 1.0, 1.5]), st.integers(0, 1000))
+@settings(max_examples=8)
+def test_the_samplers_logprobs_are_the_learners(sft_folder, temperature, seed):
+    """What guards everything: sampled one at a time from a cache, or all at once, a token has one probability."""
+    policy, tokenizer = load_pretrained(sft_folder)
+    rng = random.Random(seed)
+    prompts = [tokenizer.encode(reviews.sample_prompt(rng)) for _ in range(12)]
+    samples = generate(
+        policy,
+        prompts,
+        48,
+        end_of_text=tokenizer.end_of_text,
+        temperature=temperature,
+        generator=torch.Generator().manual_seed(seed),
+    )
+    batch = data.collate([(x, sample.tokens) for x, sample in zip(prompts, samples, strict=True)])
+    with torch.no_grad():
+        found, entropies, values = train_ppo.Learner(policy, None, 0.1)(*batch, temperature)
+    expected = torch.tensor([p for sample in samples for p in sample.logprobs])
+    assert (found[batch.mask.bool()] - expected).abs().max() < 1e-4
+    assert (found[batch.mask == 0] == 0).all() and (entropies[batch.mask == 0] == 0).all() and (values == 0).all()
+
+
+@pytest.mark.parametrize("kind", ["network", "head"])
+def test_a_prompts_padding_changes_nothing(sft_folder, kind):
+    """A row says the same beside a much longer one, and in a batch with columns that it does not need."""
+    policy, tokenizer = load_pretrained(sft_folder)
+    torch.manual_seed(0)
+    transformer = policy if kind == "head" else load_pretrained(sft_folder)[0]
+    learner = train_ppo.Learner(policy, ScalarGPT(transformer), 0.1)
+    short = (tokenizer.encode("A film"), tokenizer.encode(" that works."))
+    long = (tokenizer.encode("On Friday we went to see The Silver Window, the modern musical."), short[1] * 8)
+    with torch.no_grad():
+        alone = learner(*data.collate([short]), 1.0)
+        together = learner(*data.collate([short, long]), 1.0)
+    n = alone[0].shape[1]
+    mask = data.collate([short]).mask[0].bool()
+    for a, b in zip(alone, together, strict=True):
+        torch.testing.assert_close(a[0][mask], b[0, :n][mask], atol=1e-5, rtol=1e-5)
+
+
+def test_what_micro_batches_accumulate_is_the_minibatchs_gradient(sft_folder, reward_folder, tmp_path):
+    """The first round's losses do not depend on how many responses are in memory at once."""
+    rows = {}
+    for micro in (2, 16):
+        words = SMALL | {"micro_batch": micro, "iterations": 2, "minibatch": 16, "value_warmup": 0, "epochs": 2}
+        config = train_ppo.Config(out=str(tmp_path / str(micro)), init=sft_folder, reward=(reward_folder,), **words)
+        train_ppo.train(config)
+        rows[micro] = results(tmp_path / str(micro))[0][0]
+    assert rows[2] == pytest.approx(rows[16], rel=1e-3, abs=1e-5)
+
+
+def test_killed_and_resumed_it_ends_the_same(sft_folder, reward_folder, left_alone, tmp_path):
+    words = flags(out=tmp_path / "run", init=sft_folder, reward=reward_folder, kl_target=1.0, resume=True, **SMALL)
+    metrics, moments = tmp_path / "run" / "metrics.jsonl", random.Random(0)
+    for kill in range(3):
+        process = start("train_ppo.py", *words)
+        while process.poll() is None and (not metrics.exists() or metrics.read_text().count("\n") < 2 * kill):
+            time.sleep(0.005)
+        time.sleep(moments.uniform(0, 0.3))
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+    finish(start("train_ppo.py", *words))
+    assert results(tmp_path / "run") == results(left_alone)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"advantage": "grpo", "group": 2},
+        {"critic": "head", "entropy": 0.01, "whiten_rewards": True},
+        {"target_kl": 1e-9, "epochs": 4, "temperature": 0.8},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_the_other_ways_to_run_it_run(options, sft_folder, reward_folder, tmp_path):
+    config = train_ppo.Config(
+        out=str(tmp_path / "ppo"),
+        init=sft_folder,
+        reward=(reward_folder, "true"),
+        reward_weights=(0.5, 2.0),
+        **SMALL | {"iterations": 3} | options,
+    )
+    train_ppo.train(config)
+    metrics, _ = results(tmp_path / "ppo")
+    if "target_kl" in options:  # the first steps move nothing but the critic; after that every step is too far
+        assert metrics[0]["minibatches"] == 8 and metrics[-1]["minibatches"] == 2
+    assert (tmp_path / "ppo" / "critic").exists() == (options.get("advantage") is None)
+
+
+def test_scores_are_the_weighted_sum_less_the_doubt(sft_folder, reward_folder):
+    policy, tokenizer = load_pretrained(sft_folder)
+    torch.manual_seed(1)
+    ensemble = ScalarGPT(policy, 4)
+    single, _ = load_pretrained(reward_folder, kind=ScalarGPT)
+    x, y = tokenizer.encode("A film."), [*tokenizer.encode(" The plot is superb."), tokenizer.end_of_text]
+    config = train_ppo.Config(reward=("a", "b", "true"), reward_weights=(2.0, -1.0, 3.0), doubt=0.5)
+    found = train_ppo.score(config, [ensemble, single, None], [(x, y)], tokenizer).item()
+    with torch.no_grad():
+        heads, one = (model(torch.tensor([x + y]))[0, -1] for model in (ensemble, single))
+    expected = (
+        2 * (heads.mean() - 0.5 * heads.std(correction=0)) - one[0] + 3 * reviews.true_reward(" The plot is superb.")
+    )
+    assert found == pytest.approx(expected.item(), abs=1e-4)
+
+
+def test_a_critic_starts_from_the_reward_model(sft_folder):
+    policy, _ = load_pretrained(sft_folder)
+    torch.manual_seed(0)
+    reward_model = ScalarGPT(load_pretrained(sft_folder)[0], 3)
+    tokens = torch.randint(200, (2, 9))
+    critic = train_ppo.new_critic(train_ppo.Config(), policy, [reward_model])
+    torch.testing.assert_close(critic(tokens)[..., 0], reward_model(tokens).mean(-1), atol=1e-5, rtol=1e-5)
+    assert critic.transformer is not reward_model.transformer
+    from_policy = train_ppo.new_critic(train_ppo.Config(), policy, [None])
+    assert (from_policy(tokens) == 0).all() and from_policy.transformer is not policy
+    assert train_ppo.new_critic(train_ppo.Config(critic="head"), policy, [reward_model]).transformer is policy
+    assert train_ppo.new_critic(train_ppo.Config(advantage="rloo"), policy, [reward_model]) is None
+
+
+def test_the_triton_path_gives_the_same_curve(tmp_path, monkeypatch):
+    """Without a GPU through Triton's interpreter, which is slow: few steps of a very small model."""
+    torch.manual_seed(0)
+    tokenizer = Tokenizer.train(["a film and its plot"], 270)
+    save_pretrained(GPT(GPTConfig(tokenizer.vocab_size, 160, 1, 2, 16)), tokenizer, tmp_path / "init")
+    monkeypatch.setattr(reviews, "sample_prompt", lambda rng: f"a film {rng.random():.2f}")
+    for backend in ("torch", "triton"):
+        words = SMALL | {"iterations": 2, "batch_size": 4, "minibatch": 4, "micro_batch": 4, "epochs": 1}
+        words |= {"eval_prompts": 2, "value_warmup": 0, "max_new_tokens": 4, "kernels": backend}
+        config = train_ppo.Config(out=str(tmp_path / backend), init=str(tmp_path / "init"), reward=("true",), **words)
+        train_ppo.train(config)
+    for a, b in zip(results(tmp_path / "torch")[0], results(tmp_path / "triton")[0], strict=True):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-4)
+
+
+def test_from_nothing_it_trains_everything_it_needs(tmp_path, capsys):
+    words = SMALL | {"rm_pairs": 64, "sft_steps": 20, "iterations": 2}
+    config = train_ppo.Config(out=str(tmp_path / "ppo"), **words)
+    train_ppo.train(config)
+    output = capsys.readouterr().out
+    assert "supervised fine-tuning first" in output and "a reward model first" in output and "true reward" in output
+    seconds = json.loads((tmp_path / "ppo" / "report.json").read_text())["seconds"]
+    assert {"sft", "reward model", "ppo", "evaluation"} <= seconds.keys()
+    # and the reward model's own folder is enough to begin another run from the same policy
+    again = train_ppo.Config(out=str(tmp_path / "again"), reward=(str(tmp_path / "ppo" / "rm"),), **words)
+    with pytest.raises(SystemExit):
+        run.main(train_ppo.train, again)
+    assert "name the policy" in capsys.readouterr().err
+
+
+def test_real_prompts_are_answered_and_cut(real_data, tmp_path, capsys):
+    rows = gzip.open(real_data / "hh_harmless.jsonl.gz", "rb").read().splitlines(keepends=True)[:60]
+    (tmp_path / "hh.jsonl").write_bytes(b"".join(rows))
+    words = SMALL | {"data": str(tmp_path / "hh.jsonl"), "sft_steps": 2, "iterations": 2, "max_new_tokens": 8}
+    train_ppo.train(train_ppo.Config(out=str(tmp_path / "ppo"), **words))
+    _, report = results(tmp_path / "ppo")
+    assert "true_reward" not in report and {"kl", "score", "response_length"} <= report.keys()
+
+
+# ---- bad input, and runs that go wrong -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"reward_weights": (1.0,)}, "1 weights for 0 reward models"),
+        ({"reward": ("true",), "reward_weights": (1.0, 2.0)}, "2 weights for 1 reward models"),
+        ({"reward": ("true",), "reward_weights": (float("nan"),)}, "finite numbers"),
+        ({"reward": ("true",), "data": "x.jsonl"}, "only the built-in task"),
+        ({"reward": ("out/nowhere",)}, "name the policy that it was trained for"),
+        ({"max_new_tokens": 96}, "leaves no room for a prompt in a context of 96"),
+        ({"max_new_tokens": 256, "data": "x.jsonl"}, "leaves no room for a prompt in a context of 256"),
+        ({"advantage": "rloo", "group": 1}, "--group must be at least 2"),
+        ({"group": 3}, "no multiple of --group 3"),
+        ({"temperature": 0.0}, "--temperature must be above 0"),
+        ({"beta": -0.1}, "--beta must be 0 or above"),
+        ({"lam": 1.5}, "--lam must be from 0 to 1"),
+        ({"gamma": 0.0}, "--gamma must be above 0"),
+        ({"clip": 0.0}, "--clip must be above 0"),
+        ({"iterations": 0}, "--iterations must be at least 1"),
+        ({"rm_pairs": 5}, "--rm-pairs must be at least 20"),
+        ({"data": "nowhere.jsonl"}, "no such file"),
+        ({"init": "out/nowhere"}, "no model folder there"),
+    ],
+)
+def test_bad_flags_are_refused(options, message, tmp_path, capsys):
+    helpers.refused(train_ppo.train, train_ppo.Config(out=str(tmp_path / "out"), **options), message, capsys)
+
+
+def test_reward_models_that_do_not_fit_are_refused(sft_folder, reward_folder, tmp_path, capsys):
+    def refuse(folder, message, init=sft_folder):
+        config = train_ppo.Config(out=str(tmp_path / "out"), init=init, reward=(str(folder),))
+        helpers.refused(train_ppo.train, config, message, capsys)
+
+    refuse(sft_folder, "has no scalar head")
+    refuse(tmp_path / "nowhere", "no model folder there")
+    other = Tokenizer.train(["other words"], 300)
+    save_pretrained(ScalarGPT(GPT(GPTConfig(other.vocab_size, 96, 1, 1, 8))), other, tmp_path / "other")
+    refuse(tmp_path / "other", "its tokenizer is not the policy's")
+    model, tokenizer = load_pretrained(reward_folder, kind=ScalarGPT)
+    short = ScalarGPT(GPT(GPTConfig(tokenizer.vocab_size, 20, 1, 1, 8)))
+    save_pretrained(short, tokenizer, tmp_path / "short")
+    refuse(tmp_path / "short", "its context of 20 is less than the policy's 96")
+    model.score.weight.data[:] = float("nan")
+    save_pretrained(model, tokenizer, tmp_path / "nan")
+    refuse(tmp_path / "nan", "no finite number")
+    refuse(reward_folder, "which writes no text", init=reward_folder)
+
+
+@pytest.mark.parametrize("collapse", ["kl", "empty"])
+def test_a_collapse_is_said_and_leaves_the_last_good_policy(
+    collapse, sft_folder, reward_folder, tmp_path, capsys, monkeypatch
+):
+    options = SMALL | {"value_warmup": 0, "save_every": 1, "epochs": 1}
+    if collapse == "kl":
+        options |= {"max_kl": 1e-4}
+    else:
+        ordinary = train_ppo.generate
+        calls = []
+
+        def falls_silent(*args, **more):
+            calls.append(1)
+            samples = ordinary(*args, **more)
+            return (
+                samples
+                if len(calls) < 2
+                else [s._replace(tokens=[more["end_of_text"]], logprobs=[-1.0]) for s in samples]
+            )
+
+        monkeypatch.setattr(train_ppo, "generate", falls_silent)
+    config = train_ppo.Config(out=str(tmp_path / "out"), init=sft_folder, reward=(reward_folder,), **options)
+    with pytest.raises(SystemExit) as stop:
+        run.main(train_ppo.train, config)
+    errors = capsys.readouterr().err
+    assert stop.value.code == 2 and "the policy has collapsed" in errors and "Traceback" not in errors
+    policy, _ = load_pretrained(tmp_path / "out")
+    reference, _ = load_pretrained(sft_folder)
+    torch.testing.assert_close(policy.state_dict(), reference.state_dict())  # round 1 was the last good one
+    assert not (tmp_path / "out" / "report.json").exists()
+
+
+def test_overwrite_spares_the_reward_model(left_alone, sft_folder, capsys):
+    (left_alone / "rm").mkdir(exist_ok=True)
+    config = train_ppo.Config(out=str(left_alone), overwrite=True, init=sft_folder, reward=(str(left_alone / "rm"),))
+    with pytest.raises(SystemExit) as stop:
+        run.main(train_ppo.train, config)
+    assert stop.value.code == 2 and "--overwrite would remove" in capsys.readouterr().err
+    (left_alone / "rm").rmdir()
+
+
+def test_several_processes_are_refused(tmp_path):
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    process = start("train_ppo.py", "--out", str(tmp_path / "out"), "--device", "cpu", launcher=launcher)
+    _, errors = process.communicate()
+    assert process.returncode != 0 and "runs as one process" in errors and not (tmp_path / "out").exists()
