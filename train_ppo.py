@@ -9,11 +9,13 @@ import nanopref  # noqa: F401  (first, because it sets how torch's threads wait,
 
 # isort: split
 import copy
+import json
 import math
 import random
 import shlex
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -38,7 +40,7 @@ class Config(run.Options):
     out: str = "out/ppo"
     """the run's folder: models, metrics, report, and the state to resume from"""
     init: str = ""
-    """the policy to start from, also the reference; default: the SFT model in the folder of --reward, else a new one"""
+    """the policy to start from, also the reference; default: what --reward was made from, else a new SFT model"""
     sft_steps: int | None = None
     """steps of a new SFT model (default: its own); `python -m nanopref.sft --help` has the rest"""
     data: str = ""
@@ -142,12 +144,11 @@ class Config(run.Options):
     def resolved(self) -> "Config":
         """The defaults that depend on other flags, filled in."""
         lr = self.lr or (1e-5 if self.data else 3e-4)
-        made_from = [str(Path(name) / "sft") for name in self.reward if (Path(name) / "sft" / "report.json").exists()]
         return replace(
             self,
             lr=lr,
             critic_lr=self.critic_lr or lr,
-            init=self.init or (made_from[0] if made_from else ""),
+            init=self.init or next(filter(None, map(made_from, self.reward)), ""),
             group=self.group or (1 if self.advantage == "gae" else 4),
             reward_weights=self.reward_weights or (1.0,) * max(1, len(self.reward)),
         )
@@ -222,14 +223,14 @@ def train(config: Config) -> None:
     notes = Counter({"prompts cut on the left to fit the context": sum(len(prompt) > room for prompt in encoded)})
     prompts = [prompt[-room:] for prompt in encoded]
 
-    # 2. What learns. No dropout: it would make π_θ another policy at each look.
+    # 2. What learns. No dropout: it would make π_θ another policy at each look (Huang et al. 2023).
     learner = Learner(policy, new_critic(config, policy, reward_models), config.beta).to(device).eval()
     shared = set(policy.parameters())
     groups = [
         {"params": list(policy.parameters()), "peak": config.lr},
         {"params": [p for p in learner.parameters() if p not in shared], "peak": config.critic_lr},
     ]
-    # ε = 1e-5 as in PPO2; with 1e-8, weights that have almost no gradient move by all of lr (Huang et al. 2022, no. 3)
+    # ε = 1e-5 as in PPO2: with 1e-8 weights that hardly have a gradient move by all of lr (Huang et al. 2022, detail 3)
     optimizer = torch.optim.Adam([group for group in groups if group["params"]], eps=1e-5, fused=True)
     start = this.load(learner, optimizer)
     batches = run.batches(len(prompts), config.batch_size // config.group, config.iterations, config.seed, start)
@@ -267,25 +268,25 @@ def train(config: Config) -> None:
             if step % config.save_every == 0:
                 save_pretrained(policy, tokenizer, this.folder / "model")  # what a later collapse leaves
 
-            # 4. A reward at each token, -β (log π_θ - log π_ref), and the score at the last one; how much better than
-            # expected each token was.
-            rewards = losses.token_rewards(
-                scores - config.missing_end * unended, old_logprobs, ref_logprobs, mask, learner.beta.float()
-            )
-            if config.whiten_rewards:
+            # 4. A reward at each token, -β (log π_θ - log π_ref), and at the last one the score (Stiennon et al. 2020),
+            # less a penalty where it is not the end (Huang et al. 2024, the EOS trick). How much better than expected
+            # was each token?
+            scored = scores - config.missing_end * unended
+            rewards = losses.token_rewards(scored, old_logprobs, ref_logprobs, mask, learner.beta.float())
+            if config.whiten_rewards:  # Ziegler et al. 2019's code
                 rewards = losses.whiten(rewards, mask, shift_mean=False)
             advantages, returns = estimate_advantages(config, rewards, values, mask)
-            if config.whiten_advantages:
+            if config.whiten_advantages:  # Huang et al. 2022, detail 7, but over the round
                 advantages = losses.whiten(advantages, mask)
             rollout = Rollout(*batch, old_logprobs, values, advantages, returns)
 
-            # 5. Several passes of minibatches with the clipped losses.
+            # 5. Several passes of minibatches with the clipped losses (Schulman et al. 2017, algorithm 1).
             for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * (1 - step / config.iterations)
+                group["lr"] = group["peak"] * (1 - step / config.iterations)  # Huang et al. 2022, detail 4
             shuffle = run.generator(config.seed, f"minibatches {step}")
             order = [torch.randperm(len(responses), generator=shuffle) for _ in range(config.epochs)]
             totals = torch.zeros(7, device=device)
-            done = 0
+            done = learned = 0
             for minibatch in [m for epoch in order for m in epoch.split(config.minibatch)]:
                 tokens = mask[minibatch].sum()
                 approx_kl = torch.zeros((), device=device)
@@ -300,25 +301,27 @@ def train(config: Config) -> None:
                         values, now.values, now.returns, now.mask, clip=config.value_clip
                     )
                     entropy = masked_mean(entropies, now.mask)
+                    # Schulman et al. 2017, eq. 9; first the critic alone, as bad advantages undo the policy (Zheng et
+                    # al. 2023, "Secrets of RLHF", part I)
                     loss = (step >= config.value_warmup) * (policy_loss - config.entropy * entropy)
                     (share * (loss + config.value_weight * value_loss)).backward()
                     approx_kl += share * policy_stats["approx_kl"]
                     stats = [policy_loss, value_loss, entropy, policy_stats["clip_fraction"]]
                     stats += [value_stats["clip_fraction"], policy_stats["approx_kl"]]
                     totals[:6] += share * torch.stack(stats).detach()
-                norm = torch.nn.utils.clip_grad_norm_(learner.parameters(), config.grad_clip)
+                norm = nn.utils.clip_grad_norm_(learner.parameters(), config.grad_clip)  # Huang et al. 2022, detail 11
                 this.stop_if_not_finite(step, norm, learner, optimizer)
                 optimizer.step()
                 optimizer.zero_grad()
                 totals[6] += norm
-                done += 1
-                if config.target_kl and approx_kl > config.target_kl:
+                done, learned = done + 1, learned + sum(len(samples[i].tokens) for i in minibatch)
+                if config.target_kl and approx_kl > config.target_kl:  # as in OpenAI's Spinning Up
                     break
 
-            # 6. What happened; and a β for the next round.
-            names = ("policy_loss", "value_loss", "entropy", "clip_fraction", "value_clip_fraction", "approx_kl")
-            metrics = dict(zip((*names, "grad_norm"), (totals / done).tolist(), strict=True))
-            tokens, finished = int(mask.sum()), time.monotonic()
+            # 6. What happened; and a β for the next round (Ziegler et al. 2019, section 2.2).
+            measured = ("policy_loss", "value_loss", "entropy", "clip_fraction", "value_clip_fraction", "approx_kl")
+            metrics = dict(zip((*measured, "grad_norm"), (totals / done).tolist(), strict=True))
+            tokens, finished = sum(len(sample.tokens) for sample in samples), time.monotonic()
             metrics |= {
                 "score": scores.mean().item(),
                 "kl": kl,
@@ -329,16 +332,16 @@ def train(config: Config) -> None:
                 "unended": unended.float().mean().item(),
                 "minibatches": done,
                 "rollout_tokens_per_second": tokens / (rolled_out - began),
-                "learning_tokens_per_second": tokens * done / len(order) / (finished - rolled_out),
+                "learning_tokens_per_second": learned / (finished - rolled_out),
             }
             if not config.data:
                 texts = [response_text(y, tokenizer) for _, y in responses]
                 metrics["true_reward"] = sum(map(reviews.true_reward, texts)) / len(texts)
             if config.kl_target:
-                horizon = config.kl_horizon
-                learner.beta.fill_(
-                    losses.adapt_kl_coefficient(learner.beta.item(), kl, config.kl_target, len(responses), horizon)
+                adapted = losses.adapt_kl_coefficient(
+                    metrics["beta"], kl, config.kl_target, len(responses), config.kl_horizon
                 )
+                learner.beta.fill_(adapted)
             this.log(step + 1, metrics)
 
     # 7. What came of it.
@@ -405,6 +408,16 @@ def stop_if_collapsed(config: Config, this: Run, kl: float, responses: list) -> 
 # ---- before the loop -------------------------------------------------------------------------------------------------
 
 
+def made_from(reward_model: str) -> str:
+    """The policy from which a run of train_rm.py made a reward model, where its folder says so; else nothing."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        flags = json.loads((Path(reward_model) / "config.json").read_text())["flags"]
+        init = Path(flags["init"] or Path(reward_model) / "sft")
+        if (init / "config.json").is_file():
+            return str(init)
+    return ""
+
+
 def read_prompts(config: Config) -> tuple[list[str], list[str]]:
     """Prompts to learn from, and others for the report."""
     if not config.data:
@@ -447,8 +460,8 @@ def load_reward_models(names: tuple[str, ...], policy: GPT, tokenizer) -> list[S
 
 
 def new_critic(config: Config, policy: GPT, reward_models: list[ScalarGPT | None]) -> ScalarGPT | None:
-    """A network that starts from the reward model, which knows what is expected of a whole response; or from the policy
-    with a head that says 0; or such a head on the policy itself; or none."""
+    """A network that starts from the reward model, which knows what a response is worth (Stiennon et al. 2020); or from
+    the policy with a head that says 0; or such a head on the policy itself; or none."""
     if config.advantage != "gae":
         return None
     if config.critic == "network" and reward_models[0] is not None:

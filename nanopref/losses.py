@@ -108,9 +108,10 @@ def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """1 - Var(R - V)/Var(R) over the mask's tokens, 0-dim: 1 for a critic that knows, 0 for a constant."""
+    """1 - Var(R - V)/Var(R) over the mask's tokens, 0-dim: 1 for a critic that knows, 0 for a constant (or R)."""
 
     def variance(x: Tensor) -> Tensor:
         return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
 
-    return 1 - variance(returns - values) / variance(returns).clamp(min=1e-12)
+    left, all_of_it = variance(returns - values), variance(returns)
+    return torch.where(all_of_it > 0, 1 - left / all_of_it.clamp(min=1e-12), 0.0)

@@ -292,11 +292,10 @@ def test_from_nothing_it_trains_everything_it_needs(tmp_path, capsys):
     assert "supervised fine-tuning first" in output and "a reward model first" in output and "true reward" in output
     seconds = json.loads((tmp_path / "ppo" / "report.json").read_text())["seconds"]
     assert {"sft", "reward model", "ppo", "evaluation"} <= seconds.keys()
-    # and the reward model's own folder is enough to begin another run from the same policy
-    again = train_ppo.Config(out=str(tmp_path / "again"), reward=(str(tmp_path / "ppo" / "rm"),), **words)
-    with pytest.raises(SystemExit):
-        run.main(train_ppo.train, again)
-    assert "name the policy" in capsys.readouterr().err
+    # and the reward model's folder is enough to begin another run from the same policy
+    train_ppo.train(train_ppo.Config(out=str(tmp_path / "again"), reward=(str(tmp_path / "ppo" / "rm"),), **words))
+    again, _ = results(tmp_path / "again")
+    assert again == results(tmp_path / "ppo")[0]
 
 
 def test_real_prompts_are_answered_and_cut(real_data, tmp_path, capsys):
