@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from triton.runtime import interpreter
 
 import kernels
 from kernels import logprob, reference
@@ -163,24 +164,29 @@ def test_slopes_far_below_the_range_of_float16():
 
 @pytest.mark.parametrize("together", [True, False])
 def test_bands_and_blocks_of_rows_and_columns(monkeypatch, together):
-    """Budgets so small that every loop over bands, blocks and parts runs more than once."""
+    """Budgets so small that every loop over bands, blocks and groups runs more than once."""
     monkeypatch.setattr(logprob, "SPAN_BYTES", 12 * 2 * 128)
-    monkeypatch.setattr(logprob, "BLOCK_BYTES", (384 if together else 128) * 4 * 128)
-    monkeypatch.setattr(logprob, "SUM_BYTES", (384 if together else 128) * 4 * 64)
+    monkeypatch.setattr(logprob, "BAND", 128)
+    monkeypatch.setattr(logprob, "BLOCK_BYTES", 384 * 4 * 128)
+    monkeypatch.setattr(logprob, "HIDDEN_BYTES", (384 if together else 256) * 4 * 64)
+    plan = logprob.plan(290, 1030, 64, 4)
+    assert (
+        plan.together == together
+        and plan.band == 128
+        and plan.width < 1030
+        and plan.group == 384 - 128 * (not together)
+    )
     check(*problem(290, 1030, 64, torch.float32))
-
-
-def test_parts_of_a_long_sum_over_rows():
-    check(*problem(2 * 2048, 60, 16, torch.float32, ignored=0.4))
+    check(*problem(290, 1030, 64, torch.float32, ignored=0.7))  # the last bands then hold no token that counts
 
 
 def test_memory_is_bounded_whatever_the_size():
     """The sizes of every buffer, from the same arithmetic, at sizes no test could run."""
-    for d in (768, 1024, 2048, 4096, 8192):
+    for d in (768, 1024, 2048, 3072, 4096, 8192):
         for size in (2, 4):
-            for n in (1, 4096, 32768, 2**20, 2**31):
+            for n in (1, 4096, 8193, 16384, 32768, 2**20, 2**31):
                 for v in (100, 50257, 128256, 2**20):
-                    plan = logprob.plan(n, v, d, size, tile=128)
+                    plan = logprob.plan(n, v, d, size)
                     assert plan.bytes(size, d) <= logprob.LIMIT
 
 
@@ -228,20 +234,50 @@ def test_sequences(dtype):
     assert not h.grad[1].any()
 
 
-def test_masked_tokens_cost_no_arithmetic(monkeypatch):
-    """The interpreter counts tiles: with one response token in 40 rows of 64, only one row of tiles is multiplied."""
+@pytest.fixture
+def products(monkeypatch):
+    """A list that grows by one with every product of tiles, which only the interpreter shows."""
     if not kernels.INTERPRETED:
         pytest.skip("counts calls, which only the interpreter shows")
-    calls = []
-    import triton.runtime.interpreter as interpreter
+    calls, builder = [], interpreter.InterpreterBuilder
+    dot = builder.create_dot
+    monkeypatch.setattr(builder, "create_dot", lambda *a, **k: (calls.append(1), dot(*a, **k))[1])
+    return calls
 
-    dot = interpreter.InterpreterBuilder.create_dot
-    monkeypatch.setattr(
-        interpreter.InterpreterBuilder, "create_dot", lambda *a, **k: (calls.append(1), dot(*a, **k))[1]
-    )
+
+def test_masked_tokens_cost_no_arithmetic(products):
+    """With one response token in 40 rows of 64, only one row of tiles is multiplied."""
     hidden, weight, targets = torch.randn(40, 64, 16), torch.randn(60, 16), torch.zeros(40, 64, dtype=torch.int64)
+    hidden.requires_grad_(), weight.requires_grad_()
     mask = torch.zeros(40, 64)
     mask[17, 3] = 1
     with kernels.use("triton"):
-        kernels.sequence_logprobs(hidden, weight, targets, mask)
-    assert len(calls) == 1
+        logprobs = kernels.sequence_logprobs(hidden, weight, targets, mask)
+    assert len(products) == 1
+    logprobs.sum().backward()
+    # the logits again, then 60 entries in steps of 16 for the token's gradient, one step of tokens for the weight's
+    assert len(products) == 1 + 1 + 4 + 1
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_a_frozen_input_costs_no_arithmetic(monkeypatch, products, together):
+    """The other's gradient is the same to the bit, and as many products fewer as the frozen one's gradient takes."""
+    if not together:
+        monkeypatch.setattr(logprob, "HIDDEN_BYTES", 128 * 4 * 128)
+    hidden, weight, targets = problem(200, 100, 128, torch.float32, ignored=0)
+    assert logprob.plan(200, 100, 128, 4).together == together
+    counts, grads = {}, {}
+    for wanted in ((True, True), (True, False), (False, True)):
+        inputs = [x.detach().requires_grad_(want) for x, want in zip((hidden, weight), wanted, strict=True)]
+        with kernels.use("triton"):
+            logp, entropy = kernels.token_logprobs(*inputs, targets, entropy=True)
+        products.clear()
+        (logp.sum() + entropy.square().sum()).backward()
+        counts[wanted], grads[wanted] = len(products), [x.grad for x in inputs]
+    # tiles of 64 in steps of 32: 4 rows of them times 2 columns, 200 rows (or 128 and 72), 100 entries, a width of 128
+    logits, of_hidden, of_weight = 4 * 2 * 4, 4 * 2 * 4, 2 * 2 * 7
+    assert counts[True, False] == logits + of_hidden
+    assert counts[False, True] == logits + of_weight
+    assert counts[True, True] == logits * (1 if together else 2) + of_hidden + of_weight
+    assert grads[True, False][1] is None and torch.equal(grads[True, False][0], grads[True, True][0])
+    assert grads[False, True][0] is None and torch.equal(grads[False, True][1], grads[True, True][1])
