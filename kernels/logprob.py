@@ -243,7 +243,7 @@ def _slopes(head, targets, logprobs, entropy, lse, grad, grad_entropy, unit, out
 
 
 @triton.jit
-def _gradient(head, slopes, sums, factor, out, first, band, begin, width, OF_WEIGHT: tl.constexpr):
+def _gradient(head, slopes, sums, factor, out, band, first, begin, width, OF_WEIGHT: tl.constexpr):
     """Slopes · weight for these tokens, or slopesᵀ · hidden for these entries: added to `sums`, or after the last block
     stored in `out`, times `factor`."""
     tile, column = _grouped(tl.cdiv(head.D, head.TILE))
@@ -289,32 +289,23 @@ def _fit(budget: int, each: int) -> int:
     return max(1, budget // (each * ROWS)) * ROWS
 
 
-class Plan(NamedTuple):
-    """How the backward is cut up so that its buffers stay within `LIMIT`."""
+def plan(n: int, v: int, d: int, size: int) -> tuple[int, int, int, int]:
+    """Rows and columns of a block of slopes of `size` bytes, and rows of float32 sums for each gradient, within LIMIT.
 
-    band: int  # rows of a block of slopes
-    width: int  # its columns
-    group: int  # rows, in whole bands, whose float32 sums for the gradient of `hidden` are held at once
-    together: bool  # all rows are one group, so one visit to a block serves both gradients
-    sums: int  # rows of float32 sums for the gradient of `weight`, beside the group's; 0 where they take its place
-
-    def bytes(self, size: int, d: int) -> int:
-        """Of the buffers, with slopes of `size` bytes."""
-        return self.band * self.width * size + (self.group + self.sums) * d * 4
-
-
-def plan(n: int, v: int, d: int, size: int) -> Plan:
-    """For n tokens, v vocabulary entries, width d, and elements of `size` bytes."""
+    Where the sums for `hidden` hold all n rows, one visit to a block serves both gradients. Otherwise it is visited
+    again, and the sums for `weight` take the others' place (0 rows, as where one band holds all rows).
+    """
     rows = _fit(HIDDEN_BYTES, 4 * d)
     band = _whole(triton.cdiv(n, triton.cdiv(n, min(BAND, rows))))
     bands = triton.cdiv(n, band)
     group = min(bands, rows // band) * band
     width = min(_whole(v), _fit(BLOCK_BYTES, size * band))
     if group < n:
-        return Plan(band, min(width, group), group, False, 0)
-    if bands > 1:
-        width = min(width, _fit(WEIGHT_BYTES, 4 * d))
-    return Plan(band, width, group, True, width if bands > 1 else 0)
+        return band, min(width, group), group, 0
+    if bands == 1:
+        return band, width, group, 0
+    width = min(width, _fit(WEIGHT_BYTES, 4 * d))
+    return band, width, group, width
 
 
 @torch.library.custom_op("kernels::token_logprobs", mutates_args=())
@@ -333,10 +324,10 @@ def token_logprobs(
     band = min(_whole(n), _fit(SPAN_BYTES, 12 * number))
     spans = hidden.new_empty(3 * number * band, dtype=torch.float32)
     # on Hopper two programs then share an SM, and one's exponentials run beside the other's products
-    capped = generation(hidden.device) == 9 and hidden.dtype != torch.float32 and head.EVEN
+    capped = generation(hidden.device) == 9 and hidden.dtype != torch.float32 and head.EVEN.value
     cap = {"maxnreg": 128} if capped else {}
     for first in range(0, n, band):
-        _forward[(band // head.TILE * number,)](head, spans, first, band, SPAN=SPAN, **options, **cap)
+        _forward[(band // head.TILE.value * number,)](head, spans, first, band, SPAN=SPAN, **options, **cap)
         _merge[(band // MERGE,)](head, targets.contiguous(), spans, *out, first, band, number, MERGE=MERGE, BLOCK_D=128)
     return out
 
@@ -364,28 +355,27 @@ def token_logprobs_backward(
     unit = torch.where(size > 0, torch.exp2(13 - size.log2().ceil()), 1.0)
     factor = 1 / (unit * temperature)
 
-    band, width, group, together, sums = plan(n, v, d, hidden.element_size())
+    band, width, group, extra = plan(n, v, d, hidden.element_size())
     slopes = hidden.new_empty(band * width)
-    hidden_sums = hidden.new_empty(group, d, dtype=torch.float32)
-    weight_sums = hidden.new_empty(sums, d, dtype=torch.float32) if together else hidden_sums
-    together = together and of_hidden and of_weight
-    column_tiles = triton.cdiv(d, head.TILE)
+    sums = hidden.new_empty(group, d, dtype=torch.float32)
+    weight_sums = hidden.new_empty(extra, d, dtype=torch.float32) if extra else sums
+    together = of_hidden and of_weight and group >= n
+    tile = head.TILE.value
+    row_tiles, column_tiles = band // tile, triton.cdiv(d, tile)
 
     def visit(start: int, end: int, to_hidden: bool, to_weight: bool) -> None:
         """The blocks of these rows: slopes, and what they add to the gradients."""
         for begin in range(0, v, width):
-            tiles = triton.cdiv(min(width, v - begin), head.TILE)
+            entry_tiles = triton.cdiv(min(width, v - begin), tile)
             for first in range(start, end, band):
-                block = first, band, begin, width
-                _slopes[(band // head.TILE * tiles,)](head, *saved, unit, slopes, first, begin, width, **options)
+                block = first, begin, width
+                _slopes[(row_tiles * entry_tiles,)](head, *saved, unit, slopes, *block, **options)
                 if to_hidden:
-                    _gradient[(band // head.TILE * column_tiles,)](
-                        head, slopes, hidden_sums[first - start :], factor, out_hidden, *block, False, **options
-                    )
+                    part = head, slopes, sums[first - start :], factor, out_hidden, band
+                    _gradient[(row_tiles * column_tiles,)](*part, *block, OF_WEIGHT=False, **options)
                 if to_weight:
-                    _gradient[(tiles * column_tiles,)](
-                        head, slopes, weight_sums, factor, out_weight, *block, True, **options
-                    )
+                    part = head, slopes, weight_sums, factor, out_weight, band
+                    _gradient[(entry_tiles * column_tiles,)](*part, *block, OF_WEIGHT=True, **options)
 
     if of_hidden:
         for start in range(0, n, group):
