@@ -3,9 +3,10 @@
     python -m kernels.inspect [--json]
 
 The configurations are not listed by hand: the operators themselves are run with Triton's launcher replaced by one that
-notes what it is given (types, which numbers are 1 or multiples of 16, constants, warps, stages), and each distinct note
-is compiled for each target. Read from the result: registers a thread, bytes of stack (on CUDA a stack means spilled
-registers), shared memory against the most a block may have, and the tensor-core instructions in the machine code.
+notes what it would compile (types, which numbers are 1 or multiples of 16, constants, warps, stages), and each distinct
+note is compiled for each target. Read from the result: registers a thread, bytes of stack (on CUDA a stack means
+spilled registers), shared memory against the most a block may have, and the tensor-core instructions (of PTX, which the
+assembler translates one by one, and of AMD's machine code).
 """
 
 import argparse
@@ -20,7 +21,8 @@ from pathlib import Path
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
 
 import kernels
 from kernels import dpo, logprob, ppo
@@ -33,65 +35,42 @@ TARGETS = {
     "sm_120": (GPUTarget("cuda", 120, 32), 99 * 1024),
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024),
 }
-NAMES = {
-    torch.float32: "fp32",
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.uint8: "u8",
-    torch.int32: "i32",
-    torch.int64: "i64",
-}
-TENSOR_CORES = re.compile(r"\b(HGMMA|UTC\w*MMA|HMMA|v_mfma)\w*\b")
+PRODUCTS = {f"logprob.{name}" for name in ("_forward", "_slopes", "_gradient")}
+TENSOR_CORES = re.compile(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma|v_mfma)\b|\b(v_mfma)_")
 
 
-def note(kernel, args: tuple, options: dict) -> tuple:
-    """What Triton's launcher would compile for this call: hashable."""
-    bound = dict(zip(kernel.arg_names, args, strict=False)) | {
-        k: v for k, v in options.items() if k in kernel.arg_names
-    }
-    signature, constants, aligned = [], [], []
-    for position, (name, parameter) in enumerate(zip(kernel.arg_names, kernel.params, strict=True)):
-        value = bound[name]
-        if parameter.is_constexpr or (isinstance(value, int) and not isinstance(value, bool) and value == 1):
-            signature.append((name, "constexpr"))
-            constants.append((name, value))
-            continue
-        if isinstance(value, torch.Tensor):
-            signature.append((name, "*" + NAMES[value.dtype]))
-        elif isinstance(value, bool):
-            signature.append((name, "u1"))
-        elif isinstance(value, int):
-            signature.append((name, "i32" if value < 2**31 else "i64"))
-        else:
-            signature.append((name, "fp32"))
-        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
-            aligned.append(position)
-    launched = tuple((k, v) for k, v in options.items() if k not in kernel.arg_names)
-    return kernel, tuple(signature), tuple(constants), tuple(aligned), launched
+def note(kernel, args: tuple, options: dict, target: GPUTarget) -> tuple[ASTSource, dict]:
+    """What Triton's launcher would compile for this call, found as the launcher finds it."""
+    backend = make_backend(target)
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = binder(*args, **options)
+    _, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, options)
+    return ASTSource(kernel, signature, constants, attributes), options
 
 
-def configurations(target: str) -> dict[tuple, str]:
-    """Each distinct configuration that calls on this target lead to, and the first call that uses it."""
-    architecture = TARGETS[target][0].arch
-    seen: dict[tuple, str] = {}
+def configurations(name: str) -> list[tuple[str, str, ASTSource, dict]]:
+    """(target, first call that uses it, source, options) of each distinct configuration on this target."""
+    target, _ = TARGETS[name]
+    seen = {}
     call = ""
     kind, run = triton.runtime.jit.JITFunction, triton.runtime.jit.JITFunction.run
     generation = logprob.generation
 
     def record(self, *args, grid, warmup, **options):
-        seen.setdefault(note(self, args, options), call)
+        source, options = note(self, args, options, target)
+        seen.setdefault((source.hash(), str(options)), (name, call, source, options))
 
     kind.run = record
-    logprob.generation = lambda _: architecture // 10 if isinstance(architecture, int) else 0
+    logprob.generation = lambda _: target.arch // 10 if target.backend == "cuda" else 0
     try:
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             short = str(dtype).removeprefix("torch.")
             for d, what in ((128, ""), (33, " odd width")):
                 call = short + what
-                hidden, weight = torch.zeros(1, 160, d, dtype=dtype), torch.zeros(200, d, dtype=dtype)
+                hidden, weight = torch.zeros(1, 160, d, dtype=dtype), torch.zeros(2500, d, dtype=dtype)
                 targets, grad = torch.zeros(1, 160, dtype=torch.int64), torch.zeros(1, 160)
                 out = logprob.token_logprobs(hidden, weight, targets, 1.0)
-                logprob.token_logprobs_backward(grad, grad, hidden, weight, targets, *out, 1.0)
+                logprob.token_logprobs_backward(grad, grad, hidden, weight, targets, *out, 1.0, True, True)
             x = torch.zeros(64, dtype=dtype)
             for loss in kernels.reference.DPO_LOSSES:
                 call = f"{short} {loss}"
@@ -106,68 +85,50 @@ def configurations(target: str) -> dict[tuple, str]:
             ppo.clipped_loss_backward(share, factors, share, dtype)
     finally:
         kind.run, logprob.generation = run, generation
-    return seen
+    return list(seen.values())
 
 
-def compile_one(job: tuple[str, str, tuple]) -> dict:
+def compile_one(name: str, call: str, source: ASTSource, options: dict) -> dict:
     """What the compiler made of one configuration, as a row of the table; `fault` says what is wrong with it."""
-    target, call, (kernel, signature, constants, aligned, options) = job
-    row = {
-        "target": target,
-        "kernel": f"{Path(kernel.fn.__code__.co_filename).stem}.{kernel.fn.__name__}",
-        "call": call,
-    }
-    source = ASTSource(
-        kernel, dict(signature), dict(constants), {(position,): [["tt.divisibility", 16]] for position in aligned}
-    )
+    target, limit = TARGETS[name]
+    file = Path(source.fn.fn.__code__.co_filename).stem
+    row = {"target": name, "kernel": f"{file}.{source.fn.__name__}", "call": call}
     try:
-        built = triton.compile(source, target=TARGETS[target][0], options=dict(options))
+        built = triton.compile(source, target=target, options=options)
     except Exception as error:  # whatever the compiler raises is the finding
         return row | {"fault": f"does not compile: {str(error)[:200]}"}
-    row |= {"shared": built.metadata.shared, "shared_limit": TARGETS[target][1]}
+    code = built.asm["ptx" if "ptx" in built.asm else "amdgcn"]
+    cores = sorted({match[1] or match[2] for match in TENSOR_CORES.finditer(code)})
+    row |= {"shared": built.metadata.shared, "shared_limit": limit, "tensor_cores": cores}
     if "cubin" in built.asm:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(built.asm["cubin"])
             file.flush()
-            usage, code = (_dump(flag, file.name) for flag in ("--dump-resource-usage", "--dump-sass"))
-        row |= {name.lower(): int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK")}
-    else:
-        code = built.asm["amdgcn"]
-    row["tensor_cores"] = sorted({match[1] for match in TENSOR_CORES.finditer(code)})
-    product = "PRECISION" in kernel.arg_names and not call.startswith("float32")
-    if row["shared"] > row["shared_limit"]:
+            tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+            usage = subprocess.check_output([tool, "--dump-resource-usage", file.name], text=True)
+        row |= {key.lower(): int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK")}
+    if row["shared"] > limit:
         row["fault"] = "more shared memory than a block may have"
     elif row.get("stack"):
         row["fault"] = "spills registers"
-    elif product and target == "sm_90" and "HGMMA" not in row["tensor_cores"]:
+    elif row["kernel"] in PRODUCTS and not cores and not (name == "gfx942" and call.startswith("float32")):
         row["fault"] = "no tensor-core instruction"
     return row
-
-
-def _dump(flag: str, path: str) -> str:
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    return subprocess.run([tool, flag, path], capture_output=True, text=True, check=True).stdout
 
 
 def survey(targets: list[str], calls: str = "") -> list[dict]:
     """Rows for every configuration of these targets whose call's description matches the regular expression."""
     if kernels.INTERPRETED:
         raise SystemExit("kernels.inspect: the interpreter compiles nothing; run it without TRITON_INTERPRET")
-    jobs = [
-        (target, call, configuration)
-        for target in targets
-        for configuration, call in configurations(target).items()
-        if re.search(calls, call)
-    ]
     # processes, because a compilation holds Python's lock; forked, because a kernel cannot be pickled
     global _jobs
-    _jobs = jobs
-    with get_context("fork").Pool(os.cpu_count()) as pool:
-        return pool.map(_compile_numbered, range(len(jobs)), chunksize=1)
+    _jobs = [job for target in targets for job in configurations(target) if re.search(calls, job[1])]
+    with get_context("fork").Pool(len(os.sched_getaffinity(0))) as pool:
+        return pool.map(_compile_numbered, range(len(_jobs)), chunksize=1)
 
 
 def _compile_numbered(number: int) -> dict:
-    return compile_one(_jobs[number])
+    return compile_one(*_jobs[number])
 
 
 def table(rows: list[dict]) -> str:

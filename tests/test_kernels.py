@@ -61,6 +61,17 @@ def test_compiles_whole(name):
     assert torch.equal(torch.autograd.grad(got.sum(), x[0])[0], wanted)
 
 
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_compiles_whole_with_a_frozen_input(frozen):
+    f, x = call("token_logprobs")
+    x[frozen].requires_grad_(False)
+    with kernels.use("triton"):
+        want, got = f(*x), torch.compile(f, fullgraph=True, backend="aot_eager")(*x)
+    assert torch.equal(got, want)
+    (wanted,) = torch.autograd.grad(want.square().sum(), x[1 - frozen])
+    assert torch.equal(torch.autograd.grad(got.square().sum(), x[1 - frozen])[0], wanted)
+
+
 def test_the_backend_may_be_chosen_inside_a_compiled_function():
     f, x = call("dpo_loss")
 
@@ -81,7 +92,11 @@ def test_opcheck():
     *_, share, factors = ppo.clipped_loss(*m, mask, 0.2, True)
     cases = [
         (logprob.token_logprobs, (h.clone().requires_grad_(), w.clone().requires_grad_(), targets, 0.9)),
-        (logprob.token_logprobs_backward, (out[0], out[1], h, w, targets, *out, 0.9)),
+        (logprob.token_logprobs_backward, (out[0], out[1], h, w, targets, *out, 0.9, True, True)),
+        (logprob.token_logprobs, (h.clone().requires_grad_(), w, targets, 0.9)),
+        (logprob.token_logprobs, (h, w.clone().requires_grad_(), targets, 0.9)),
+        (logprob.token_logprobs_backward, (out[0], out[1], h, w, targets, *out, 0.9, True, False)),
+        (logprob.token_logprobs_backward, (out[0], out[1], h, w, targets, *out, 0.9, False, True)),
         (dpo.dpo_loss, (x[0].clone().requires_grad_(), x[1].clone().requires_grad_(), *x[2:], 0.1, 0.0, "sigmoid")),
         (dpo.dpo_loss_backward, (x[0], x[1], torch.float32, torch.float16)),
         (ppo.clipped_loss, (m[0].clone().requires_grad_(), *m[1:], mask, 0.2, True)),

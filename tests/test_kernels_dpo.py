@@ -48,16 +48,16 @@ def check(tensors, *, beta, loss, label_smoothing=0.0):
 @given(
     n=st.integers(0, 2 * dpo.BLOCK + 1),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
-    step=st.integers(1, 3),
+    steps=st.tuples(*[st.integers(1, 3)] * 4),
     beta=st.sampled_from([0.01, 0.1, 1.0]),
     loss=st.sampled_from(reference.DPO_LOSSES),
     magnitude=st.sampled_from([0.01, 10.0, 1e3]),
     smoothed=st.booleans(),
     seed=st.integers(0, 2**16),
 )
-def test_any_batch(n, dtype, step, beta, loss, magnitude, smoothed, seed):
+def test_any_batch(n, dtype, steps, beta, loss, magnitude, smoothed, seed):
     g = torch.Generator().manual_seed(seed)
-    tensors = [(torch.randn(n * step, generator=g) * magnitude).to(DEVICE, dtype)[::step] for _ in range(4)]
+    tensors = [(torch.randn(n * s, generator=g) * magnitude).to(DEVICE, dtype)[::s] for s in steps]
     check(tensors, beta=beta, loss=loss, label_smoothing=0.2 if smoothed and loss == "sigmoid" else 0.0)
 
 

@@ -4,29 +4,68 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 
-# every kernel on every target, and on sm_90 in both layouts; the whole table, which takes minutes, is
-# `python -m kernels.inspect`
-SAMPLE = {
-    "sm_80": "^float16( sigmoid| policy)?$",
-    "sm_90": "^bfloat16",
-    "sm_100": "^float32( hinge| policy)?$",
-    "sm_120": "^bfloat16( ipo| value)?$",
-    "gfx942": "^float16( sigmoid| value)?$",
+TARGETS = ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"]
+# in three dtypes: two layouts (and two gradients), three losses of DPO, two of PPO; `_finish` knows float32 alone
+CONFIGURATIONS = {
+    **{f"logprob.{name}": 6 for name in ("_forward", "_merge", "_slopes")},
+    "logprob._gradient": 12,
+    **{"dpo._forward": 9, "dpo._backward": 3, "ppo._forward": 6, "ppo._finish": 1, "ppo._backward": 3},
 }
 
 
-@pytest.mark.parametrize("target", SAMPLE)
-def test_compiles(target):
-    command = [sys.executable, "-m", "kernels.inspect", "--json", "--targets", target, "--calls", SAMPLE[target]]
-    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "0"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    rows = json.loads(done.stdout)
-    assert {row["kernel"].split(".")[0] for row in rows} == {"logprob", "dpo", "ppo"}
+def inspect(*command: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    done = inspect("-m", "kernels.inspect", "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_configuration_compiles(rows, target):
+    rows = [row for row in rows if row["target"] == target]
+    assert Counter(row["kernel"] for row in rows) == CONFIGURATIONS
     for row in rows:
-        assert "fault" not in row and row["shared"] <= row["shared_limit"] and not row.get("stack")
-        product = row["kernel"].split("._")[1] in ("forward", "slopes", "hidden_gradient", "weight_gradient")
-        if target == "sm_90" and row["kernel"].startswith("logprob") and product:
-            assert "HGMMA" in row["tensor_cores"]
+        assert "fault" not in row and row["shared"] <= row["shared_limit"]
+        product = row["kernel"] in ("logprob._forward", "logprob._slopes", "logprob._gradient")
+        if target == "gfx942":
+            assert row["tensor_cores"] == ["v_mfma"] * product
+        else:
+            instruction = {"sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}.get(target, "mma.sync")
+            assert row["stack"] == 0 and 0 < row["reg"] <= 255 and row["tensor_cores"] == [instruction] * product
+
+
+FAULTS = """
+from kernels import inspect, ppo
+def show():
+    (row,) = inspect.survey(["sm_90"], "^float16 policy$")
+    print(row.get("fault"))
+show()
+note, target = inspect.note, inspect.TARGETS["sm_90"]
+inspect.note = lambda kernel, args, options, target: note(kernel, args, options | {"maxnreg": 24}, target)
+show()
+inspect.note = note
+inspect.PRODUCTS.add("ppo._forward")
+show()
+inspect.TARGETS["sm_90"] = target[0], 0
+show()
+ppo.BLOCK = 1000
+inspect.main()
+"""
+
+
+def test_faults_are_found():
+    done = inspect("-c", FAULTS, "--targets", "sm_90", "--calls", "^float16 policy$")
+    first, *found = done.stdout.splitlines()
+    assert first == "None" and found[0] == "spills registers" and found[1] == "no tensor-core instruction"
+    assert found[2] == "more shared memory than a block may have"
+    assert any("does not compile" in line for line in found[3:])
+    assert done.returncode == 1 and "1 of 1 configurations have a fault" in done.stderr

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from triton.runtime import interpreter
 
 import kernels
 from kernels import logprob, reference
@@ -149,7 +150,7 @@ def test_ignored_tokens_are_zero_and_without_gradient_even_where_hidden_is_nan()
     assert torch.equal(again, logp) and spoilt.grad.isfinite().all() and w.grad.isfinite().all()
 
 
-def test_slopes_far_below_the_range_of_float16():
+def test_slopes_at_both_ends_of_the_range_of_float16():
     """g = 1e-5 times p = 1e-3 rounds to 0 in float16, but 512 such slopes times a hidden 8 do not add up to 0."""
     hidden = torch.full((512, 128), 8.0, device=DEVICE, dtype=torch.float16)
     weight = problem(0, 1000, 128, torch.float16, magnitude=1e-4)[1].requires_grad_()
@@ -157,31 +158,39 @@ def test_slopes_far_below_the_range_of_float16():
         logp = kernels.token_logprobs(hidden, weight, torch.zeros(512, device=DEVICE, dtype=torch.int64))
     (logp.sum() * 1e-5).backward()
     p = (hidden[:1].double() @ weight.double().t()).softmax(1)[0]
-    want = -1e-5 * 512 * 8 * p[1:, None]
-    assert ((weight.grad[1:] - want).abs() <= 2.0**-9 * want.abs() + 2.0**-24).all()
+    p[0] -= 1  # the target, whose slope is the largest there can be and must not overflow
+    want = -1e-5 * 512 * 8 * p[:, None]
+    assert ((weight.grad - want).abs() <= 2.0**-9 * want.abs() + 2.0**-24).all()
 
 
 @pytest.mark.parametrize("together", [True, False])
 def test_bands_and_blocks_of_rows_and_columns(monkeypatch, together):
-    """Budgets so small that every loop over bands, blocks and parts runs more than once."""
+    """Budgets so small that every loop over bands, blocks and groups runs more than once."""
     monkeypatch.setattr(logprob, "SPAN_BYTES", 12 * 2 * 128)
-    monkeypatch.setattr(logprob, "BLOCK_BYTES", (384 if together else 128) * 4 * 128)
-    monkeypatch.setattr(logprob, "SUM_BYTES", (384 if together else 128) * 4 * 64)
+    monkeypatch.setattr(logprob, "BAND", 128)
+    monkeypatch.setattr(logprob, "BLOCK_BYTES", 384 * 4 * 128)
+    monkeypatch.setattr(logprob, "HIDDEN_BYTES", (384 if together else 256) * 4 * 64)
+    monkeypatch.setattr(logprob, "WEIGHT_BYTES", 256 * 4 * 64)
+    assert logprob.plan(290, 1030, 64, 4) == ((128, 256, 384, 256) if together else (128, 256, 256, 0))
     check(*problem(290, 1030, 64, torch.float32))
-
-
-def test_parts_of_a_long_sum_over_rows():
-    check(*problem(2 * 2048, 60, 16, torch.float32, ignored=0.4))
+    check(*problem(290, 1030, 64, torch.float32, ignored=0.7))  # the last bands then hold no token that counts
 
 
 def test_memory_is_bounded_whatever_the_size():
     """The sizes of every buffer, from the same arithmetic, at sizes no test could run."""
-    for d in (768, 1024, 2048, 4096, 8192):
+    for d in (768, 1024, 2048, 3072, 4096, 8192):
         for size in (2, 4):
-            for n in (1, 4096, 32768, 2**20, 2**31):
+            for n in (1, 4096, 8193, 16384, 32768, 2**20, 2**31):
                 for v in (100, 50257, 128256, 2**20):
-                    plan = logprob.plan(n, v, d, size, tile=128)
-                    assert plan.bytes(size, d) <= logprob.LIMIT
+                    band, width, group, extra = logprob.plan(n, v, d, size)
+                    assert size * band * width + 4 * d * (group + extra) <= logprob.LIMIT
+                    assert band % 128 == width % 128 == group % band == 0
+                    bands = 1 if band >= n else 2
+                    assert bands == 1 or (extra or group) >= width  # the sums hold a block's columns
+
+
+def test_more_row_tiles_than_share_their_columns():
+    check(*problem(64 * (logprob.GROUP.value + 3) - 20, 130, 16, torch.float32, ignored=0.01))
 
 
 def test_offsets_beyond_two_to_the_thirty_one():
@@ -228,20 +237,50 @@ def test_sequences(dtype):
     assert not h.grad[1].any()
 
 
-def test_masked_tokens_cost_no_arithmetic(monkeypatch):
-    """The interpreter counts tiles: with one response token in 40 rows of 64, only one row of tiles is multiplied."""
+@pytest.fixture
+def products(monkeypatch):
+    """A list that grows by one with every product of tiles, which only the interpreter shows."""
     if not kernels.INTERPRETED:
         pytest.skip("counts calls, which only the interpreter shows")
-    calls = []
-    import triton.runtime.interpreter as interpreter
+    calls, builder = [], interpreter.InterpreterBuilder
+    dot = builder.create_dot
+    monkeypatch.setattr(builder, "create_dot", lambda *a, **k: (calls.append(1), dot(*a, **k))[1])
+    return calls
 
-    dot = interpreter.InterpreterBuilder.create_dot
-    monkeypatch.setattr(
-        interpreter.InterpreterBuilder, "create_dot", lambda *a, **k: (calls.append(1), dot(*a, **k))[1]
-    )
+
+def test_masked_tokens_cost_no_arithmetic(products):
+    """With one response token in 40 rows of 64, only one row of tiles is multiplied."""
     hidden, weight, targets = torch.randn(40, 64, 16), torch.randn(60, 16), torch.zeros(40, 64, dtype=torch.int64)
+    hidden.requires_grad_(), weight.requires_grad_()
     mask = torch.zeros(40, 64)
     mask[17, 3] = 1
     with kernels.use("triton"):
-        kernels.sequence_logprobs(hidden, weight, targets, mask)
-    assert len(calls) == 1
+        logprobs = kernels.sequence_logprobs(hidden, weight, targets, mask)
+    assert len(products) == 1
+    logprobs.sum().backward()
+    # the logits again, then 60 entries in steps of 16 for the token's gradient, one step of tokens for the weight's
+    assert len(products) == 1 + 1 + 4 + 1
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_a_frozen_input_costs_no_arithmetic(monkeypatch, products, together):
+    """The other's gradient is the same to the bit, and as many products fewer as the frozen one's gradient takes."""
+    if not together:
+        monkeypatch.setattr(logprob, "HIDDEN_BYTES", 128 * 4 * 128)
+    hidden, weight, targets = problem(200, 100, 128, torch.float32, ignored=0)
+    assert (logprob.plan(200, 100, 128, 4)[2] >= 200) == together
+    counts, grads = {}, {}
+    for wanted in ((True, True), (True, False), (False, True)):
+        inputs = [x.detach().requires_grad_(want) for x, want in zip((hidden, weight), wanted, strict=True)]
+        with kernels.use("triton"):
+            logp, entropy = kernels.token_logprobs(*inputs, targets, entropy=True)
+        products.clear()
+        (logp.sum() + entropy.square().sum()).backward()
+        counts[wanted], grads[wanted] = len(products), [x.grad for x in inputs]
+    # tiles of 64 in steps of 32: 4 rows of them times 2 columns, 200 rows (or 128 and 72), 100 entries, a width of 128
+    logits, of_hidden, of_weight = 4 * 2 * 4, 4 * 2 * 4, 2 * 2 * 7
+    assert counts[True, False] == logits + of_hidden
+    assert counts[False, True] == logits + of_weight
+    assert counts[True, True] == logits * (1 if together else 2) + of_hidden + of_weight
+    assert grads[True, False][1] is None and torch.equal(grads[True, False][0], grads[True, True][0])
+    assert grads[False, True][0] is None and torch.equal(grads[False, True][1], grads[True, True][1])

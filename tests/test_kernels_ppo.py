@@ -91,6 +91,16 @@ def test_a_mask_of_numbers(name, dtype):
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+def test_rounding_inside_the_range_is_no_clipping():
+    """v_old + (v - v_old) is not v where v is the smaller number, which errors of its size show."""
+    g = torch.Generator().manual_seed(0)
+    values, returns = (0.01 * torch.randn(1, 2000, generator=g).to(DEVICE) for _ in range(2))
+    old = 0.1 * torch.rand(1, 2000, generator=g).to(DEVICE)
+    with kernels.use("triton"):
+        _, stats = kernels.clipped_value_loss(values, old, returns, torch.ones_like(old), clip=0.5)
+    assert stats["clip_fraction"] == 0
+
+
 def test_a_kl_of_small_steps_keeps_its_digits():
     """e^x - 1 - x is x²/2 for small x, of which the plain difference keeps nothing."""
     x = torch.logspace(-6, 0.5, 400, device=DEVICE)[None]
