@@ -72,7 +72,7 @@ class Config(run.Options):
     micro_batch: int = 16
     """responses in memory at once; more steps of this size are accumulated"""
     lr: float | None = None
-    """the policy's learning rate, which falls to 0 in a line; default: 3e-4 on the built-in task, 1e-5 on a file"""
+    """the policy's at first, then falling to 0; default: 3e-4 on the built-in task, 1e-4 on a file, 1e-5 with --init"""
     critic_lr: float | None = None
     """the critic's; default: that of the policy"""
     value_weight: float = 0.5
@@ -80,9 +80,9 @@ class Config(run.Options):
     value_warmup: int = 2
     """rounds in which only the critic learns"""
     beta: float = 0.1
-    """price of a nat of KL from the reference, in units of score; where it starts, with --kl-target"""
+    """price of a nat of KL from the reference, in units of score; with --kl-target its first value"""
     kl_target: float | None = None
-    """change beta from round to round so that the KL comes to this many nats (default: beta is fixed)"""
+    """change beta from round to round so that the KL comes to this many nats; default: beta is fixed"""
     kl_horizon: int = 1000
     """responses after which a KL that is 20% too high has raised beta by 20%"""
     max_kl: float = 100.0
@@ -97,8 +97,8 @@ class Config(run.Options):
     """the ratio π_θ/π_old is of use within 1 ± this"""
     value_clip: float = 0.2
     """the critic's values move by this much a round, in units of score"""
-    target_kl: float | None = None
-    """end a round's passes early when π_θ is this many nats a token from π_old (default: never)"""
+    early_stop_kl: float | None = None
+    """end a round's passes early when π_θ is this many nats a token from π_old; default: never"""
     entropy: float = 0.0
     """weight of the entropy bonus"""
     whiten_rewards: bool = False
@@ -118,7 +118,7 @@ class Config(run.Options):
         super().check()
         counts = ("sft_steps", "group", "iterations", "batch_size", "epochs", "minibatch", "micro_batch", "kl_horizon")
         run.require_at_least_one(self, *counts, "eval_prompts", "max_new_tokens")
-        names = ("lr", "critic_lr", "kl_target", "max_kl", "clip", "value_clip", "target_kl", "grad_clip")
+        names = ("lr", "critic_lr", "kl_target", "max_kl", "clip", "value_clip", "early_stop_kl", "grad_clip")
         run.require_positive(self, *names)
         run.require_not_negative(self, "beta", "doubt", "missing_end", "value_weight", "value_warmup", "entropy")
         check_sampling(self.max_new_tokens, self.temperature, 0, 1.0)
@@ -143,7 +143,7 @@ class Config(run.Options):
 
     def resolved(self) -> "Config":
         """The defaults that depend on other flags, filled in."""
-        lr = self.lr or (1e-5 if self.data else 3e-4)
+        lr = self.lr or ((1e-5 if self.init else 1e-4) if self.data else 3e-4)
         return replace(
             self,
             lr=lr,
@@ -315,7 +315,7 @@ def train(config: Config) -> None:
                 optimizer.zero_grad()
                 totals[6] += norm
                 done, learned = done + 1, learned + sum(len(samples[i].tokens) for i in minibatch)
-                if config.target_kl and approx_kl > config.target_kl:  # as in OpenAI's Spinning Up
+                if config.early_stop_kl and approx_kl > config.early_stop_kl:  # as in OpenAI's Spinning Up
                     break
 
             # 6. What happened; and a β for the next round (Ziegler et al. 2019, section 2.2).

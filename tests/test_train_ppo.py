@@ -220,7 +220,7 @@ def test_killed_and_resumed_it_ends_the_same(sft_folder, reward_folder, left_alo
     [
         {"advantage": "grpo", "group": 2},
         {"critic": "head", "entropy": 0.01, "whiten_rewards": True},
-        {"target_kl": 1e-9, "epochs": 4, "temperature": 0.8},
+        {"early_stop_kl": 1e-9, "epochs": 4, "temperature": 0.8},
     ],
     ids=lambda options: next(iter(options)),
 )
@@ -234,7 +234,7 @@ def test_the_other_ways_to_run_it_run(options, sft_folder, reward_folder, tmp_pa
     )
     train_ppo.train(config)
     metrics, _ = results(tmp_path / "ppo")
-    if "target_kl" in options:  # the first steps move nothing but the critic; after that every step is too far
+    if "early_stop_kl" in options:  # the first steps move nothing but the critic; after that every step is too far
         assert metrics[0]["minibatches"] == 8 and metrics[-1]["minibatches"] == 2
     assert (tmp_path / "ppo" / "critic").exists() == (options.get("advantage") is None)
 
