@@ -78,7 +78,7 @@ class Config(run.Options):
     value_weight: float = 0.5
     """weight of the critic's loss, which matters for --critic head and for the gradient's norm"""
     value_warmup: int = 2
-    """rounds in which only the critic learns"""
+    """gae: rounds in which only the critic learns"""
     beta: float = 0.1
     """price of a nat of KL from the reference, in units of score; with --kl-target its first value"""
     kl_target: float | None = None
@@ -102,7 +102,7 @@ class Config(run.Options):
     entropy: float = 0.0
     """weight of the entropy bonus"""
     whiten_rewards: bool = False
-    """bring the rewards of a round to variance 1"""
+    """bring the rewards of a round's tokens to variance 1, but leave their mean"""
     whiten_advantages: bool = True
     """bring the advantages of a round to mean 0 and variance 1"""
     grad_clip: float = 1.0
@@ -136,19 +136,25 @@ class Config(run.Options):
             self.advantage == "gae" or self.group is None or self.group > 1,
             f"--advantage {self.advantage} compares the responses to one prompt, so --group must be at least 2",
         )
+        group = self.resolved().group
+        require(self.batch_size % group == 0, f"--batch-size {self.batch_size} is no multiple of --group {group}")
         require(
-            self.batch_size % (self.resolved().group) == 0,
-            f"--batch-size {self.batch_size} is no multiple of --group {self.resolved().group}",
+            self.resolved().value_warmup < self.iterations,
+            f"--value-warmup {self.value_warmup} leaves none of {self.iterations} --iterations for the policy",
         )
+        require(self.beta > 0 or not self.kl_target, "--kl-target multiplies --beta, which must not be 0 then")
+        require(not self.doubt or self.reward, "--doubt needs a --reward with several heads (train_rm.py --heads)")
 
     def resolved(self) -> "Config":
         """The defaults that depend on other flags, filled in."""
-        lr = self.lr or ((1e-5 if self.init else 1e-4) if self.data else 3e-4)
+        init = self.init or next(filter(None, map(made_from, self.reward)), "")
+        lr = self.lr or ((1e-5 if init else 1e-4) if self.data else 3e-4)
         return replace(
             self,
+            init=init,
             lr=lr,
             critic_lr=self.critic_lr or lr,
-            init=self.init or next(filter(None, map(made_from, self.reward)), ""),
+            value_warmup=self.value_warmup if self.advantage == "gae" else 0,
             group=self.group or (1 if self.advantage == "gae" else 4),
             reward_weights=self.reward_weights or (1.0,) * max(1, len(self.reward)),
         )
@@ -204,7 +210,7 @@ def train(config: Config) -> None:
     require(run.world_size() == 1, "train_ppo.py runs as one process: start it without torchrun")
     if config.init:
         policy, tokenizer = load_pretrained(config.init)
-        load_reward_models(config.reward, policy, tokenizer)
+        load_reward_models(config, config.reward, policy, tokenizer)
     else:
         require(set(config.reward) <= {"true"}, "--reward: name the policy that it was trained for with --init")
     context = policy.config.block_size if config.init else sft.Config(data=config.data).resolved().block_size
@@ -217,7 +223,7 @@ def train(config: Config) -> None:
     if not config.init:
         policy, tokenizer = load_pretrained(sft.first(config, this))
     names = config.reward or (first_reward_model(config, this),)
-    reward_models = load_reward_models(names, policy.to(device), tokenizer)
+    reward_models = load_reward_models(config, names, policy.to(device), tokenizer)
     reference = copy.deepcopy(policy).eval()
     encoded = [data.encode_prompt(tokenizer, prompt) for prompt in prompts]
     notes = Counter({"prompts cut on the left to fit the context": sum(len(prompt) > room for prompt in encoded)})
@@ -264,7 +270,7 @@ def train(config: Config) -> None:
             lengths = [len(x) + len(y) - 1 for x, y in responses]
             values, ref_logprobs = look(learner, reference, batch, lengths, config)
             kl = losses.kl_k1(old_logprobs, ref_logprobs, mask).mean().item()
-            stop_if_collapsed(config, this, kl, responses)
+            stop_if_collapsed(config, this, kl, all(y == [tokenizer.end_of_text] for _, y in responses))
             if step % config.save_every == 0:
                 save_pretrained(policy, tokenizer, this.folder / "model")  # what a later collapse leaves
 
@@ -301,21 +307,21 @@ def train(config: Config) -> None:
                         values, now.values, now.returns, now.mask, clip=config.value_clip
                     )
                     entropy = masked_mean(entropies, now.mask)
-                    # Schulman et al. 2017, eq. 9; first the critic alone, as bad advantages undo the policy (Zheng et
-                    # al. 2023, "Secrets of RLHF", part I)
-                    loss = (step >= config.value_warmup) * (policy_loss - config.entropy * entropy)
-                    (share * (loss + config.value_weight * value_loss)).backward()
+                    loss = policy_loss + config.value_weight * value_loss - config.entropy * entropy
+                    (share * loss).backward()  # Schulman et al. 2017, eq. 9
                     approx_kl += share * policy_stats["approx_kl"]
                     stats = [policy_loss, value_loss, entropy, policy_stats["clip_fraction"]]
                     stats += [value_stats["clip_fraction"], policy_stats["approx_kl"]]
                     totals[:6] += share * torch.stack(stats).detach()
+                if step < config.value_warmup:  # advantages from a bad critic would undo the policy (Zheng et al. 2023)
+                    policy.zero_grad()
                 norm = nn.utils.clip_grad_norm_(learner.parameters(), config.grad_clip)  # Huang et al. 2022, detail 11
                 this.stop_if_not_finite(step, norm, learner, optimizer)
                 optimizer.step()
                 optimizer.zero_grad()
                 totals[6] += norm
                 done, learned = done + 1, learned + sum(len(samples[i].tokens) for i in minibatch)
-                if config.early_stop_kl and approx_kl > config.early_stop_kl:  # as in OpenAI's Spinning Up
+                if config.early_stop_kl and approx_kl > config.early_stop_kl:
                     break
 
             # 6. What happened; and a β for the next round (Ziegler et al. 2019, section 2.2).
@@ -344,11 +350,24 @@ def train(config: Config) -> None:
                 learner.beta.fill_(adapted)
             this.log(step + 1, metrics)
 
-    # 7. What came of it.
+    # 7. What came of it: policy and reference answer the same new prompts.
+    with this.stage("evaluation"), kernels.use(config.kernels):
+        result, answers = evaluate.compare(
+            policy,
+            reference,
+            tokenizer,
+            new_prompts,
+            config.max_new_tokens,
+            config.seed,
+            true_reward=None if config.data else reviews.true_reward,
+            score=lambda responses: score(config, reward_models, responses, tokenizer).tolist(),
+            temperature=config.temperature,
+        )
+    stop_if_collapsed(config, this, result["kl"], not any(answer["policy"] for answer in answers))
     save_pretrained(policy, tokenizer, this.folder / "model")
     if learner.critic is not None:
         save_pretrained(learner.critic, tokenizer, this.folder / "critic")
-    report(config, this, policy, reference, reward_models, tokenizer, new_prompts, notes)
+    report(config, this, result | {"data": dict(notes)}, answers)
 
 
 def token_logprobs(model: GPT, hidden: Tensor, targets: Tensor, mask: Tensor, temperature: float):
@@ -369,8 +388,8 @@ def look(learner: Learner, reference: GPT, batch: data.Batch, lengths: list[int]
         inputs, targets, mask = (x[piece, :length] for x in batch)
         values[piece, :length] = learner.values(inputs)
         with run.autocast(inputs.device):
-            found, _ = token_logprobs(reference, reference.hidden(inputs), targets, mask, config.temperature)
-        ref_logprobs[piece, :length] = found
+            hidden = reference.hidden(inputs)
+            ref_logprobs[piece, :length], _ = token_logprobs(reference, hidden, targets, mask, config.temperature)
     return values, ref_logprobs
 
 
@@ -393,16 +412,17 @@ def score(config: Config, reward_models: list, responses: list, tokenizer) -> Te
             heads = evaluate.response_scores(model, responses)
             rewards = heads.mean(1) - config.doubt * heads.std(1, correction=0)
         total += weight * rewards
-    require(bool(total.isfinite().all()), "a reward model gives a score that is no finite number; train it again")
+    require(bool(total.isfinite().all()), "the weighted scores of --reward are no finite numbers")
     return total
 
 
-def stop_if_collapsed(config: Config, this: Run, kl: float, responses: list) -> None:
+def stop_if_collapsed(config: Config, this: Run, kl: float, empty: bool) -> None:
     """Raise UserError where nothing good can follow."""
-    empty = all(len(y) <= 1 for _, y in responses)
-    hint = f"the last good policy is in {this.folder / 'model'}; raise --beta or lower --lr, and use --overwrite"
+    good = this.folder / "model"
+    hint = "start again with a higher --beta or a lower --lr, in another --out"
+    hint += f" (the last good policy is in {good})" if good.exists() else ""
     require(not empty, f"the policy has collapsed: every response is empty; {hint}")
-    require(kl <= config.max_kl, f"the policy has collapsed: its KL is {kl:.0f} nats (--max-kl); {hint}")
+    require(kl <= config.max_kl, f"the policy has collapsed: its KL of {kl:.3g} nats is beyond --max-kl; {hint}")
 
 
 # ---- before the loop -------------------------------------------------------------------------------------------------
@@ -443,7 +463,7 @@ def first_reward_model(config: Config, this: Run) -> str:
     return str(folder)
 
 
-def load_reward_models(names: tuple[str, ...], policy: GPT, tokenizer) -> list[ScalarGPT | None]:
+def load_reward_models(config: Config, names: tuple[str, ...], policy: GPT, tokenizer) -> list[ScalarGPT | None]:
     """The model in each folder, None for the task's true reward. Raises UserError where one does not fit the policy."""
     models = []
     for name in names:
@@ -456,6 +476,8 @@ def load_reward_models(names: tuple[str, ...], policy: GPT, tokenizer) -> list[S
             scores = evaluate.response_scores(model, [([tokenizer.end_of_text], [tokenizer.end_of_text])])
             require(bool(scores.isfinite().all()), f"--reward {name}: gives a score that is no finite number")
         models.append(model)
+    several = any(model is not None and len(model.score.weight) > 1 for model in models)
+    require(not config.doubt or several, "--doubt needs a --reward with several heads (train_rm.py --heads)")
     return models
 
 
@@ -464,8 +486,9 @@ def new_critic(config: Config, policy: GPT, reward_models: list[ScalarGPT | None
     the policy with a head that says 0; or such a head on the policy itself; or none."""
     if config.advantage != "gae":
         return None
-    if config.critic == "network" and reward_models[0] is not None:
-        critic = copy.deepcopy(reward_models[0])
+    knows = next((model for model in reward_models if model is not None), None)
+    if config.critic == "network" and knows is not None:
+        critic = copy.deepcopy(knows)
         critic.score.weight = nn.Parameter(critic.score.weight.detach().mean(0, keepdim=True))
         critic.score.out_features = 1
         return critic
@@ -474,19 +497,8 @@ def new_critic(config: Config, policy: GPT, reward_models: list[ScalarGPT | None
     return critic
 
 
-def report(config: Config, this: Run, policy, reference, reward_models, tokenizer, prompts, notes: Counter) -> None:
-    """Let policy and reference answer the same new prompts; write report.json and report.png, print the table."""
-    with this.stage("evaluation"), kernels.use(config.kernels):
-        result, answers = evaluate.compare(
-            policy,
-            reference,
-            tokenizer,
-            prompts,
-            config.max_new_tokens,
-            config.seed,
-            true_reward=None if config.data else reviews.true_reward,
-            score=lambda responses: score(config, reward_models, responses, tokenizer).tolist(),
-        )
+def report(config: Config, this: Run, result: dict, answers: list[dict]) -> None:
+    """Write report.json and report.png, print the table and three prompts with both answers."""
     metrics = this.metrics()
     rewards = {"score": "score"}
     if true := result.get("true_reward"):
@@ -515,11 +527,11 @@ def report(config: Config, this: Run, policy, reference, reward_models, tokenize
         after = {name: [row[f"{name}_true_reward"] for row in answers] for name in ("reference", "policy")}
         panels.append(evaluate.histograms(after, "true reward, before and after", "true reward"))
     evaluate.plot(panels, this.folder / "report.png")
-    this.report({**result, "data": dict(notes), "samples": answers[:3]})
+    this.report({**result, "samples": answers[:3]})
     evaluate.print_samples(answers[:3])
     say(f"\n{evaluate.comparison_table(result)}\n\n{evaluate.seconds_line(this.seconds)}")
-    say(f"model, critic, metrics, report.json and report.png are in {this.folder}; try it:")
-    prompt = "your prompt" if config.data else prompts[0]
+    say(f"model, metrics, report.json and report.png are in {this.folder}; try it:")
+    prompt = "your prompt" if config.data else answers[0]["prompt"]
     say(f"  python -m nanopref.generate --model {shlex.quote(str(this.folder))} --prompt {shlex.quote(prompt)}")
 
 

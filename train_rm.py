@@ -71,6 +71,8 @@ class Config(run.Options):
         run.require_positive(self, "lr", "grad_clip")
         run.require_not_negative(self, "noise", "margin", "warmup", "weight_decay")
         require(self.pairs >= 20, f"--pairs must be at least 20, so that some can be held out, not {self.pairs}")
+        require(self.eval_prompts > 1, "--eval-prompts must be at least 2: the spread of scores is measured")
+        require(self.heads <= 64, f"--heads must be at most 64, not {self.heads}")
         require(self.annotators % 2 == 1, f"--annotators must be odd, so that a vote cannot tie, not {self.annotators}")
 
     def resolved(self) -> "Config":
@@ -145,7 +147,7 @@ def train(config: Config) -> None:
             optimizer.step()
             optimizer.zero_grad()
 
-            metrics = {"loss": loss, "accuracy": accuracy, "margin": gap, "grad_norm": norm, "lr": lr}
+            metrics = {"loss": loss, "accuracy": accuracy, "score_gap": gap, "grad_norm": norm, "lr": lr}
             if (step + 1) % config.eval_every == 0 or step + 1 == steps:
                 gap = held_out_gap(model, held_out)
                 metrics["held_out_loss"] = losses.bradley_terry_loss(gap, torch.zeros_like(gap)).mean().item()
@@ -156,7 +158,8 @@ def train(config: Config) -> None:
     if run.rank() == 0:
         scores = evaluate.response_scores(model, baseline)
         shift = scores.mean(0)  # of each head; but one scale for all, that of their mean, which is the score
-        scale = scores.mean(1).std(correction=0).clamp(min=1e-6).expand_as(shift)
+        spread = scores.mean(1).std(correction=0)
+        scale = torch.where(spread > 1e-6, spread, 1.0).expand_as(shift)  # responses that all score alike have no scale
         gap = held_out_gap(model, held_out).cpu()
         model.rescale(shift.to(device), scale.to(device))
         constants = {"score_shift": shift.tolist(), "score_scale": scale.tolist()}
@@ -230,7 +233,8 @@ def report(config: Config, this: Run, model, pairs: list[Pair], encoded, gap, re
     say(f"\n{evaluate.table(rows, ('', 'held out', ''))}\n\n{evaluate.seconds_line(this.seconds)}")
     say(f"model, metrics, report.json and report.png are in {this.folder}; use it:")
     reward, init = shlex.quote(str(this.folder)), shlex.quote(config.init or str(this.folder / "sft"))
-    say(f"  python train_ppo.py --reward {reward} --init {init}")
+    prompts = f" --data {shlex.quote(config.data)}" if config.data else ""
+    say(f"  python train_ppo.py --reward {reward} --init {init}{prompts}")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,11 @@ import matplotlib.pyplot as plt
 
 @torch.no_grad()
 def response_logprobs(
-    model: GPT, rows: Sequence[tuple[list[int], list[int]]], description: str = "log-probs", batch_size: int = 64
+    model: GPT,
+    rows: Sequence[tuple[list[int], list[int]]],
+    description: str = "log-probs",
+    batch_size: int = 64,
+    temperature: float = 1.0,
 ) -> Tensor:
     """log π(response | prompt) of (prompt, response) tokens -> [N] on the CPU, with dropout off.
 
@@ -48,7 +52,9 @@ def response_logprobs(
         for indices in data.micro_batches(list(range(len(rows))), lengths, batch_size):
             inputs, targets, mask = data.collate([rows[i] for i in indices]).to(model.device)
             with run.autocast(model.device):
-                logprobs = kernels.sequence_logprobs(model.hidden(inputs), model.unembedding, targets, mask)
+                logprobs = kernels.sequence_logprobs(
+                    model.hidden(inputs), model.unembedding, targets, mask, temperature=temperature
+                )
             result[indices] = logprobs.float().cpu()
             bar.update(len(indices))
     model.train(training)
@@ -116,9 +122,15 @@ def win_rate(policy: Sequence[float], reference: Sequence[float]) -> tuple[float
 
 
 def respond(
-    model: GPT, tokenizer: Tokenizer, prompts: Sequence[str], max_new_tokens: int, seed: int, description: str
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    seed: int,
+    description: str,
+    temperature: float = 1.0,
 ) -> list[tuple[list[int], list[int]]]:
-    """A response to each prompt at temperature 1: (prompt, response) tokens.
+    """A response to each prompt: (prompt, response) tokens.
 
     A prompt loses its beginning where it would not leave `max_new_tokens`, but never more than half the context.
     """
@@ -130,6 +142,7 @@ def respond(
             encoded,
             max_new_tokens,
             end_of_text=tokenizer.end_of_text,
+            temperature=temperature,
             generator=run.generator(seed, description, model.device),
             description=description,
         )
@@ -146,6 +159,7 @@ def compare(
     *,
     true_reward: Callable[[str], float] | None = None,
     score: Callable[[list], list[float]] | None = None,
+    temperature: float = 1.0,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Both models answer all prompts -> (the report's figures, one row a prompt with both answers).
 
@@ -153,12 +167,12 @@ def compare(
     are what is measured.
     """
     answers = {
-        name: respond(model, tokenizer, prompts, max_new_tokens, seed, f"{name} answers")
+        name: respond(model, tokenizer, prompts, max_new_tokens, seed, f"{name} answers", temperature)
         for name, model in (("policy", policy), ("reference", reference))
     }
-    log_ratio = response_logprobs(policy, answers["policy"], "policy's log-probs") - response_logprobs(
-        reference, answers["policy"], "reference's log-probs"
-    )
+    log_ratio = response_logprobs(
+        policy, answers["policy"], "policy's log-probs", temperature=temperature
+    ) - response_logprobs(reference, answers["policy"], "reference's log-probs", temperature=temperature)
     tokens = {name: [response for _, response in rows] for name, rows in answers.items()}
     texts = {name: [response_text(response, tokenizer) for response in rows] for name, rows in tokens.items()}
     ended = {name: [tokenizer.end_of_text in response for response in rows] for name, rows in tokens.items()}

@@ -117,7 +117,7 @@ def generate(
 
     advance = step
     for i in range(max_new_tokens):
-        if device.type == "cuda" and i == 2:
+        if static and device.type == "cuda" and i == 2:
             advance = record(step)  # after two ordinary steps, in which libraries set themselves up
         advance()
         if on_token:

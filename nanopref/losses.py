@@ -35,12 +35,12 @@ def kl_k3(logprobs: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
 
 
 def adapt_kl_coefficient(beta: float, kl: float, target: float, samples: int, horizon: int) -> float:
-    """The next β after `samples` responses at this KL: β (1 + clip(KL/target - 1, -0.2, 0.2) · samples/horizon).
+    """The next β after n `samples` at this KL: β (1 + clip(KL/target - 1, -0.2, 0.2) · min(1, n/horizon)).
 
-    Ziegler et al. 2019, section 2.2, with K_β = 1/horizon a response.
+    Ziegler et al. 2019, section 2.2, with K_β = 1/horizon a response; one step changes β by a fifth at most.
     """
     error = min(max(kl / target - 1, -0.2), 0.2)
-    return beta * (1 + error * samples / horizon)
+    return beta * (1 + error * min(1.0, samples / horizon))
 
 
 # ---- rewards and advantages ------------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ class KVCache:
         self.lengths = torch.zeros(batch, device=device, dtype=torch.long)
 
     def keep(self, rows: Tensor) -> None:
-        """Drop every row but these (indices [B'])."""
+        """Drop every row but these (indices [B'], or True for each [B])."""
         self.keys, self.values, self.lengths = self.keys[:, rows], self.values[:, rows], self.lengths[rows]
 
 

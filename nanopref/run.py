@@ -184,9 +184,9 @@ def start(device: str, seed: int) -> torch.device:
         raise UserError(f"--device {device}: there is no such device here; use auto, cpu or cuda") from None
     if chosen.type not in ("cpu", "cuda"):
         raise UserError(f"--device {device}: only cpu and cuda are supported")
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
     if local_rank is not None and not dist.is_initialized():
-        if chosen.type == "cuda":
-            torch.cuda.set_device(chosen)
         # the others wait while the first process samples the pairs, which may take hours
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(days=1))
     if chosen.type == "cuda":
