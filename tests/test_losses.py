@@ -80,11 +80,20 @@ def test_both_kl_estimates_have_the_mean_kl(p, q):
         assert mean == pytest.approx(kl, abs=1e-9)
 
 
-@given(st.floats(0.001, 10), st.floats(-5, 500), st.floats(0.1, 50), st.integers(1, 500), st.integers(500, 10**6))
+@given(st.floats(0.001, 10), st.floats(-5, 500), st.floats(0.1, 50), st.integers(1, 500), st.integers(1, 10**6))
 def test_the_kl_coefficient_moves_the_right_way_and_stays_bounded(beta, kl, target, samples, horizon):
     after = losses.adapt_kl_coefficient(beta, kl, target, samples, horizon)
     assert (after > beta) == (kl > target) or math.isclose(after, beta, rel_tol=1e-12)
     assert 0.8 * beta * (1 - 1e-12) <= after <= 1.2 * beta * (1 + 1e-12)
+
+
+def test_the_kl_coefficient_by_hand():
+    adapt = losses.adapt_kl_coefficient
+    assert adapt(1.0, 11.0, 10.0, 50, 100) == pytest.approx(1.05)  # 10% too high, half a horizon
+    assert adapt(1.0, 9.0, 10.0, 50, 100) == pytest.approx(0.95)
+    assert adapt(1.0, 100.0, 10.0, 50, 100) == pytest.approx(1.1)  # clipped at 20%, above and below
+    assert adapt(1.0, 0.0, 10.0, 50, 100) == pytest.approx(0.9)
+    assert adapt(1.0, 0.0, 10.0, 5000, 1) == pytest.approx(0.8)  # and never below 0
 
 
 def test_the_kl_coefficient_settles_where_the_kl_is_the_target():

@@ -1,5 +1,6 @@
 """train_ppo.py as its users meet it: its optimum on a bandit, its log-probs, killed and resumed, fed nonsense."""
 
+import copy
 import gzip
 import itertools
 import json
@@ -16,6 +17,7 @@ from helpers import finish, flags, results, start
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import kernels
 import train_ppo
 from nanopref import data, losses, reviews, run
 from nanopref.generate import generate
@@ -172,6 +174,95 @@ def test_the_samplers_logprobs_are_the_learners(sft_folder, temperature, seed):
     assert (found[batch.mask == 0] == 0).all() and (entropies[batch.mask == 0] == 0).all() and (values == 0).all()
 
 
+def test_a_round_is_the_arithmetic_by_hand(sft_folder, reward_folder, tmp_path, monkeypatch):
+    """What reaches the losses in the second round, when the policy has left the reference, token by token."""
+    seen = {"rounds": [], "policy": [], "value": []}
+    ordinary = {name: getattr(train_ppo, name) for name in ("generate", "look")}
+
+    def generate_and_note(policy, queries, *args, **more):
+        samples = ordinary["generate"](policy, queries, *args, **more)
+        seen["rounds"].append((queries, samples, more["generator"].initial_seed(), more["temperature"]))
+        return samples
+
+    def look_and_note(learner, reference, *args):
+        seen["models"] = copy.deepcopy((learner, reference))
+        return ordinary["look"](learner, reference, *args)
+
+    monkeypatch.setattr(train_ppo, "generate", generate_and_note)
+    monkeypatch.setattr(train_ppo, "look", look_and_note)
+    for name, key in (("ppo_clip_loss", "policy"), ("clipped_value_loss", "value")):
+        original = getattr(kernels, name)
+
+        def loss_and_note(*args, original=original, key=key, **more):
+            seen[key].append((args, more))
+            return original(*args, **more)
+
+        monkeypatch.setattr(kernels, name, loss_and_note)
+    tau, gamma, lam, beta, missing_end = 0.8, 0.9, 0.6, 0.3, 0.7
+    config = train_ppo.Config(
+        out=str(tmp_path / "ppo"), init=sft_folder, reward=(reward_folder,), iterations=2, batch_size=1, minibatch=1,
+        epochs=1, value_warmup=0, lr=1e-3, temperature=tau, gamma=gamma, lam=lam, beta=beta, missing_end=missing_end,
+        clip=0.3, value_clip=0.15, max_new_tokens=12, whiten_advantages=False, eval_prompts=2, device="cpu",
+    )  # fmt: skip
+    train_ppo.train(config)
+    (_, _, first_seed, _), (queries, samples, second_seed, temperature) = seen["rounds"]
+    assert first_seed != second_seed and temperature == tau
+    learner, reference = seen["models"]
+    reward_model, tokenizer = load_pretrained(reward_folder, kind=ScalarGPT)
+    x, y = queries[0], samples[0].tokens
+    assert y[-1] != tokenizer.end_of_text  # 12 tokens end no review, so the penalty is there
+    tokens = torch.tensor([x + y])
+    with torch.no_grad():
+        policy, ref = (model(tokens)[0].div(tau).log_softmax(-1) for model in (learner.policy, reference))
+        values = learner.critic(tokens)[0, :, 0]
+        score = reward_model(tokens)[0, -1, 0].item() - missing_end
+    steps = range(len(y))
+    old = [policy[len(x) - 1 + t, y[t]].item() for t in steps]
+    kl = [old[t] - ref[len(x) - 1 + t, y[t]].item() for t in steps]
+    value = [values[len(x) - 1 + t].item() for t in steps] + [0.0]
+    assert sum(map(abs, kl)) > 1e-3
+    reward = [-beta * kl[t] + (score if t == len(y) - 1 else 0.0) for t in steps]
+    delta = [reward[t] + gamma * value[t + 1] - value[t] for t in steps]
+    advantage = [sum((gamma * lam) ** (s - t) * delta[s] for s in steps if s >= t) for t in steps]
+
+    (logprobs, old_logprobs, advantages, mask), options = seen["policy"][-1]
+    inside = mask[0].bool()
+    assert options == {"clip": 0.3} and int(inside.sum()) == len(y)
+    for found, expected in [(old_logprobs, old), (logprobs, old), (advantages, advantage)]:
+        assert found[0][inside].tolist() == pytest.approx(expected, abs=1e-4)
+    (new_values, old_values, returns, _), options = seen["value"][-1]
+    assert options == {"clip": 0.15}
+    targets = [a + v for a, v in zip(advantage, value, strict=False)]
+    for found, expected in [(old_values, value[:-1]), (new_values, value[:-1]), (returns, targets)]:
+        assert found[0][inside].tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_gradients_do_not_pile_up(sft_folder, reward_folder, tmp_path):
+    """Where nothing moves, a second pass has the gradient of the first."""
+    norms = []
+    for epochs in (1, 3):
+        words = SMALL | {"epochs": epochs, "minibatch": 16, "iterations": 1, "value_warmup": 0, "lr": 1e-12}
+        out = tmp_path / str(epochs)
+        train_ppo.train(train_ppo.Config(out=str(out), init=sft_folder, reward=(reward_folder,), **words))
+        norms.append(results(out)[0][0]["grad_norm"])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+
+
+def test_an_entropy_bonus_raises_the_entropy(sft_folder, tmp_path):
+    words = SMALL | {"iterations": 5, "value_warmup": 0, "lr": 1e-3, "entropy": 0.3, "max_kl": 1e4}
+    train_ppo.train(train_ppo.Config(out=str(tmp_path / "ppo"), init=sft_folder, reward=("true",), **words))
+    metrics, _ = results(tmp_path / "ppo")
+    assert metrics[-1]["entropy"] > metrics[0]["entropy"] + 0.1
+
+
+def test_the_warm_up_leaves_the_policy_alone(sft_folder, reward_folder, tmp_path):
+    """With the critic on the policy's own trunk too: only the head learns."""
+    words = SMALL | {"iterations": 3, "value_warmup": 2, "lr": 1e-2, "critic": "head", "max_kl": 1e4}
+    train_ppo.train(train_ppo.Config(out=str(tmp_path / "ppo"), init=sft_folder, reward=(reward_folder,), **words))
+    metrics, _ = results(tmp_path / "ppo")
+    assert metrics[2]["kl_k3"] == pytest.approx(0, abs=1e-4) and metrics[1]["value_loss"] != metrics[0]["value_loss"]
+
+
 @pytest.mark.parametrize("kind", ["network", "head"])
 def test_a_prompts_padding_changes_nothing(sft_folder, kind):
     """A row says the same beside a much longer one, and in a batch with columns that it does not need."""
@@ -225,7 +316,9 @@ def test_killed_and_resumed_it_ends_the_same(sft_folder, reward_folder, left_alo
     ],
     ids=lambda options: next(iter(options)),
 )
-def test_the_other_ways_to_run_it_run(options, sft_folder, reward_folder, tmp_path):
+def test_the_other_ways_to_run_it_run(options, sft_folder, reward_folder, tmp_path, monkeypatch):
+    asked, ordinary = [], train_ppo.generate
+    monkeypatch.setattr(train_ppo, "generate", lambda *a, **k: asked.append(a[1]) or ordinary(*a, **k))
     config = train_ppo.Config(
         out=str(tmp_path / "ppo"),
         init=sft_folder,
@@ -235,6 +328,10 @@ def test_the_other_ways_to_run_it_run(options, sft_folder, reward_folder, tmp_pa
     )
     train_ppo.train(config)
     metrics, _ = results(tmp_path / "ppo")
+    assert metrics[0]["kl"] == pytest.approx(0, abs=1e-4)  # at any temperature π_θ begins as π_ref
+    group = options.get("group", 1)
+    for queries in asked:  # the responses to a prompt stand side by side
+        assert all(queries[i : i + group] == [queries[i]] * group for i in range(0, len(queries), group))
     if "early_stop_kl" in options:  # the first steps move nothing but the critic; after that every step is too far
         assert metrics[0]["minibatches"] == 8 and metrics[-1]["minibatches"] == 2
     assert (tmp_path / "ppo" / "critic").exists() == (options.get("advantage") is None)
@@ -323,6 +420,9 @@ def test_real_prompts_are_answered_and_cut(real_data, tmp_path, capsys):
         ({"max_new_tokens": 256, "data": "x.jsonl"}, "leaves no room for a prompt in a context of 256"),
         ({"advantage": "rloo", "group": 1}, "--group must be at least 2"),
         ({"group": 3}, "no multiple of --group 3"),
+        ({"value_warmup": 40}, "--value-warmup 40 leaves none of 40 --iterations"),
+        ({"beta": 0.0, "kl_target": 5.0}, "--kl-target multiplies --beta"),
+        ({"doubt": 1.0}, "--doubt needs a --reward with several heads"),
         ({"temperature": 0.0}, "--temperature must be above 0"),
         ({"beta": -0.1}, "--beta must be 0 or above"),
         ({"lam": 1.5}, "--lam must be from 0 to 1"),
@@ -339,8 +439,8 @@ def test_bad_flags_are_refused(options, message, tmp_path, capsys):
 
 
 def test_reward_models_that_do_not_fit_are_refused(sft_folder, reward_folder, tmp_path, capsys):
-    def refuse(folder, message, init=sft_folder):
-        config = train_ppo.Config(out=str(tmp_path / "out"), init=init, reward=(str(folder),))
+    def refuse(folder, message, init=sft_folder, **more):
+        config = train_ppo.Config(out=str(tmp_path / "out"), init=init, reward=(str(folder),), **more)
         helpers.refused(train_ppo.train, config, message, capsys)
 
     refuse(sft_folder, "has no scalar head")
@@ -356,6 +456,7 @@ def test_reward_models_that_do_not_fit_are_refused(sft_folder, reward_folder, tm
     save_pretrained(model, tokenizer, tmp_path / "nan")
     refuse(tmp_path / "nan", "no finite number")
     refuse(reward_folder, "which writes no text", init=reward_folder)
+    refuse(reward_folder, "--doubt needs a --reward with several heads", doubt=1.0)
 
 
 @pytest.mark.parametrize("collapse", ["kl", "empty"])
@@ -372,11 +473,8 @@ def test_a_collapse_is_said_and_leaves_the_last_good_policy(
         def falls_silent(*args, **more):
             calls.append(1)
             samples = ordinary(*args, **more)
-            return (
-                samples
-                if len(calls) < 2
-                else [s._replace(tokens=[more["end_of_text"]], logprobs=[-1.0]) for s in samples]
-            )
+            silent = [s._replace(tokens=[more["end_of_text"]], logprobs=[-1.0]) for s in samples]
+            return samples if len(calls) < 2 else silent
 
         monkeypatch.setattr(train_ppo, "generate", falls_silent)
     config = train_ppo.Config(out=str(tmp_path / "out"), init=sft_folder, reward=(reward_folder,), **options)
@@ -388,6 +486,16 @@ def test_a_collapse_is_said_and_leaves_the_last_good_policy(
     reference, _ = load_pretrained(sft_folder)
     torch.testing.assert_close(policy.state_dict(), reference.state_dict())  # round 1 was the last good one
     assert not (tmp_path / "out" / "report.json").exists()
+
+
+def test_a_collapse_in_the_last_round_is_noticed_too(sft_folder, reward_folder, tmp_path, capsys):
+    options = SMALL | {"value_warmup": 0, "save_every": 1, "iterations": 1, "max_kl": 1e-3, "lr": 1e-2}
+    config = train_ppo.Config(out=str(tmp_path / "out"), init=sft_folder, reward=(reward_folder,), **options)
+    with pytest.raises(SystemExit) as stop:
+        run.main(train_ppo.train, config)
+    assert stop.value.code == 2 and "beyond --max-kl" in capsys.readouterr().err
+    policy, reference = (load_pretrained(folder)[0].state_dict() for folder in (tmp_path / "out", sft_folder))
+    torch.testing.assert_close(policy, reference)
 
 
 def test_overwrite_spares_the_reward_model(left_alone, sft_folder, capsys):

@@ -100,7 +100,7 @@ def test_rescaling_is_exact_for_several_heads():
 def test_it_learns_what_people_reward(sft_folder, tmp_path):
     """Without noise, from few pairs that differ much: better than chance by far, on pairs it has not seen."""
     rng = random.Random(0)
-    prompts = [reviews.sample_prompt(rng) for _ in range(700)]
+    prompts = [reviews.sample_prompt(rng) for _ in range(400)]
     rows = []
     for x in prompts:
         worst, *_, best = sorted((reviews.sample_response(rng, x) for _ in range(8)), key=reviews.true_reward)
@@ -111,6 +111,16 @@ def test_it_learns_what_people_reward(sft_folder, tmp_path):
     _, report = results(tmp_path / "rm")
     assert report["held_out"]["accuracy"] > 0.75
     assert "rank_correlation" not in report  # the file's true reward is not ours to know
+
+
+def test_scores_that_are_all_alike_are_not_blown_up(sft_folder, tmp_path):
+    """One training prompt and few tokens: the reference's responses may all score the same."""
+    rows = [{"prompt": f"film {i}", "chosen": " good", "rejected": " bad"} for i in range(2)]
+    (tmp_path / "pairs.jsonl").write_bytes(lines(*rows))
+    settings = SMALL | {"data": str(tmp_path / "pairs.jsonl"), "init": sft_folder, "epochs": 1, "max_new_tokens": 4}
+    train_rm.train(train_rm.Config(out=str(tmp_path / "rm"), **settings))
+    _, report = results(tmp_path / "rm")
+    assert report["score_scale"] == [1.0]
 
 
 def test_several_heads_differ_and_say_how_much(sft_folder, tmp_path, capsys):
@@ -191,6 +201,8 @@ def test_calibration_by_hand():
     "settings, message",
     [
         ({"heads": 0}, "--heads must be at least 1"),
+        ({"heads": 65}, "--heads must be at most 64"),
+        ({"eval_prompts": 1}, "--eval-prompts must be at least 2"),
         ({"margin": -1.0}, "--margin must be 0 or above"),
         ({"margin": float("nan")}, "--margin must be 0 or above"),
         ({"annotators": 4}, "must be odd"),
