@@ -89,10 +89,6 @@ class Tokenizer:
                 ids += self._encoding.encode_ordinary(run)
         return ids
 
-    def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
-        """`encode` for many texts, in several threads."""
-        return self._encoding.encode_ordinary_batch(list(texts))
-
     def decode(self, tokens: list[int]) -> str:
         """The text of ids, the end of text as "<|endoftext|>", bytes that are not valid UTF-8 as U+FFFD."""
         return self._encoding.decode(tokens, errors="replace")

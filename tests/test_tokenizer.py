@@ -175,14 +175,8 @@ def test_bytes_that_are_no_text_leave_the_text_around_them_whole(tokenizer):
     assert tokenizer.encode(b" film\xff film") == [*film, stray, *film]
 
 
-@given(st.lists(st.text(), max_size=5))
-def test_encode_batch_is_encode_of_each(tokenizer, texts):
-    assert tokenizer.encode_batch(iter(texts)) == [tokenizer.encode(text) for text in texts]
-
-
 def test_end_of_text_is_special_in_ids_and_ordinary_in_text(tokenizer):
-    for ids in [tokenizer.encode("<|endoftext|>"), *tokenizer.encode_batch(["<|endoftext|>"])]:
-        assert tokenizer.end_of_text not in ids
+    assert tokenizer.end_of_text not in tokenizer.encode("<|endoftext|>")
     assert tokenizer.encode(b"<|endoftext|>\xff")[:-1] == tokenizer.encode("<|endoftext|>")
     assert tokenizer.decode([tokenizer.end_of_text]) == "<|endoftext|>"
     assert tokenizer.decode_bytes([tokenizer.end_of_text]) == b"<|endoftext|>"
