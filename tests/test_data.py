@@ -195,7 +195,7 @@ def test_other_fields_are_ignored_and_an_empty_rejected_is_fine(write):
 
 
 @settings(deadline=None, max_examples=50)
-@given(pairs=st.lists(st.builds(Pair, texts, texts, texts), min_size=1, max_size=5))
+@given(pairs=st.lists(st.builds(Pair, texts, texts, texts, st.floats(0, 9)), min_size=1, max_size=5))
 def test_what_is_written_is_read_again(tmp_path_factory, pairs):
     pairs = [pair for pair in pairs if pair.chosen.strip() and pair.chosen != pair.rejected] or [Pair("p", "c", "r")]
     path = tmp_path_factory.getbasetemp() / "written.jsonl"

@@ -7,22 +7,34 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanopref import evaluate
-from nanopref.model import GPT, GPTConfig, load_pretrained
+from nanopref.model import GPT, GPTConfig, ScalarGPT, load_pretrained
 
 
-def test_response_logprobs_are_those_of_one_row_at_a_time():
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_response_logprobs_are_those_of_one_row_at_a_time(temperature):
     torch.manual_seed(0)
     model = GPT(GPTConfig(50, 24, 2, 2, 16, dropout=0.5))
     rows = [
         (torch.randint(50, (x,)).tolist(), torch.randint(50, (y,)).tolist())
         for x, y in [(3, 5), (1, 1), (10, 14), (2, 9), (6, 1)]
     ]
-    got = evaluate.response_logprobs(model, rows, batch_size=2)
+    got = evaluate.response_logprobs(model, rows, batch_size=2, temperature=temperature)
     assert model.training  # dropout is back on
     model.eval()
     for (x, y), value in zip(rows, got, strict=True):
-        logp = model(torch.tensor([x + y])).log_softmax(-1)[0]
+        logp = (model(torch.tensor([x + y])) / temperature).log_softmax(-1)[0]
         assert value == pytest.approx(sum(logp[len(x) - 1 + i, t].item() for i, t in enumerate(y)), abs=1e-4)
+
+
+def test_scores_are_what_the_last_token_says():
+    torch.manual_seed(0)
+    model = ScalarGPT(GPT(GPTConfig(50, 24, 2, 2, 16, dropout=0.5)), 2)
+    rows = [(torch.randint(50, (x,)).tolist(), torch.randint(50, (y,)).tolist()) for x, y in [(3, 5), (1, 1), (9, 14)]]
+    got = evaluate.response_scores(model, rows, batch_size=2)
+    assert model.training
+    model.eval()
+    for (x, y), scores in zip(rows, got, strict=True):
+        torch.testing.assert_close(scores, model(torch.tensor([x + y]))[0, -1], atol=1e-5, rtol=1e-5)
 
 
 rewards = st.lists(st.tuples(st.integers(-3, 3), st.integers(-3, 3)), min_size=1, max_size=60)
