@@ -95,7 +95,8 @@ def _field(where: str, row: dict, name: str) -> str:
 
 
 def _margin(where: str, row: dict) -> float:
-    value = row.get("margin", 1.0)
+    value = row.get("margin")
+    value = 1.0 if value is None else value
     if type(value) not in (int, float) or not 0 <= value < 1e30:  # an int of JSON may be too large for a float
         raise UserError(f"{where}: 'margin' must be a number of at least 0, found {value!r}")
     return float(value)

@@ -190,7 +190,7 @@ def test_a_byte_order_mark_before_a_blank_line_is_fine(write):
 
 
 def test_other_fields_are_ignored_and_an_empty_rejected_is_fine(write):
-    path = write(jsonl({"prompt": "", "chosen": "c", "rejected": "", "margin": 3}))
+    path = write(jsonl({"prompt": "", "chosen": "c", "rejected": "", "source": 3}))
     assert read_pairs(path) == ([Pair("", "c", "")], Counter())
 
 
