@@ -20,7 +20,7 @@ from nanopref.run import UserError
 from nanopref.tokenizer import Tokenizer
 
 SMALL = {"pairs": 96, "batch_size": 16, "micro_batch": 4, "eval_prompts": 32, "eval_every": 2, "save_every": 2}
-SMALL |= {"epochs": 4, "device": "cpu"}
+SMALL |= {"epochs": 2, "device": "cpu"}
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_it_learns_what_people_reward(sft_folder, tmp_path):
         worst, *_, best = sorted((reviews.sample_response(rng, x) for _ in range(8)), key=reviews.true_reward)
         rows.append({"prompt": x, "chosen": best, "rejected": worst})
     (tmp_path / "pairs.jsonl").write_bytes(lines(*rows))
-    settings = SMALL | {"data": str(tmp_path / "pairs.jsonl"), "epochs": 2, "lr": 1e-3, "init": sft_folder}
+    settings = SMALL | {"data": str(tmp_path / "pairs.jsonl"), "lr": 1e-3, "init": sft_folder, "micro_batch": 16}
     train_rm.train(train_rm.Config(out=str(tmp_path / "rm"), **settings))
     _, report = results(tmp_path / "rm")
     assert report["held_out"]["accuracy"] > 0.75
@@ -172,7 +172,7 @@ def test_two_processes_give_the_losses_of_one(sft_folder, left_alone, tmp_path):
     finish(start("train_rm.py", *flags(out=tmp_path / "run", init=sft_folder, **SMALL), launcher=launcher))
     one, two = results(left_alone)[0], results(tmp_path / "run")[0]
     for a, b in zip(one, two, strict=True):
-        assert a == pytest.approx(b, rel=1e-2, abs=1e-3)  # float32 sums in another order, through 24 steps of AdamW
+        assert a == pytest.approx(b, rel=1e-2, abs=1e-3)  # float32 sums in another order, through 12 steps of AdamW
 
 
 # ---- figures of the report -------------------------------------------------------------------------------------------
