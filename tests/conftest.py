@@ -1,5 +1,8 @@
 """Fixtures that several test files share, and how kernels run without a GPU."""
 
+import nanopref  # noqa: F401  (before torch, whose threads it tells how to wait)
+
+# isort: split
 import os
 from pathlib import Path
 
