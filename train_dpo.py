@@ -150,7 +150,7 @@ def train(config: Config) -> None:
                 losses, chosen, rejected = pair_losses(policy, train_pairs, reference, piece, config)
                 (losses.sum() / len(rows)).backward()  # a mean over the batch of all pieces and processes
                 totals += torch.stack(
-                    [x.sum() for x in (losses.detach(), is_right(chosen, rejected), chosen, rejected)]
+                    [x.sum() for x in (losses.detach(), evaluate.is_right(chosen - rejected), chosen, rejected)]
                 )
             run.sum_gradients(policy)
             loss, accuracy, chosen, rejected = (run.sum_processes(totals) / len(rows)).tolist()
@@ -187,11 +187,6 @@ def pair_losses(policy, pairs, reference, rows, config):
     )
 
 
-def is_right(chosen, rejected):
-    """1 where the implicit reward of the chosen answer is the higher one, 1/2 at a tie (as all are at first) [b]."""
-    return (1 + torch.sign(chosen - rejected)) / 2
-
-
 @torch.no_grad()
 def judge(policy, pairs, reference, config) -> dict[str, float]:
     """Loss, accuracy and margin of the implicit rewards on held-out pairs."""
@@ -199,7 +194,7 @@ def judge(policy, pairs, reference, config) -> dict[str, float]:
     pieces = data.micro_batches(list(range(len(pairs))), lengths, config.micro_batch)
     results = [pair_losses(policy, pairs, reference, piece, config) for piece in pieces]
     losses, chosen, rejected = (torch.cat(parts) for parts in zip(*results, strict=True))
-    means = torch.stack([x.mean() for x in (losses, is_right(chosen, rejected), chosen - rejected)]).tolist()
+    means = torch.stack([x.mean() for x in (losses, evaluate.is_right(chosen - rejected), chosen - rejected)]).tolist()
     return dict(zip(["held_out_loss", "held_out_accuracy", "held_out_margin"], means, strict=True))
 
 

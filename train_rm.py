@@ -60,7 +60,7 @@ class Config(run.Options):
     eval_every: int = 22
     """steps between two looks at the held-out tenth"""
     eval_prompts: int = 512
-    """prompts that the reference answers, to set the scale of the scores and, on the built-in task, for the report"""
+    """prompts of the training pairs that the reference answers, to set the scale of the scores"""
     max_new_tokens: int = 64
     """longest response that is sampled"""
 
@@ -139,7 +139,7 @@ def train(config: Config) -> None:
                 loss = losses.bradley_terry_loss(chosen, rejected, margins[piece, None]) * counts[piece]
                 (loss.mean(1).sum() / len(rows)).backward()  # a mean over the batch of all pieces and processes
                 gap = (chosen - rejected).detach().mean(1)
-                totals += torch.stack([loss.detach().mean(1).sum(), is_right(gap).sum(), gap.sum()])
+                totals += torch.stack([loss.detach().mean(1).sum(), evaluate.is_right(gap).sum(), gap.sum()])
             run.sum_gradients(model)
             loss, accuracy, gap = (run.sum_processes(totals) / len(rows)).tolist()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip).item()
@@ -149,9 +149,9 @@ def train(config: Config) -> None:
 
             metrics = {"loss": loss, "accuracy": accuracy, "score_gap": gap, "grad_norm": norm, "lr": lr}
             if (step + 1) % config.eval_every == 0 or step + 1 == steps:
-                gap = held_out_gap(model, held_out)
-                metrics["held_out_loss"] = losses.bradley_terry_loss(gap, torch.zeros_like(gap)).mean().item()
-                metrics["held_out_accuracy"] = is_right(gap).mean().item()
+                chosen, rejected = held_out_scores(model, held_out).mean(2).unbind(1)
+                metrics["held_out_loss"] = losses.bradley_terry_loss(chosen, rejected).mean().item()
+                metrics["held_out_accuracy"] = evaluate.is_right(chosen - rejected).mean().item()
             this.log(step + 1, metrics)
 
     # 5. What came of it; then the scale, folded into the weights so that whoever opens the folder has it too.
@@ -160,11 +160,10 @@ def train(config: Config) -> None:
         shift = scores.mean(0)  # of each head; but one scale for all, that of their mean, which is the score
         spread = scores.mean(1).std(correction=0)
         scale = torch.where(spread > 1e-6, spread, 1.0).expand_as(shift)  # responses that all score alike have no scale
-        gap = held_out_gap(model, held_out).cpu()
         model.rescale(shift.to(device), scale.to(device))
         constants = {"score_shift": shift.tolist(), "score_scale": scale.tolist()}
         save_pretrained(model, tokenizer, this.folder / "model", **constants)
-        report(config, this, model, held_out_pairs, held_out, gap, constants | {"data": dict(notes)})
+        report(config, this, model, held_out_pairs, held_out, constants | {"data": dict(notes)})
 
 
 def pair_scores(model: ScalarGPT, pairs) -> tuple[torch.Tensor, torch.Tensor]:
@@ -173,36 +172,28 @@ def pair_scores(model: ScalarGPT, pairs) -> tuple[torch.Tensor, torch.Tensor]:
     return evaluate.last_scores(model, answers).chunk(2)
 
 
-def is_right(gap: torch.Tensor) -> torch.Tensor:
-    """1 where the chosen answer scores higher, 1/2 at a tie [b]."""
-    return (1 + torch.sign(gap)) / 2
+def held_out_scores(model: ScalarGPT, pairs) -> torch.Tensor:
+    """Scores of both answers of each pair, the chosen one first: [N, 2, heads]."""
+    scores = evaluate.response_scores(model, [(x, y) for x, *answers in pairs for y in answers])
+    return scores.view(len(pairs), 2, -1)
 
 
-@torch.no_grad()
-def held_out_gap(model: ScalarGPT, pairs) -> torch.Tensor:
-    """r(x, y_w) - r(x, y_l) of the mean over the heads [N]."""
-    gaps = [torch.sub(*pair_scores(model, pairs[i : i + 64])).mean(1) for i in range(0, len(pairs), 64)]
-    return torch.cat(gaps)
-
-
-def report(config: Config, this: Run, model, pairs: list[Pair], encoded, gap, result: dict) -> None:
-    """Judge the model on the held-out pairs; write report.json and report.png, print the table.
-
-    `gap` is r(x, y_w) - r(x, y_l) before the scores were rescaled, when σ of it was a probability.
-    """
+def report(config: Config, this: Run, model, pairs: list[Pair], encoded, result: dict) -> None:
+    """Judge the model on the held-out pairs; write report.json and report.png, print the table."""
     with this.stage("evaluation"):
-        scores = evaluate.response_scores(model, [(x, y) for x, *answers in encoded for y in answers])
-    score, doubt = scores.mean(1).numpy(), scores.std(1, correction=0)
+        scores = held_out_scores(model, encoded)
+    score, doubt = scores.mean(2).flatten().numpy(), scores.std(2, correction=0)
+    gap = (score[::2] - score[1::2]) * result["score_scale"][0]  # as it was trained, when σ of it was a probability
+    metrics = this.metrics()
     length = np.array([len(y) for _, *answers in encoded for y in answers])
-    result["held_out"] = {"pairs": len(pairs), "accuracy": is_right(gap).mean().item()}
-    result["held_out"]["loss"] = losses.bradley_terry_loss(gap, torch.zeros_like(gap)).mean().item()
-    result["calibration"] = evaluate.calibration(gap.numpy())
+    result["held_out"] = {name: metrics[-1][f"held_out_{name}"] for name in ("accuracy", "loss")}
+    result["held_out"]["pairs"] = len(pairs)
+    result["calibration"] = evaluate.calibration(gap)
     result["length"] = {
         "score_per_token": float(np.polyfit(length, score, 1)[0]),
         "rank_correlation": evaluate.rank_correlation(length, score),
     }
     result["doubt"] = doubt.mean().item()
-    metrics = this.metrics()
     panels = [
         evaluate.curves(metrics, {"loss": "training", "held_out_loss": "held out"}, "Bradley-Terry loss"),
         evaluate.curves(metrics, {"accuracy": "training", "held_out_accuracy": "held out"}, "pairs ranked right"),
