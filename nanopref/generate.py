@@ -101,10 +101,13 @@ def generate(
     alive = torch.arange(B, device=device)  # the prompt that each row of the batch answers
     going = torch.ones(B, dtype=torch.bool, device=device)
     place = torch.zeros(1, dtype=torch.long, device=device)
+    # autocast would round the logits to bfloat16, and then π_old would not be the π_θ that the kernels compute
+    unembedding = model.unembedding.to(dtype).float()
 
     def step() -> None:
         """Draw a token for each row, note it, and put it through the model. Changes tensors in place only."""
-        logits = F.linear(hidden, model.unembedding)
+        with torch.autocast(device.type, enabled=False):
+            logits = F.linear(hidden.to(dtype).float(), unembedding)
         distribution = token_distribution(logits, temperature=temperature, top_k=top_k, top_p=top_p)
         token = draw(distribution, uniform[place, alive])
         tokens[alive, place] = token[:, 0]

@@ -158,6 +158,17 @@ def test_logprobs_are_those_of_the_full_model(model, temperature, top_k, top_p):
             assert near or logprob == pytest.approx(math.log(expected[token]), abs=1e-4)
 
 
+def test_under_autocast_logits_are_not_rounded(model):
+    """One token each, so that only the logits can differ: products of bfloat16, sums in float32, as in the kernels."""
+    prompts = [[i % V] * 4 for i in range(200)]
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        samples = generate(model, prompts, 1, end_of_text=NEVER)
+        hidden = model.hidden(torch.tensor(prompts))[:, -1]
+    logits = hidden.bfloat16().double() @ model.unembedding.detach().bfloat16().double().T
+    for sample, logprobs in zip(samples, logits.log_softmax(-1), strict=True):
+        assert sample.logprobs[0] == pytest.approx(logprobs[sample.tokens[0]].item(), abs=1e-5)
+
+
 @pytest.mark.parametrize("temperature, top_k, top_p", [(1.0, 0, 1.0), (0.5, 0, 1.0), (1.0, 4, 1.0), (1.0, 0, 0.6)])
 def test_tokens_come_as_often_as_the_distribution_says(model, temperature, top_k, top_p):
     n, prompt = 8192, [3, 1, 4]

@@ -147,7 +147,7 @@ def test_the_triton_path_gives_the_same_curve(tmp_path):
 def test_from_nothing_it_trains_an_sft_model_and_learns(tmp_path, capsys):
     settings = SMALL | {"pairs": 512, "eval_prompts": 128, "epochs": 3, "max_new_tokens": 48, "eval_every": 50}
     settings |= {"noise": 0.0, "beta": 0.1, "lr": 1e-3}
-    train_dpo.train(train_dpo.Config(out=str(tmp_path / "dpo"), sft_steps=60, **settings))
+    train_dpo.train(train_dpo.Config(out=str(tmp_path / "dpo"), sft_steps=200, **settings))
     output = capsys.readouterr().out
     assert "supervised fine-tuning first" in output and "win rate" in output and "before" in output
     _, report = results(tmp_path / "dpo")
