@@ -49,7 +49,7 @@ class Config(run.Options):
     """reward models: run folders, or `true` for the built-in task's own; default: one is trained first, in OUT/rm"""
     reward_weights: tuple[float, ...] = ()
     """a weight for each --reward, whose weighted scores are added; default: 1 each"""
-    rm_pairs: int = 8192
+    rm_pairs: int = 6144
     """built-in task: pairs for that new reward model; `python train_rm.py --help` has the rest"""
     doubt: float = 0.0
     """subtract this many times the spread of a reward model's heads from its score"""
