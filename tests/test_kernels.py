@@ -50,6 +50,19 @@ def test_triton_and_torch_agree(name):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="only a GPU can be waited for")
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_nothing_waits_for_the_gpu(name):
+    f, x = call(name)
+    with kernels.use("triton"):
+        f(*x).sum().backward()  # what is compiled at the first call may wait
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            f(*x).sum().backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_compiles_whole(name):
     f, x = call(name)

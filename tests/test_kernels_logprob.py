@@ -207,6 +207,21 @@ def test_offsets_beyond_two_to_the_thirty_one():
         assert torch.equal(got, want)
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="two billion logits need a GPU")
+def test_more_logits_than_two_to_the_thirty_one():
+    """Each row stands alone, so the last ones, beyond 2^31 logits, can be checked by themselves."""
+    few = 100
+    hidden, weight, targets = problem(33_000, 65_600, 64, torch.float16)
+    with kernels.use("triton"):
+        got = kernels.token_logprobs(hidden.requires_grad_(), weight, targets)
+        got.sum().backward()
+    last = hidden[-few:].detach().double().requires_grad_()
+    want = reference.token_logprobs(last, weight.double(), targets[-few:])
+    want.sum().backward()
+    torch.testing.assert_close(got[-few:].double(), want, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(hidden.grad[-few:].double(), last.grad, rtol=1e-2, atol=1e-3)
+
+
 def test_the_same_bits_every_run():
     runs = [check(*problem(200, 1100, 64, torch.float16)) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
