@@ -29,7 +29,7 @@ import train_rm
 from kernels.reference import IGNORE, masked_mean
 from nanopref import data, evaluate, losses, reviews, run, sft
 from nanopref.generate import check_sampling, generate, response_text
-from nanopref.model import GPT, ScalarGPT, load_pretrained, save_pretrained
+from nanopref.model import GPT, ScalarGPT, find_model, load_pretrained, save_pretrained
 from nanopref.run import Run, require, say
 
 
@@ -103,8 +103,8 @@ class Config(run.Options):
     """weight of the entropy bonus"""
     whiten_rewards: bool = False
     """bring the rewards of a round's tokens to variance 1, but leave their mean"""
-    whiten_advantages: bool = True
-    """bring the advantages of a round to mean 0 and variance 1"""
+    whiten_advantages: bool | None = None
+    """bring the advantages of a round to mean 0 and variance 1; default: for gae, as the others compare in a group"""
     grad_clip: float = 1.0
     """largest norm of the gradient"""
     save_every: int = 5
@@ -156,6 +156,8 @@ class Config(run.Options):
             critic_lr=self.critic_lr or lr,
             value_warmup=self.value_warmup if self.advantage == "gae" else 0,
             group=self.group or (1 if self.advantage == "gae" else 4),
+            # over the round, RLOO's baseline would see its own sample after all, and GRPO's would be scaled twice
+            whiten_advantages=self.advantage == "gae" if self.whiten_advantages is None else self.whiten_advantages,
             reward_weights=self.reward_weights or (1.0,) * max(1, len(self.reward)),
         )
 
@@ -212,7 +214,8 @@ def train(config: Config) -> None:
         policy, tokenizer = load_pretrained(config.init)
         load_reward_models(config, config.reward, policy, tokenizer)
     else:
-        require(set(config.reward) <= {"true"}, "--reward: name the policy that it was trained for with --init")
+        folders = [find_model(name) for name in config.reward if name != "true"]
+        require(not folders, "--reward: name the policy that it was trained for with --init")
     context = policy.config.block_size if config.init else sft.Config(data=config.data).resolved().block_size
     room = context - config.max_new_tokens
     require(room > 0, f"--max-new-tokens {config.max_new_tokens} leaves no room for a prompt in a context of {context}")

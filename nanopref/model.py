@@ -369,6 +369,9 @@ def _read_weights(folder: Path, model: GPT) -> tuple[dict[str, Tensor], Tensor |
         if not x.is_floating_point():
             raise UserError(f"{path}: {name} holds {x.dtype}, not floating-point numbers")
         found[name] = x.float().contiguous()
+    named = found if score is None else found | {"score.weight": score}
+    if broken := [name for name, x in named.items() if not x.isfinite().all()]:
+        raise UserError(f"{path}: {broken[0]} holds numbers that are not finite, as after a run that diverged")
     return found, score if score is None else score.float()
 
 

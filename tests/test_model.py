@@ -316,6 +316,10 @@ def whole_numbers(w):
     w["transformer.ln_f.weight"] = torch.ones(8, dtype=torch.int64)
 
 
+def diverge(w):
+    w["transformer.ln_f.weight"][3] = torch.nan
+
+
 def untie(w):
     w["lm_head.weight"] = w["transformer.wte.weight"] + 1
 
@@ -333,6 +337,7 @@ def untie_shape(w):
         (transpose, "h.0.mlp.c_fc.weight is "),
         (flatten, "h.0.mlp.c_fc.weight is [256]"),
         (whole_numbers, "ln_f.weight holds torch.int64"),
+        (diverge, "ln_f.weight holds numbers that are not finite"),
         (untie, "lm_head.weight is not tied"),
         (untie_shape, "lm_head.weight is not tied"),
     ],

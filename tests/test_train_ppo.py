@@ -415,7 +415,6 @@ def test_real_prompts_are_answered_and_cut(real_data, tmp_path, capsys):
         ({"reward": ("true",), "reward_weights": (1.0, 2.0)}, "2 weights for 1 reward models"),
         ({"reward": ("true",), "reward_weights": (float("nan"),)}, "finite numbers"),
         ({"reward": ("true",), "data": "x.jsonl"}, "only the built-in task"),
-        ({"reward": ("out/nowhere",)}, "name the policy that it was trained for"),
         ({"max_new_tokens": 96}, "leaves no room for a prompt in a context of 96"),
         ({"max_new_tokens": 256, "data": "x.jsonl"}, "leaves no room for a prompt in a context of 256"),
         ({"advantage": "rloo", "group": 1}, "--group must be at least 2"),
@@ -432,6 +431,7 @@ def test_real_prompts_are_answered_and_cut(real_data, tmp_path, capsys):
         ({"rm_pairs": 5}, "--rm-pairs must be at least 20"),
         ({"data": "nowhere.jsonl"}, "no such file"),
         ({"init": "out/nowhere"}, "no model folder there"),
+        ({"reward": ("out/nowhere",)}, "no model folder there"),
     ],
 )
 def test_bad_flags_are_refused(options, message, tmp_path, capsys):
@@ -448,15 +448,24 @@ def test_reward_models_that_do_not_fit_are_refused(sft_folder, reward_folder, tm
     other = Tokenizer.train(["other words"], 300)
     save_pretrained(ScalarGPT(GPT(GPTConfig(other.vocab_size, 96, 1, 1, 8))), other, tmp_path / "other")
     refuse(tmp_path / "other", "its tokenizer is not the policy's")
+    refuse(tmp_path / "other", "name the policy that it was trained for", init="")
     model, tokenizer = load_pretrained(reward_folder, kind=ScalarGPT)
     short = ScalarGPT(GPT(GPTConfig(tokenizer.vocab_size, 20, 1, 1, 8)))
     save_pretrained(short, tokenizer, tmp_path / "short")
     refuse(tmp_path / "short", "its context of 20 is less than the policy's 96")
     model.score.weight.data[:] = float("nan")
     save_pretrained(model, tokenizer, tmp_path / "nan")
-    refuse(tmp_path / "nan", "no finite number")
+    refuse(tmp_path / "nan", "score.weight holds numbers that are not finite")
     refuse(reward_folder, "which writes no text", init=reward_folder)
     refuse(reward_folder, "--doubt needs a --reward with several heads", doubt=1.0)
+
+
+@pytest.mark.parametrize("advantage", ["rloo", "grpo"])
+def test_only_gae_is_whitened_over_the_round_unless_asked(advantage):
+    """Over the round, each response's own return would come into RLOO's baseline."""
+    assert train_ppo.Config().resolved().whiten_advantages
+    assert not train_ppo.Config(advantage=advantage).resolved().whiten_advantages
+    assert train_ppo.Config(advantage=advantage, whiten_advantages=True).resolved().whiten_advantages
 
 
 @pytest.mark.parametrize("collapse", ["kl", "empty"])
