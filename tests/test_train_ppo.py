@@ -456,6 +456,9 @@ def test_reward_models_that_do_not_fit_are_refused(sft_folder, reward_folder, tm
     model.score.weight.data[:] = float("nan")
     save_pretrained(model, tokenizer, tmp_path / "nan")
     refuse(tmp_path / "nan", "score.weight holds numbers that are not finite")
+    model.score.weight.data[:] = model.transformer.ln_f.weight.data[:] = 3e38  # finite, but the score overflows
+    save_pretrained(model, tokenizer, tmp_path / "huge")
+    refuse(tmp_path / "huge", "gives a score that is no finite number")
     refuse(reward_folder, "which writes no text", init=reward_folder)
     refuse(reward_folder, "--doubt needs a --reward with several heads", doubt=1.0)
 
