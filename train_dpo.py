@@ -2,6 +2,7 @@
 
 Without --data: film reviews (nanopref/reviews.py). A small GPT learns to write them and answers each prompt twice,
 simulated people say which answer is better, and DPO moves the GPT towards what they prefer. With --data: your pairs.
+With --reward: a reward model compares the answers instead of people.
 """
 
 import nanopref  # noqa: F401  (first, because it sets how torch's threads wait, which torch reads when it is loaded)
@@ -12,6 +13,7 @@ import json
 import shlex
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -35,17 +37,19 @@ class Config(run.Options):
     out: str = "out/dpo"
     """the run's folder: model, metrics, report, and the state to resume from"""
     init: str = ""
-    """the model to start from, which is also the reference; default: an SFT model is trained first, in OUT/sft"""
+    """the model to start from, also the reference; default: what --reward was made from, else a new SFT model"""
     sft_steps: int | None = None
-    """steps of that SFT model (default: its own); `python -m nanopref.sft --help` has the rest"""
+    """steps of a new SFT model (default: its own); `python -m nanopref.sft --help` has the rest"""
     data: str = ""
     """pairs in JSON Lines (prompt, chosen, rejected; or two whole dialogues); default: sampled from the model"""
+    reward: str = ""
+    """a reward model (train_rm.py), which compares new answers of the model to the prompts of --data, or of the task"""
     pairs: int = 4096
-    """built-in task: pairs to sample"""
-    annotators: int = 3
-    """built-in task: people who vote on each pair (odd)"""
-    noise: float = 0.5
-    """built-in task: how often people err, on the scale of the true reward; 0: never"""
+    """pairs to sample, where --data does not hold them"""
+    annotators: int | None = None
+    """who vote on each sampled pair (odd); default: 3 people, or the one reward model"""
+    noise: float | None = None
+    """how often they err, on the scale of the rewards that they see; 0: never; default: 0.5, or 0 for a reward model"""
     loss: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
     """sigmoid is DPO's own; hinge is SLiC's, ipo is IPO's"""
     beta: float | None = None
@@ -90,16 +94,19 @@ class Config(run.Options):
         run.require_positive(self, "beta", "lr", "grad_clip")
         run.require_not_negative(self, "noise", "warmup", "weight_decay")
         require(self.pairs >= 20, f"--pairs must be at least 20, so that some can be held out, not {self.pairs}")
-        require(self.annotators % 2 == 1, f"--annotators must be odd, so that a vote cannot tie, not {self.annotators}")
+        odd = self.annotators is None or self.annotators % 2 == 1
+        require(odd, f"--annotators must be odd, so that a vote cannot tie, not {self.annotators}")
         require(0 <= self.label_smoothing < 0.5, f"--label-smoothing must be in [0, 0.5), not {self.label_smoothing}")
         require(not self.label_smoothing or self.loss == "sigmoid", "--label-smoothing belongs to --loss sigmoid alone")
 
     def resolved(self) -> "Config":
         """The defaults that depend on other flags, filled in."""
+        init = self.init or feedback.made_from(self.reward)
         task = {"beta": 0.5, "epochs": 2, "lr": 7e-4}
-        file = {"beta": 0.1, "epochs": 1, "lr": 5e-6 if self.init else 1e-4}
+        file = {"beta": 0.1, "epochs": 1, "lr": 5e-6 if init else 1e-4}
         defaults = file if self.data else task
-        return replace(self, **{k: v for k, v in defaults.items() if getattr(self, k) is None})
+        defaults |= {"annotators": 1, "noise": 0.0} if self.reward else {"annotators": 3, "noise": 0.5}
+        return replace(self, init=init, **{k: v for k, v in defaults.items() if getattr(self, k) is None})
 
 
 def train(config: Config) -> None:
@@ -108,11 +115,17 @@ def train(config: Config) -> None:
     config = config.resolved()
     this = Run(config)
     device = run.start(config.device, config.seed)
-    if config.data:
+    new_prompts = evaluate.new_prompts(config.data, config.eval_prompts, config.seed)
+    sampled = bool(config.reward or not config.data)
+    if not sampled:
         pairs, notes = data.read_pairs(config.data)
         pairs, held_out_pairs = data.split(pairs)  # the same tenth that SFT holds out
     if config.init:
         policy, tokenizer = load_pretrained(config.init)
+    reward_model = None
+    if config.reward:
+        require(config.init, "--reward: name the policy that it was trained for with --init")
+        reward_model = feedback.load_reward_model(config.reward, policy, tokenizer)
     this.begin()
 
     # 1. π_SFT: where the policy starts, and the reference that it is held to.
@@ -121,8 +134,8 @@ def train(config: Config) -> None:
     policy.to(device)
 
     # 2. Pairs y_w ≻ y_l: two responses of π_SFT to each prompt, and a label.
-    if not config.data:
-        pairs, notes = feedback.collected(config, this, policy, tokenizer)
+    if sampled:
+        pairs, notes = feedback.collected(config, this, policy, tokenizer, reward_model)
         pairs, held_out_pairs = data.split(pairs)
     train_pairs, cut = data.encode_pairs(pairs, tokenizer, policy.config.block_size)
     held_out, cut_held_out = data.encode_pairs(held_out_pairs, tokenizer, policy.config.block_size)
@@ -139,7 +152,7 @@ def train(config: Config) -> None:
     # 4. Descend -log σ(β log π_θ(y_w|x)/π_ref(y_w|x) - β log π_θ(y_l|x)/π_ref(y_l|x)).
     optimizer = run.adamw(policy, config.lr, config.weight_decay, betas=(0.9, 0.99))  # a long memory: labels are noisy
     steps = config.epochs * -(-len(train_pairs) // config.batch_size)
-    lengths = [len(x) + max(len(y_w), len(y_l)) for x, y_w, y_l in train_pairs]
+    lengths = data.pair_lengths(train_pairs)
     start = this.load(policy, optimizer)
     batches = run.batches(len(train_pairs), config.batch_size, steps, config.seed, start)
     with this.stage("dpo"), kernels.use(config.kernels):
@@ -168,14 +181,13 @@ def train(config: Config) -> None:
     # 5. What came of it.
     if run.rank() == 0:
         save_pretrained(policy, tokenizer, this.folder / "model")
-        report(config, this, policy, tokenizer, held_out_pairs, notes)
+        report(config, this, policy, tokenizer, new_prompts, held_out_pairs, notes, reward_model)
 
 
 def pair_losses(policy, pairs, reference, rows, config):
     """Losses, chosen and rejected implicit rewards, each [b], of the pairs with these row numbers."""
-    batch = [pairs[i] for i in rows]
-    answers = [(x, y_w) for x, y_w, _ in batch] + [(x, y_l) for x, _, y_l in batch]  # one forward pass for both sides
-    inputs, targets, mask = data.collate(answers).to(policy.device)
+    chosen, rejected = zip(*(pairs[i] for i in rows), strict=True)
+    inputs, targets, mask = data.collate(chosen + rejected).to(policy.device)  # one forward pass for both sides
     with run.autocast(policy.device):
         logprobs = kernels.sequence_logprobs(policy.hidden(inputs), policy.unembedding, targets, mask)
     return kernels.dpo_loss(
@@ -190,7 +202,7 @@ def pair_losses(policy, pairs, reference, rows, config):
 @torch.no_grad()
 def judge(policy, pairs, reference, config) -> dict[str, float]:
     """Loss, accuracy and margin of the implicit rewards on held-out pairs."""
-    lengths = [len(x) + max(len(y_w), len(y_l)) for x, y_w, y_l in pairs]
+    lengths = data.pair_lengths(pairs)
     pieces = data.micro_batches(list(range(len(pairs))), lengths, config.micro_batch)
     results = [pair_losses(policy, pairs, reference, piece, config) for piece in pieces]
     losses, chosen, rejected = (torch.cat(parts) for parts in zip(*results, strict=True))
@@ -205,8 +217,8 @@ def reference_logprobs(path: Path, model, pairs) -> torch.Tensor:
     """
     digest = hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
     if run.rank() == 0 and not path.exists():
-        answers = [(x, y_w) for x, y_w, _ in pairs] + [(x, y_l) for x, _, y_l in pairs]
-        logprobs = evaluate.response_logprobs(model, answers, "log π_ref")
+        chosen, rejected = zip(*pairs, strict=True)
+        logprobs = evaluate.response_logprobs(model, chosen + rejected, "log π_ref")
         logprobs = torch.stack(logprobs.chunk(2), 1).contiguous()
         run.write_atomic(path, save({"logprobs": logprobs}, metadata={"pairs": digest}))
     run.barrier()
@@ -219,13 +231,12 @@ def reference_logprobs(path: Path, model, pairs) -> torch.Tensor:
     return logprobs
 
 
-def report(config: Config, this: Run, policy, tokenizer, held_out: list[Pair], notes: Counter) -> None:
+def report(
+    config: Config, this: Run, policy, tokenizer, prompts: list[str], held_out: list[Pair], notes: Counter, reward_model
+) -> None:
     """Let policy and reference answer the same new prompts; write report.json and report.png, print the table."""
     reference, _ = load_pretrained(config.init or this.folder / "sft")
-    if config.data:
-        prompts, true_reward = list(dict.fromkeys(pair.prompt for pair in held_out))[: config.eval_prompts], None
-    else:
-        prompts, true_reward = evaluate.task_prompts(config.eval_prompts, config.seed), reviews.true_reward
+    true_reward = None if config.data else reviews.true_reward
     with this.stage("evaluation"), kernels.use(config.kernels):
         result, answers = evaluate.compare(
             policy,
@@ -235,10 +246,11 @@ def report(config: Config, this: Run, policy, tokenizer, held_out: list[Pair], n
             config.max_new_tokens,
             config.seed,
             true_reward=true_reward,
+            score=partial(evaluate.mean_scores, reward_model) if reward_model else None,
         )
     metrics = this.metrics()
     result["held_out"] = {name: metrics[-1][f"held_out_{name}"] for name in ("loss", "accuracy", "margin")}
-    if true_reward:
+    if true_reward and not reward_model:
         rewards = np.array([[true_reward(pair.chosen), true_reward(pair.rejected)] for pair in held_out]).T
         best = feedback.best_accuracy(*rewards, noise=config.noise, annotators=config.annotators)
         result["held_out"]["best_accuracy"] = float(best)

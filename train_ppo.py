@@ -9,15 +9,12 @@ import nanopref  # noqa: F401  (first, because it sets how torch's threads wait,
 
 # isort: split
 import copy
-import json
 import math
 import random
 import shlex
 import time
 from collections import Counter
-from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
@@ -27,7 +24,7 @@ from torch import Tensor, nn
 import kernels
 import train_rm
 from kernels.reference import IGNORE, masked_mean
-from nanopref import data, evaluate, losses, reviews, run, sft
+from nanopref import data, evaluate, feedback, losses, reviews, run, sft
 from nanopref.generate import check_sampling, generate, response_text
 from nanopref.model import GPT, ScalarGPT, find_model, load_pretrained, save_pretrained
 from nanopref.run import Run, require, say
@@ -44,7 +41,8 @@ class Config(run.Options):
     sft_steps: int | None = None
     """steps of a new SFT model (default: its own); `python -m nanopref.sft --help` has the rest"""
     data: str = ""
-    """pairs in JSON Lines: their prompts are answered, and a new reward model is trained on them; default: reviews"""
+    """pairs or labelled texts, as for train_rm.py: their prompts or openings are answered, and a new reward model is
+    trained on them; default: film reviews"""
     reward: tuple[str, ...] = ()
     """reward models: run folders, or `true` for the built-in task's own; default: one is trained first, in OUT/rm"""
     reward_weights: tuple[float, ...] = ()
@@ -147,7 +145,7 @@ class Config(run.Options):
 
     def resolved(self) -> "Config":
         """The defaults that depend on other flags, filled in."""
-        init = self.init or next(filter(None, map(made_from, self.reward)), "")
+        init = self.init or next(filter(None, map(feedback.made_from, self.reward)), "")
         lr = self.lr or ((1e-5 if init else 1e-4) if self.data else 3e-4)
         return replace(
             self,
@@ -431,25 +429,14 @@ def stop_if_collapsed(config: Config, this: Run, kl: float, empty: bool) -> None
 # ---- before the loop -------------------------------------------------------------------------------------------------
 
 
-def made_from(reward_model: str) -> str:
-    """The policy from which a run of train_rm.py made a reward model, where its folder says so; else nothing."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        flags = json.loads((Path(reward_model) / "config.json").read_text())["flags"]
-        init = Path(flags["init"] or Path(reward_model) / "sft")
-        if (init / "config.json").is_file():
-            return str(init)
-    return ""
-
-
 def read_prompts(config: Config) -> tuple[list[str], list[str]]:
     """Prompts to learn from, and others for the report."""
-    if not config.data:
+    if config.data:
+        prompts, _ = data.read_prompts(config.data)
+    else:
         rng = random.Random(f"ppo {config.seed}")
         prompts = [reviews.sample_prompt(rng) for _ in range(config.iterations * config.batch_size // config.group)]
-        return prompts, evaluate.task_prompts(config.eval_prompts, config.seed)
-    pairs, held_out = data.split(data.read_pairs(config.data)[0])  # the tenth that SFT and the reward model hold out
-    prompts, new_prompts = (list(dict.fromkeys(pair.prompt for pair in part)) for part in (pairs, held_out))
-    return prompts, new_prompts[: config.eval_prompts]
+    return prompts, evaluate.new_prompts(config.data, config.eval_prompts, config.seed)
 
 
 def first_reward_model(config: Config, this: Run) -> str:
@@ -468,17 +455,7 @@ def first_reward_model(config: Config, this: Run) -> str:
 
 def load_reward_models(config: Config, names: tuple[str, ...], policy: GPT, tokenizer) -> list[ScalarGPT | None]:
     """The model in each folder, None for the task's true reward. Raises UserError where one does not fit the policy."""
-    models = []
-    for name in names:
-        model, other = load_pretrained(name, kind=ScalarGPT) if name != "true" else (None, tokenizer)
-        require(other == tokenizer, f"--reward {name}: its tokenizer is not the policy's, so it would misread it")
-        if model is not None:
-            model.to(policy.device).eval()
-            longest, needed = model.config.block_size, policy.config.block_size
-            require(longest >= needed, f"--reward {name}: its context of {longest} is less than the policy's {needed}")
-            scores = evaluate.response_scores(model, [([tokenizer.end_of_text], [tokenizer.end_of_text])])
-            require(bool(scores.isfinite().all()), f"--reward {name}: gives a score that is no finite number")
-        models.append(model)
+    models = [None if name == "true" else feedback.load_reward_model(name, policy, tokenizer) for name in names]
     several = any(model is not None and len(model.score.weight) > 1 for model in models)
     require(not config.doubt or several, "--doubt needs a --reward with several heads (train_rm.py --heads)")
     return models

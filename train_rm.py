@@ -32,7 +32,8 @@ class Config(run.Options):
     sft_steps: int | None = None
     """steps of that SFT model (default: its own); `python -m nanopref.sft --help` has the rest"""
     data: str = ""
-    """pairs in JSON Lines (prompt, chosen, rejected; or two whole dialogues); default: sampled from the model"""
+    """pairs in JSON Lines (prompt, chosen, rejected; or two whole dialogues), or labelled texts (text, label: 1 or 0),
+    whose good passages are to score higher than the bad; default: pairs sampled from the model"""
     pairs: int = 8192
     """built-in task: pairs to sample"""
     annotators: int = 3
@@ -90,8 +91,7 @@ def train(config: Config) -> None:
     this = Run(config)
     device = run.start(config.device, config.seed)
     if config.data:
-        pairs, notes = data.read_pairs(config.data)
-        pairs, held_out_pairs = data.split(pairs)  # the same tenth that SFT and DPO hold out
+        pairs, held_out_pairs, notes = data.read_comparisons(config.data)  # the tenth that SFT and DPO hold out
     if config.init:
         reference, tokenizer = load_pretrained(config.init)
     this.begin()
@@ -115,7 +115,7 @@ def train(config: Config) -> None:
 
     # 3. Responses of the reference, over which the scores will have mean 0 and standard deviation 1.
     with this.stage("reference"):
-        prompts = list(dict.fromkeys(pair.prompt for pair in pairs))[: config.eval_prompts]
+        prompts = list(dict.fromkeys(prompt for pair in pairs for prompt in pair.prompts))[: config.eval_prompts]
         baseline = evaluate.respond(reference, tokenizer, prompts, config.max_new_tokens, config.seed, "reference")
 
     # 4. Descend -log σ(r(x, y_w) - r(x, y_l) - m).
@@ -127,7 +127,7 @@ def train(config: Config) -> None:
         counts = torch.poisson(counts, run.generator(config.seed, "heads", device))
     optimizer = run.adamw(model, config.lr, config.weight_decay, betas=(0.9, 0.99))  # a long memory: labels are noisy
     steps = config.epochs * -(-len(train_pairs) // config.batch_size)
-    lengths = [len(x) + max(len(y_w), len(y_l)) for x, y_w, y_l in train_pairs]
+    lengths = data.pair_lengths(train_pairs)
     start = this.load(model, optimizer)
     batches = run.batches(len(train_pairs), config.batch_size, steps, config.seed, start)
     with this.stage("reward model"):
@@ -168,13 +168,13 @@ def train(config: Config) -> None:
 
 def pair_scores(model: ScalarGPT, pairs) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores of the chosen and the rejected answers, each [b, heads], in one forward pass."""
-    answers = [(x, y_w) for x, y_w, _ in pairs] + [(x, y_l) for x, _, y_l in pairs]
-    return evaluate.last_scores(model, answers).chunk(2)
+    chosen, rejected = zip(*pairs, strict=True)
+    return evaluate.last_scores(model, chosen + rejected).chunk(2)
 
 
 def held_out_scores(model: ScalarGPT, pairs) -> torch.Tensor:
     """Scores of both answers of each pair, the chosen one first: [N, 2, heads]."""
-    scores = evaluate.response_scores(model, [(x, y) for x, *answers in pairs for y in answers])
+    scores = evaluate.response_scores(model, [row for pair in pairs for row in pair])
     return scores.view(len(pairs), 2, -1)
 
 
@@ -185,7 +185,7 @@ def report(config: Config, this: Run, model, pairs: list[Pair], encoded, result:
     score, doubt = scores.mean(2).flatten().numpy(), scores.std(2, correction=0)
     gap = (score[::2] - score[1::2]) * result["score_scale"][0]  # as it was trained, when σ of it was a probability
     metrics = this.metrics()
-    length = np.array([len(y) for _, *answers in encoded for y in answers])
+    length = np.array([len(y) for pair in encoded for _, y in pair])
     result["held_out"] = {name: metrics[-1][f"held_out_{name}"] for name in ("accuracy", "loss")}
     result["held_out"]["pairs"] = len(pairs)
     result["calibration"] = evaluate.calibration(gap)

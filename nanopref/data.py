@@ -6,6 +6,7 @@ A file is `.jsonl` or `.jsonl.gz`, one object a row, in the field names that the
                {"chosen": …, "rejected": …}   two whole dialogues, as in Anthropic's HH: what they share is the prompt
     responses  {"prompt": …, "response": …}
     text       {"text": …}
+    labels     {"text": …, "label": …}   1 or 0: whether the text is what people want
 
 Other fields are ignored. A row that does not fit is refused with the file, the line and the reason; what real data
 makes necessary (a prompt cut on the left, an empty answer dropped) is counted, and the counts are for the user to see.
@@ -16,6 +17,7 @@ import gzip
 import hashlib
 import json
 import os
+import random
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -30,6 +32,7 @@ from nanopref.run import UserError
 from nanopref.tokenizer import Tokenizer
 
 TURN = "\n\nAssistant:"  # what opens an answer in an HH dialogue
+PASSAGE, OPENING = 32, 12  # words of a passage, at least, and of the prompt that it begins with
 
 
 class Pair(NamedTuple):
@@ -37,6 +40,12 @@ class Pair(NamedTuple):
     chosen: str
     rejected: str
     margin: float = 1.0  # by how much, on whatever scale the file uses; only reward models ask
+    rejected_prompt: str | None = None  # where `rejected` answers another prompt, of which only reward models can learn
+
+    @property
+    def prompts(self) -> tuple[str, str]:
+        """What each of the two answers."""
+        return self.prompt, self.prompt if self.rejected_prompt is None else self.rejected_prompt
 
 
 class Response(NamedTuple):
@@ -45,12 +54,11 @@ class Response(NamedTuple):
     prompt: str
     response: str
     whole: bool = False
+    source: str = ""  # the text that both were cut from
+    good: bool | None = None  # that text's label
 
 
-class EncodedPair(NamedTuple):
-    prompt: list[int]
-    chosen: list[int]
-    rejected: list[int]
+Row = tuple[list[int], list[int]]  # the tokens of a prompt and of its response
 
 
 def read_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
@@ -106,6 +114,11 @@ def read_pairs(path: str | Path) -> tuple[list[Pair], Counter]:
     """All pairs of a file, and how many rows were dropped and why. Raises UserError for a row that does not fit."""
     pairs, notes = [], Counter()
     for where, row in read_rows(path):
+        if "text" in row and "chosen" not in row:
+            raise UserError(
+                f"{where}: a text, no pair; train_rm.py learns from texts with labels, and then --reward "
+                "names what it learnt"
+            )
         chosen, rejected = _field(where, row, "chosen"), _field(where, row, "rejected")
         if chosen == rejected:
             raise UserError(f"{where}: 'chosen' and 'rejected' are equal, so the row says nothing")
@@ -144,7 +157,8 @@ def split_dialogues(chosen: str, rejected: str) -> Pair | None:
 def read_responses(path: str | Path) -> tuple[list[Response], Counter]:
     """What to imitate, and how many rows were dropped and why. Raises UserError for a row that does not fit.
 
-    Rows may be text, prompt and response, or pairs, whose chosen side counts: of two dialogues the whole of it.
+    Rows may be text, prompt and response, or pairs, whose chosen side counts: of two dialogues the whole of it. Texts
+    with a label become passages, the good and the bad, which is what a reward model will judge.
     """
     first = next(read_rows(path), None)
     if first is None:
@@ -152,6 +166,8 @@ def read_responses(path: str | Path) -> tuple[list[Response], Counter]:
     if "chosen" in first[1]:
         pairs, notes = read_pairs(path)
         return [Response(pair.prompt, pair.chosen, whole="prompt" not in first[1]) for pair in pairs], notes
+    if "label" in first[1]:
+        return read_passages(path)
     if "text" in first[1]:
         found = [Response("", _field(where, row, "text"), whole=True) for where, row in read_rows(path)]
     else:
@@ -163,19 +179,79 @@ def read_responses(path: str | Path) -> tuple[list[Response], Counter]:
     return kept, Counter({"rows dropped: no text": len(found) - len(kept)} if len(kept) < len(found) else {})
 
 
+def read_passages(path: str | Path) -> tuple[list[Response], Counter]:
+    """`passages` of a file of texts, with the labels of those that have one, and how many texts were too short."""
+    found, notes = [], Counter()
+    for where, row in read_rows(path):
+        text, label = _field(where, row, "text"), row.get("label")
+        if label not in (None, 0, 1):
+            raise UserError(f"{where}: 'label' must be 1 (good) or 0 (bad), found {label!r}")
+        good = None if label is None else bool(label)
+        cut = [Response(*parts, source=text, good=good) for parts in passages(text)]
+        notes[f"texts dropped: no sentence ends after its first {PASSAGE} words"] += not cut
+        found += cut
+    if not found:
+        raise UserError(f"{path}: holds no text of {PASSAGE} words")
+    return found, +notes
+
+
+def passages(text: str) -> Iterator[tuple[str, str]]:
+    """Openings of a text and how each goes on: it is cut at the first end of a sentence after every 32 words, or after
+    64, and the first 12 words of such a passage are the prompt. What is left at the end is dropped."""
+    passage: list[str] = []
+    for word in text.split():
+        passage.append(word)
+        if (len(passage) >= PASSAGE and word[-1] in ".!?") or len(passage) == 2 * PASSAGE:
+            yield " ".join(passage[:OPENING]), " " + " ".join(passage[OPENING:])
+            passage = []
+
+
+def read_comparisons(path: str | Path) -> tuple[list[Pair], list[Pair], Counter]:
+    """What a reward model can learn from: pairs, or labelled texts, of which each good passage meets a bad one.
+
+    (for training, held out, how many rows were dropped and why). Raises UserError for a row that does not fit.
+    """
+    if not _has(path, "label"):
+        pairs, notes = read_pairs(path)
+        return *split(pairs), notes
+    rows, notes = read_passages(path)
+    parts = []
+    for part in split(rows):
+        random.Random(0).shuffle(part)  # or all passages of a text would meet those of one other
+        good, bad = ([row for row in part if row.good is which] for which in (True, False))
+        if not (good and bad):
+            raise UserError(f"{path}: needs good and bad texts (label 1 and 0), to train on and to hold out")
+        met = zip(good, bad, strict=False)  # what one side has more of is left over
+        parts.append([Pair(a.prompt, a.response, b.response, rejected_prompt=b.prompt) for a, b in met])
+        notes["passages dropped: more of one label than of the other"] += abs(len(good) - len(bad))
+    return *parts, +notes
+
+
+def read_prompts(path: str | Path) -> tuple[list[str], list[str]]:
+    """(for training, held out): the prompts of a file's pairs, or the openings of its texts' passages, each once."""
+    rows = read_passages(path)[0] if _has(path, "text") else read_pairs(path)[0]
+    return tuple(list(dict.fromkeys(row.prompt for row in part)) for part in split(rows))
+
+
+def _has(path: str | Path, field: str) -> bool:
+    """Whether a file's first row has this field."""
+    return field in next(read_rows(path), ("", {}))[1]
+
+
 def write_pairs(pairs: Sequence[Pair]) -> str:
-    """Pairs as JSON Lines, without the margins that say nothing."""
-    rows = [{k: v for k, v in pair._asdict().items() if k != "margin" or v != 1} for pair in pairs]
+    """Pairs that answer one prompt as JSON Lines, without the margins that say nothing."""
+    names = ("prompt", "chosen", "rejected")
+    rows = [{k: v for k, v in pair._asdict().items() if k in names or (k == "margin" and v != 1)} for pair in pairs]
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def split(rows: Sequence[Pair] | Sequence[Response]) -> tuple[list, list]:
     """(for training, held out): a tenth of the prompts, with all their rows, is held out.
 
-    Which tenth depends on the prompts alone (on the texts, where there are none), so that no stage and no seed trains
-    on what another holds out. Raises UserError where there are fewer than two prompts.
+    Which tenth depends on the prompts alone (on the texts, where rows are texts or were cut from them), so that no
+    stage and no seed trains on what another holds out. Raises UserError where there are fewer than two prompts.
     """
-    digests = [hashlib.sha256((row[0] or row[1]).encode()).digest() for row in rows]
+    digests = [hashlib.sha256((getattr(row, "source", "") or row[0] or row[1]).encode()).digest() for row in rows]
     ordered = sorted(set(digests))
     if len(ordered) < 2:
         raise UserError("the data hold only one prompt, but one is needed to train on and one to hold out")
@@ -205,18 +281,22 @@ def _fit(prompt: list[int], answers: list[list[int]], block_size: int, notes: Co
     return (prompt[-room:], *answers)
 
 
-def encode_pairs(pairs: Sequence[Pair], tokenizer: Tokenizer, block_size: int) -> tuple[list[EncodedPair], Counter]:
-    """Tokens of each pair, end-of-text behind both answers, no sequence longer than block_size; and what was cut."""
+def encode_pairs(pairs: Sequence[Pair], tokenizer: Tokenizer, block_size: int) -> tuple[list[tuple[Row, Row]], Counter]:
+    """Tokens of each pair, the chosen row and the rejected one, end-of-text behind both answers, no row longer than
+    block_size; and what was cut."""
     encoded, notes = [], Counter()
     for pair in pairs:
+        prompts = [encode_prompt(tokenizer, prompt) for prompt in pair.prompts]
         answers = [[*tokenizer.encode(answer), tokenizer.end_of_text] for answer in (pair.chosen, pair.rejected)]
-        encoded.append(EncodedPair(*_fit(encode_prompt(tokenizer, pair.prompt), answers, block_size, notes)))
+        if prompts[0] == prompts[1]:
+            x, *answers = _fit(prompts[0], answers, block_size, notes)
+            encoded.append(tuple((x, y) for y in answers))
+        else:
+            encoded.append(tuple(_fit(x, [y], block_size, notes) for x, y in zip(prompts, answers, strict=True)))
     return encoded, +notes
 
 
-def encode_responses(
-    rows: Sequence[Response], tokenizer: Tokenizer, block_size: int
-) -> tuple[list[tuple[list[int], list[int]]], Counter]:
+def encode_responses(rows: Sequence[Response], tokenizer: Tokenizer, block_size: int) -> tuple[list[Row], Counter]:
     """Sequences (prompt, response) in tokens, none longer than block_size, in which the response is to be learnt.
 
     Rows become one sequence each, but those to be learnt whole become one stream, end-of-text behind each, that is cut
@@ -245,7 +325,7 @@ class Batch(NamedTuple):
         return Batch(*(x.to(device, non_blocking=True) for x in self))
 
 
-def collate(rows: Sequence[tuple[list[int], list[int]]]) -> Batch:
+def collate(rows: Sequence[Row]) -> Batch:
     """(prompt, response) tokens -> one batch, padded on the right; only response tokens are in the mask."""
     tokens = pad([prompt + response for prompt, response in rows])
     mask = torch.zeros(tokens.shape)[:, 1:]
@@ -260,6 +340,11 @@ def pad(sequences: Sequence[list[int]]) -> Tensor:
     for i, sequence in enumerate(sequences):
         tokens[i, : len(sequence)] = torch.tensor(sequence)
     return tokens
+
+
+def pair_lengths(pairs: Sequence[tuple[Row, Row]]) -> list[int]:
+    """Tokens of the longer row of each pair."""
+    return [max(len(prompt) + len(response) for prompt, response in pair) for pair in pairs]
 
 
 def micro_batches(rows: list[int], lengths: Sequence[int], size: int) -> list[list[int]]:

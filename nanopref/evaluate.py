@@ -22,7 +22,7 @@ from torch import Tensor
 
 import kernels
 from nanopref import data, reviews, run
-from nanopref.data import encode_prompt
+from nanopref.data import Row, encode_prompt
 from nanopref.generate import generate_all, response_text
 from nanopref.model import GPT, ScalarGPT, load_pretrained
 from nanopref.run import progress, say, write_atomic
@@ -35,7 +35,7 @@ import matplotlib.pyplot as plt
 @torch.no_grad()
 def response_logprobs(
     model: GPT,
-    rows: Sequence[tuple[list[int], list[int]]],
+    rows: Sequence[Row],
     description: str = "log-probs",
     batch_size: int = 64,
     temperature: float = 1.0,
@@ -61,7 +61,7 @@ def response_logprobs(
     return result
 
 
-def last_scores(model: ScalarGPT, rows: Sequence[tuple[list[int], list[int]]]) -> Tensor:
+def last_scores(model: ScalarGPT, rows: Sequence[Row]) -> Tensor:
     """What a reward model says of (prompt, response) tokens at the response's last token: [B, heads], float32."""
     sequences = [prompt + response for prompt, response in rows]
     last = torch.tensor([len(sequence) - 1 for sequence in sequences], device=model.device)
@@ -71,9 +71,7 @@ def last_scores(model: ScalarGPT, rows: Sequence[tuple[list[int], list[int]]]) -
 
 
 @torch.no_grad()
-def response_scores(
-    model: ScalarGPT, rows: Sequence[tuple[list[int], list[int]]], batch_size: int = 64, description: str = "scores"
-) -> Tensor:
+def response_scores(model: ScalarGPT, rows: Sequence[Row], batch_size: int = 64, description: str = "scores") -> Tensor:
     """`last_scores` of any number of rows -> [N, heads] on the CPU, with dropout off."""
     training = model.training
     model.eval()
@@ -85,6 +83,11 @@ def response_scores(
             bar.update(len(indices))
     model.train(training)
     return result
+
+
+def mean_scores(model: ScalarGPT, rows: Sequence[Row]) -> list[float]:
+    """`response_scores`, the mean over the heads of each row [N]."""
+    return response_scores(model, rows).mean(1).tolist()
 
 
 def is_right(gap):
@@ -135,7 +138,7 @@ def respond(
     seed: int,
     description: str,
     temperature: float = 1.0,
-) -> list[tuple[list[int], list[int]]]:
+) -> list[Row]:
     """A response to each prompt: (prompt, response) tokens.
 
     A prompt loses its beginning where it would not leave `max_new_tokens`, but never more than half the context.
@@ -357,7 +360,7 @@ class Config:
     reference: str = "out/dpo/sft"
     """the model that they are held against"""
     data: str = ""
-    """take the prompts of these pairs; default: new prompts of the built-in task, where the true reward is known"""
+    """take the held-out prompts of this file; default: new ones of the built-in task, whose true reward is known"""
     prompts: int = 512
     """how many prompts all models answer"""
     max_new_tokens: int = 64
@@ -368,8 +371,11 @@ class Config:
     """auto, cpu or cuda"""
 
 
-def task_prompts(n: int, seed: int) -> list[str]:
-    """New prompts of the built-in task (of the many there are, one in some hundreds has been trained on)."""
+def new_prompts(file: str, n: int, seed: int) -> list[str]:
+    """At most n prompts that no stage trains on: of the file's held-out tenth or, without a file, of the built-in task
+    (where one in some hundreds has been trained on, of the many there are)."""
+    if file:
+        return data.read_prompts(file)[1][:n]
     rng = random.Random(f"evaluation {seed}")
     return [reviews.sample_prompt(rng) for _ in range(n)]
 
@@ -378,11 +384,8 @@ def main(config: Config) -> None:
     run.check_seed(config.seed)
     run.require_at_least_one(config, "prompts", "max_new_tokens")
     device = run.start(config.device, config.seed)
-    if config.data:
-        prompts, true_reward = [pair.prompt for pair in data.read_pairs(config.data)[0]], None
-        prompts = list(dict.fromkeys(prompts))[: config.prompts]
-    else:
-        prompts, true_reward = task_prompts(config.prompts, config.seed), reviews.true_reward
+    prompts = new_prompts(config.data, config.prompts, config.seed)
+    true_reward = None if config.data else reviews.true_reward
     models = {name: load_pretrained(name) for name in (config.reference, *config.policy)}
     reference, tokenizer = models[config.reference]
     for name, (_, other) in models.items():

@@ -1,20 +1,26 @@
-"""Annotators: simulated people who say which of two responses is better.
+"""Annotators: simulated people, or a reward model, who say which of two responses is better.
 
 They answer by the model of Bradley and Terry (Biometrika 39, 1952): P(a preferred over b) = σ((r_a - r_b) / noise),
 with the noise in units of reward; without any, the annotator is never wrong. Each of k annotators votes on their own
 and the majority decides, so k is odd.
 """
 
+import itertools
+import json
 import math
 import random
 from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 
 from nanopref import data, evaluate, reviews, run
-from nanopref.data import Pair
+from nanopref.data import Pair, Row
 from nanopref.generate import response_text
-from nanopref.model import GPT
+from nanopref.model import GPT, ScalarGPT, load_pretrained
 from nanopref.run import require
 from nanopref.tokenizer import Tokenizer
 
@@ -60,39 +66,90 @@ def best_accuracy(reward_a, reward_b, *, noise: float = 1.0, annotators: int = 1
     return float(np.maximum(p, 1 - p).mean())
 
 
-def collect(
-    policy: GPT, tokenizer: Tokenizer, *, pairs: int, noise: float, annotators: int, max_new_tokens: int, seed: int
-) -> list[Pair]:
-    """Preferences as in the textbook: two responses of the policy to each new prompt, and which one people prefer.
+def true_rewards(tokenizer: Tokenizer) -> Callable[[Sequence[Row]], list[float]]:
+    """What the built-in task pays for (prompt, response) tokens; nothing for one without an end."""
 
-    Pairs whose answers are equal, or of which one is empty or has no end, are left out. UserError if few remain.
+    def judge(rows: Sequence[Row]) -> list[float]:
+        ended = (response_text(y, tokenizer) if y[-1] == tokenizer.end_of_text else "" for _, y in rows)
+        return [reviews.true_reward(text) for text in ended]
+
+    return judge
+
+
+def load_reward_model(name: str | Path, policy: GPT, tokenizer: Tokenizer) -> ScalarGPT:
+    """The reward model of a folder, on the policy's device. Raises UserError where it cannot judge what that writes."""
+    model, other = load_pretrained(name, kind=ScalarGPT)
+    require(other == tokenizer, f"--reward {name}: its tokenizer is not the policy's, so it would misread it")
+    model.to(policy.device).eval()
+    longest, needed = model.config.block_size, policy.config.block_size
+    require(longest >= needed, f"--reward {name}: its context of {longest} is less than the policy's {needed}")
+    scores = evaluate.response_scores(model, [([tokenizer.end_of_text], [tokenizer.end_of_text])])
+    require(bool(scores.isfinite().all()), f"--reward {name}: gives a score that is no finite number")
+    return model
+
+
+def made_from(reward_model: str) -> str:
+    """The policy from which a run of train_rm.py made a reward model, where its folder says so; else nothing."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        flags = json.loads((Path(reward_model) / "config.json").read_text())["flags"]
+        init = Path(flags["init"] or Path(reward_model) / "sft")
+        if (init / "config.json").is_file():
+            return str(init)
+    return ""
+
+
+def collect(
+    policy: GPT,
+    tokenizer: Tokenizer,
+    prompts: list[str],
+    judge: Callable[[Sequence[Row]], Sequence[float]],
+    *,
+    noise: float,
+    annotators: int,
+    max_new_tokens: int,
+    seed: int,
+) -> list[Pair]:
+    """Preferences as in the textbook: two responses of the policy to each prompt, and which one the annotators prefer.
+
+    `judge` gives the rewards that they see in (prompt, response) tokens. Pairs whose answers are equal, or of which one
+    is empty or has no end, are left out. UserError if few remain.
     """
-    rng = random.Random(f"pairs {seed}")
-    prompts = [reviews.sample_prompt(rng) for _ in range(pairs)]
     answers = evaluate.respond(policy, tokenizer, prompts * 2, max_new_tokens, seed, "sampling pairs")
+    rewards = np.array(judge(answers)).reshape(2, -1)
+    first_is_better = annotate(*rewards, noise=noise, annotators=annotators, rng=np.random.default_rng(seed))
     # an answer without an end is no answer: as text it would be given one
     texts = [response_text(y, tokenizer) if y[-1] == tokenizer.end_of_text else "" for _, y in answers]
-    rewards = np.array([reviews.true_reward(text) for text in texts]).reshape(2, -1)
-    first_is_better = annotate(*rewards, noise=noise, annotators=annotators, rng=np.random.default_rng(seed))
     found = [
         Pair(x, a, b) if first else Pair(x, b, a)
-        for x, a, b, first in zip(prompts, texts[:pairs], texts[pairs:], first_is_better, strict=True)
+        for x, a, b, first in zip(prompts, texts[: len(prompts)], texts[len(prompts) :], first_is_better, strict=True)
         if a.strip() and b.strip() and a != b
     ]
-    require(len(found) >= 20, f"only {len(found)} of {pairs} pairs of answers end: raise --max-new-tokens")
+    require(len(found) >= 20, f"only {len(found)} of {len(prompts)} pairs of answers end: raise --max-new-tokens")
     return found
 
 
-def collected(config: run.Options, this: run.Run, policy: GPT, tokenizer: Tokenizer) -> tuple[list[Pair], Counter]:
+def collected(
+    config: run.Options, this: run.Run, policy: GPT, tokenizer: Tokenizer, reward_model: ScalarGPT | None = None
+) -> tuple[list[Pair], Counter]:
     """`collect`, kept in OUT/pairs.jsonl so that a resumed run goes on with the same; and notes of what is missing.
 
-    `config` has the fields pairs, noise, annotators, max_new_tokens and seed.
+    The prompts are those that `config.data` has for training, or new ones of the built-in task; without a reward model
+    people judge. `config` has the fields data, pairs, noise, annotators, max_new_tokens and seed.
     """
     path = this.folder / "pairs.jsonl"
-    names = ("pairs", "noise", "annotators", "max_new_tokens", "seed")
     if not path.exists() and run.rank() == 0:
+        rng = random.Random(f"pairs {config.seed}")
+        if config.data:
+            there = data.read_prompts(config.data)[0]
+            prompts = list(itertools.islice(itertools.cycle(rng.sample(there, len(there))), config.pairs))
+        else:
+            prompts = [reviews.sample_prompt(rng) for _ in range(config.pairs)]
+        judge = true_rewards(tokenizer)
+        if reward_model is not None:
+            judge = partial(evaluate.mean_scores, reward_model)
         with this.stage("pairs"):
-            found = collect(policy, tokenizer, **{name: getattr(config, name) for name in names})
+            names = ("noise", "annotators", "max_new_tokens", "seed")
+            found = collect(policy, tokenizer, prompts, judge, **{name: getattr(config, name) for name in names})
             run.write_atomic(path, data.write_pairs(found))
     run.barrier()
     pairs, notes = data.read_pairs(path)

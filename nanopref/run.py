@@ -65,7 +65,7 @@ def require_not_negative(flags: "Options", *names: str) -> None:
     """Raise UserError for a flag that is a number below 0, or not finite."""
     for name in names:
         value = getattr(flags, name)
-        require(0 <= value < math.inf, f"--{name.replace('_', '-')} must be 0 or above, not {value}")
+        require(value is None or 0 <= value < math.inf, f"--{name.replace('_', '-')} must be 0 or above, not {value}")
 
 
 @dataclass

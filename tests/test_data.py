@@ -20,7 +20,11 @@ from nanopref.data import (
     encode_responses,
     micro_batches,
     my_micro_batches,
+    passages,
+    read_comparisons,
     read_pairs,
+    read_passages,
+    read_prompts,
     read_responses,
     read_rows,
     split,
@@ -195,7 +199,11 @@ def test_other_fields_are_ignored_and_an_empty_rejected_is_fine(write):
 
 
 @settings(deadline=None, max_examples=50)
-@given(pairs=st.lists(st.builds(Pair, texts, texts, texts, st.floats(0, 9)), min_size=1, max_size=5))
+@given(
+    pairs=st.lists(
+        st.builds(Pair, texts, texts, texts, st.floats(0, 9), rejected_prompt=st.none()), min_size=1, max_size=5
+    )
+)
 def test_what_is_written_is_read_again(tmp_path_factory, pairs):
     pairs = [pair for pair in pairs if pair.chosen.strip() and pair.chosen != pair.rejected] or [Pair("p", "c", "r")]
     path = tmp_path_factory.getbasetemp() / "written.jsonl"
@@ -205,14 +213,17 @@ def test_what_is_written_is_read_again(tmp_path_factory, pairs):
 
 def test_responses_of_each_kind(write):
     path = write(jsonl({"text": "a"}, {"text": " "}, {"text": "b"}))
-    assert read_responses(path) == ([("", "a", True), ("", "b", True)], Counter({"rows dropped: no text": 1}))
+    assert read_responses(path) == (
+        [Response("", "a", True), Response("", "b", True)],
+        Counter({"rows dropped: no text": 1}),
+    )
     path = write(jsonl({"prompt": "p", "response": "r"}, {"prompt": "", "response": "s"}))
-    assert read_responses(path) == ([("p", "r", False), ("", "s", False)], Counter())
+    assert read_responses(path) == ([Response("p", "r"), Response("", "s")], Counter())
     path = write(jsonl({"prompt": "p", "chosen": "c", "rejected": "r"}))
-    assert read_responses(path) == ([("p", "c", False)], Counter())
+    assert read_responses(path) == ([Response("p", "c")], Counter())
     dialogue = f"\n\nHuman: h{TURN}"
     path = write(jsonl({"chosen": f"{dialogue} c", "rejected": f"{dialogue} r"}))
-    assert read_responses(path) == ([(dialogue, " c", True)], Counter())
+    assert read_responses(path) == ([Response(dialogue, " c", True)], Counter())
 
 
 # ---- dialogues -------------------------------------------------------------------------------------------------------
@@ -271,12 +282,16 @@ def test_the_real_dialogues():
     for row, pair in zip(whole, pairs, strict=True):
         assert pair.prompt + pair.chosen == row["chosen"] and pair.prompt + pair.rejected == row["rejected"]
         assert pair.prompt.startswith("\n\nHuman:") and pair.prompt.endswith(TURN)
-    assert read_responses(path) == ([(pair.prompt, pair.chosen, True) for pair in pairs], notes)
+    assert read_responses(path) == ([Response(pair.prompt, pair.chosen, True) for pair in pairs], notes)
 
 
 def test_the_real_reviews():
-    found, notes = read_responses(real_file("movie_reviews.jsonl.gz"))
-    assert len(found) == 2000 and not notes and all(row.response and row.whole and not row.prompt for row in found)
+    path = real_file("movie_reviews.jsonl.gz")
+    found, notes = read_responses(path)
+    assert len({row.source for row in found}) == 1999 and notes.total() == 1
+    assert all(20 <= len(row.response.split()) <= 52 for row in found)
+    training, held_out, notes = read_comparisons(path)
+    assert (len(training), len(held_out)) == (13837, 1525) and notes
 
 
 # ---- encoding --------------------------------------------------------------------------------------------------------
@@ -287,12 +302,14 @@ def sequences(pair):
 
 
 @settings(deadline=None, max_examples=200)
-@given(st.lists(st.builds(Pair, words, words, words), max_size=4), st.integers(2, 24))
+@given(st.lists(st.builds(Pair, words, words, words, rejected_prompt=st.none()), max_size=4), st.integers(2, 24))
 def test_encoded_pairs_fit_and_say_what_was_cut(pairs, block_size):
     encoded, notes = encode_pairs(pairs, TOKENIZER, block_size)
     cut = Counter()
-    for pair, (prompt, *answers) in zip(pairs, encoded, strict=True):
+    for pair, ((prompt, chosen), (again, rejected)) in zip(pairs, encoded, strict=True):
+        answers = chosen, rejected
         whole_prompt = encode_prompt(TOKENIZER, pair.prompt)
+        assert prompt == again
         assert 1 <= len(prompt) and prompt == whole_prompt[-len(prompt) :]
         cut[CUT_PROMPTS] += prompt != whole_prompt
         assert max(len(prompt) + len(answer) for answer in answers) <= block_size
@@ -412,3 +429,69 @@ def test_the_processes_share_a_batch(lengths, size, world_size):
     assert all(1 <= len(piece) <= size for pieces in shares for piece in pieces)
     counts = [len(pieces) for pieces in shares]
     assert max(counts) - min(counts) <= 1  # none waits long for another
+
+
+# ---- texts with labels -----------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.sampled_from(["good", "film", "end.", "why?", ".", "\n"]), max_size=200).map(" ".join))
+def test_passages_are_the_text_in_order(text):
+    found = [(prompt + response).split() for prompt, response in passages(text)]
+    words = text.split()
+    assert [word for passage in found for word in passage] == words[: sum(map(len, found))]
+    for prompt, response in passages(text):
+        assert len(prompt.split()) == 12 and response.startswith(" ") and 20 <= len(response.split()) <= 52
+    for passage in found:
+        *inside, last = passage[31:]
+        assert not any(word[-1] in ".!?" for word in inside)  # it ends where it first may
+        assert last[-1] in ".!?" or len(passage) == 64
+    left = words[sum(map(len, found)) :]
+    assert len(left) < 64 and not any(word[-1] in ".!?" for word in left[31:])
+
+
+def labelled(n: int) -> list[dict]:
+    """Texts of two passages each, the even ones good."""
+    return [{"text": f"w{i} " * 31 + "end. " + f"v{i} " * 31 + "end.", "label": (i + 1) % 2} for i in range(n)]
+
+
+def test_every_stage_holds_out_the_same_texts(write):
+    path = write(b"".join(json.dumps(row).encode() + b"\n" for row in labelled(40)))
+    rows, notes = read_responses(path)
+    assert len(rows) == 80 and not notes and {row.good for row in rows} == {True, False}
+    held_out = {row.source for row in split(rows)[1]}
+    assert len(held_out) == 4 == len({row.source for row in split(rows)[1]}) and len(split(rows)[1]) == 8
+    _, tested, _ = read_comparisons(path)
+    _, prompts = read_prompts(path)
+    words = {word for text in held_out for word in text.split()}
+    assert all(word in words for pair in tested for x in pair.prompts for word in x.split())
+    assert {x for pair in tested for x in pair.prompts} <= set(prompts) and len(prompts) == 8
+    streamed = write(b"".join(json.dumps({"text": row["text"]}).encode() + b"\n" for row in labelled(40)))
+    assert {row.response for row in split(read_responses(streamed)[0])[1]} == held_out  # with no labels, too
+
+
+def test_a_good_passage_meets_a_bad_one(write):
+    path = write(b"".join(json.dumps(row).encode() + b"\n" for row in labelled(41)))
+    training, tested, notes = read_comparisons(path)
+    for pair in training + tested:
+        good, bad = (int(x.split()[0][1:]) for x in pair.prompts)
+        assert good % 2 == 0 and bad % 2 == 1
+    met = {(pair.prompts[0].split()[0][1:], pair.prompts[1].split()[0][1:]) for pair in training}
+    assert len(met) > len(training) // 2 + 5  # not text by text
+    assert len(training) + len(tested) == 41 - notes["passages dropped: more of one label than of the other"] / 2
+    encoded, _ = encode_pairs(training, TOKENIZER, 600)
+    for pair, rows in zip(training, encoded, strict=True):
+        for x, y, (prompt, response) in zip(pair.prompts, (pair.chosen, pair.rejected), rows, strict=True):
+            assert TOKENIZER.decode(prompt) == x and TOKENIZER.decode(response[:-1]) == y and response[-1] == END
+
+
+def test_texts_that_cannot_be_learnt_from_are_refused(write):
+    def content(*rows):
+        return write(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
+
+    assert "'label' must be 1 (good) or 0 (bad)" in refusal(read_comparisons, content({"text": "a", "label": "good"}))
+    assert "holds no text of 32 words" in refusal(read_comparisons, content({"text": "a.", "label": 1}))
+    one_sided = content(*({**row, "label": 1} for row in labelled(20)))
+    assert "needs good and bad texts" in refusal(read_comparisons, one_sided)
+    assert "a text, no pair" in refusal(read_pairs, content(*labelled(20)))
+    _, notes = read_passages(content(*labelled(20), {"text": "too short.", "label": 0}))
+    assert notes == Counter({"texts dropped: no sentence ends after its first 32 words": 1})

@@ -69,7 +69,7 @@ def test_the_first_steps_are_dpo_by_hand(sft_folder, left_alone):
     for step, rows in run.batches(len(pairs), SMALL["batch_size"], 2, 0):
         loss = 0.0
         for i in rows:
-            x, y_w, y_l, _ = pairs[i]
+            x, y_w, y_l, *_ = pairs[i]
             with torch.no_grad():
                 reference_ratio = log_prob(reference, x, y_w) - log_prob(reference, x, y_l)
             h = log_prob(policy, x, y_w) - log_prob(policy, x, y_l) - reference_ratio

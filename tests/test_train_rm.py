@@ -54,7 +54,7 @@ def test_the_first_loss_is_bradley_terry_by_hand(sft_folder, left_alone):
     (_, rows), *_ = run.batches(len(pairs), SMALL["batch_size"], 1, 0)
     loss = 0.0
     for i in rows:
-        x, y_w, y_l, _ = pairs[i]
+        x, y_w, y_l, *_ = pairs[i]
         loss += math.log1p(math.exp(score(x, y_l) - score(x, y_w))) / len(rows)
     assert results(left_alone)[0][0]["loss"] == pytest.approx(loss, abs=1e-5)
 
