@@ -6,6 +6,7 @@ as a CUDA graph, and replayed, because launching its many small kernels one by o
 """
 
 import codecs
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -20,6 +21,8 @@ from nanopref.data import encode_prompt, pad
 from nanopref.model import GPT, KVCache, load_pretrained
 from nanopref.run import UserError, progress
 from nanopref.tokenizer import Tokenizer
+
+CHUNK = 64  # columns by which a static step's view of the cache grows; each time a CUDA graph is recorded anew
 
 
 class Sample(NamedTuple):
@@ -54,11 +57,26 @@ def token_distribution(logits: Tensor, *, temperature: float = 1.0, top_k: int =
 def draw(logprobs: Tensor, uniform: Tensor) -> Tensor:
     """One token [B, 1] from each row of log π [B, V], by inverting the cumulative distribution at `uniform` [B].
 
-    In float64, as `uniform` should be, a token of probability 0 is never hit and small ones are not lost in the sum.
+    First which of √V spans of the vocabulary, then which token in it, so that only sums of spans and one span a row are
+    cumulated, in float64 as `uniform` should be: a token of probability 0 is never hit, and small ones are not lost.
     """
-    cumulative = logprobs.double().exp().cumsum(-1)
-    token = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
-    return token.clamp(max=logprobs.shape[1] - 1)
+    B, V = logprobs.shape
+    width = math.isqrt(V)
+    p = F.pad(logprobs.exp(), (0, -V % width)).view(B, -1, width)
+    span, rest = _invert(p.sum(-1, dtype=torch.float64), uniform[:, None])
+    inside = p.gather(1, span[:, :, None].expand(B, 1, width))[:, 0].double()
+    token, _ = _invert(inside, rest)
+    return (span * width + token).clamp(max=V - 1)
+
+
+def _invert(p: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Which of p [B, n] a number from 0 to 1 [B, 1] falls on, and how far into it, from 0 to 1."""
+    cumulative = p.cumsum(-1)
+    total = cumulative[:, -1:]
+    place = torch.minimum(uniform * total, total.nextafter(torch.zeros_like(total)))  # which rounding may reach
+    index = torch.searchsorted(cumulative, place, right=True).clamp(max=p.shape[1] - 1)
+    hit, end = p.gather(1, index), cumulative.gather(1, index)
+    return index, (1 - (end - place) / hit.clamp(min=1e-300)).clamp(0, 1)
 
 
 @torch.inference_mode()
@@ -78,8 +96,8 @@ def generate(
     """One response to each of at least one prompts (tokens, at least one in each), all as one batch.
 
     A response ends with end-of-text, after `max_new_tokens`, or where the context is full. `on_token(row, token)` is
-    called as tokens appear. `static` (default: on a GPU) keeps every row until all are done, see KVCache. Raises
-    UserError where a prompt leaves no room to respond.
+    called as tokens appear. `static` (default: on a GPU) keeps every row until all are done and waits for nothing, see
+    KVCache.seen. Raises UserError where a prompt leaves no room to respond.
     """
     check_sampling(max_new_tokens, temperature, top_k, top_p)
     longest, device, B = check_room(prompts, model), model.device, len(prompts)
@@ -87,11 +105,11 @@ def generate(
     room = min(longest + max_new_tokens, model.config.block_size)
     max_new_tokens = min(max_new_tokens, room - min(map(len, prompts)))
     dtype = torch.bfloat16 if torch.is_autocast_enabled(device.type) else torch.float32
-    cache = KVCache(model.config, B, room, device=device, dtype=dtype)
+    static = device.type == "cuda" if static is None else static
+    cache = KVCache(model.config, B, _whole(room) if static else room, device=device, dtype=dtype)
     hidden = model.hidden(pad(prompts).to(device), cache)
     hidden = hidden[torch.arange(B, device=device), lengths - 1]
     cache.lengths = lengths  # what the padding wrote behind a shorter prompt is overwritten by its response
-    cache.static = static = device.type == "cuda" if static is None else static
 
     # all that chance decides, drawn at once: a row's response does not depend on which others are still going
     uniform = torch.rand(max_new_tokens, B, generator=generator, device=device, dtype=torch.float64)
@@ -101,13 +119,11 @@ def generate(
     alive = torch.arange(B, device=device)  # the prompt that each row of the batch answers
     going = torch.ones(B, dtype=torch.bool, device=device)
     place = torch.zeros(1, dtype=torch.long, device=device)
-    # autocast would round the logits to bfloat16, and then π_old would not be the π_θ that the kernels compute
-    unembedding = model.unembedding.to(dtype).float()
+    unembedding = model.unembedding.to(dtype)
 
     def step() -> None:
         """Draw a token for each row, note it, and put it through the model. Changes tensors in place only."""
-        with torch.autocast(device.type, enabled=False):
-            logits = F.linear(hidden.to(dtype).float(), unembedding)
+        logits = float32_logits(hidden.to(dtype), unembedding)
         distribution = token_distribution(logits, temperature=temperature, top_k=top_k, top_p=top_p)
         token = draw(distribution, uniform[place, alive])
         tokens[alive, place] = token[:, 0]
@@ -120,8 +136,10 @@ def generate(
 
     advance = step
     for i in range(max_new_tokens):
-        if static and device.type == "cuda" and i == 2:
-            advance = record(step)  # after two ordinary steps, in which libraries set themselves up
+        if static:
+            before, cache.seen = cache.seen, min(_whole(longest + i + 1), _whole(room))
+            if device.type == "cuda" and (i == 2 or (i > 2 and cache.seen != before)):
+                advance = record(step)  # after two ordinary steps, in which libraries set themselves up
         advance()
         if on_token:
             for row in (counts > i).nonzero()[:, 0].tolist():
@@ -138,6 +156,22 @@ def generate(
         Sample(row[:n], logprob[:n])
         for row, logprob, n in zip(tokens.tolist(), logprobs.tolist(), counts.tolist(), strict=True)
     ]
+
+
+def float32_logits(hidden: Tensor, unembedding: Tensor) -> Tensor:
+    """hidden [B, D], unembedding [V, D] -> logits [B, V] in float32, whatever the dtype of the two.
+
+    Autocast would round them to bfloat16, and then π_old would not be the π_θ that the kernels compute.
+    """
+    if hidden.is_cuda and hidden.dtype == torch.bfloat16:
+        return torch.mm(hidden, unembedding.t(), out_dtype=torch.float32)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return F.linear(hidden.float(), unembedding.float())
+
+
+def _whole(columns: int) -> int:
+    """Rounded up to whole chunks of the cache."""
+    return -(-columns // CHUNK) * CHUNK
 
 
 def record(step: Callable[[], None]) -> Callable[[], None]:

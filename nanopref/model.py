@@ -49,11 +49,12 @@ class KVCache:
     `lengths` [B] counts the tokens of each row that are in the cache. Rows may differ, so a batch of prompts of
     different lengths needs no left padding: each row writes at its own position and sees only what is below it.
 
-    `static`: every step does the same work on the same memory, looks at the whole cache and waits for nothing, as a
-    CUDA graph needs it. The caller then sees to it that no row outgrows the cache.
+    `seen`: how many columns a step looks at, where the caller knows how many suffice and that no row outgrows them.
+    Such a step does the same work each time and waits for nothing, as a CUDA graph needs it. 0: as many as the longest
+    row has, which is asked for.
     """
 
-    static = False
+    seen = 0
 
     def __init__(self, config: GPTConfig, batch: int, length: int, *, device=None, dtype=torch.float32):
         shape = (config.n_layer, batch, config.n_head, length, config.n_embd // config.n_head)
@@ -156,8 +157,8 @@ class GPT(nn.Module):
             positions, cached = torch.arange(T, device=tokens.device), None
         else:
             positions = cache.lengths[:, None] + torch.arange(T, device=tokens.device)
-            seen = cache.keys.shape[3] if cache.static else int(positions.max()) + 1
-            if seen > min(cache.keys.shape[3], self.config.block_size):
+            seen = cache.seen or int(positions.max()) + 1
+            if not cache.seen and seen > min(cache.keys.shape[3], self.config.block_size):
                 raise ValueError(f"{seen} tokens are more than the cache or the context holds")
             unseen = torch.arange(seen, device=tokens.device) > positions[:, None, :, None]
             mask = torch.zeros(unseen.shape, device=tokens.device, dtype=cache.keys.dtype)

@@ -1,8 +1,10 @@
 import io
 import math
+import random
 import subprocess
 import sys
 import time
+from fractions import Fraction
 from pathlib import Path
 from statistics import median, mode
 
@@ -12,8 +14,18 @@ import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+import nanopref.generate
 from nanopref import run
-from nanopref.generate import Config, check_sampling, generate, generate_all, main, response_text, token_distribution
+from nanopref.generate import (
+    Config,
+    check_sampling,
+    draw,
+    generate,
+    generate_all,
+    main,
+    response_text,
+    token_distribution,
+)
 from nanopref.model import GPT, GPTConfig, preset, save_pretrained
 from nanopref.run import UserError
 from nanopref.tokenizer import Tokenizer
@@ -167,6 +179,24 @@ def test_under_autocast_logits_are_not_rounded(model):
     logits = hidden.bfloat16().double() @ model.unembedding.detach().bfloat16().double().T
     for sample, logprobs in zip(samples, logits.log_softmax(-1), strict=True):
         assert sample.logprobs[0] == pytest.approx(logprobs[sample.tokens[0]].item(), abs=1e-5)
+
+
+@given(st.integers(1, 70), st.integers(0, 2**32), st.floats(0, 1))
+def test_a_draw_inverts_the_cumulative_distribution(V, seed, sparse):
+    """In fractions, which do not round: the token is the first whose cumulative probability is above the number."""
+    rng = random.Random(seed)
+    weights = [0 if rng.random() < sparse else rng.randint(1, 9) for _ in range(V)]
+    weights[rng.randrange(V)] += 1
+    numbers = [0.0, 1 - 2**-53, *(rng.random() for _ in range(20))]
+    numbers += [sum(weights[:i]) / sum(weights) for i in range(0, V, 5)]
+    logprobs = torch.tensor([weights]).double().log().log_softmax(-1).float().expand(len(numbers), V)
+    tokens = draw(logprobs, torch.tensor(numbers, dtype=torch.float64))[:, 0].tolist()
+    cumulative = [Fraction(sum(weights[: i + 1]), sum(weights)) for i in range(V)]
+    for number, token in zip(numbers, tokens, strict=True):
+        assert weights[token] > 0
+        exact = next((i for i, c in enumerate(cumulative) if c > number), V - 1)
+        edge = min(abs(float(c) - number) for c in [Fraction(0), *cumulative])
+        assert token == exact or edge < 1e-5
 
 
 @pytest.mark.parametrize("temperature, top_k, top_p", [(1.0, 0, 1.0), (0.5, 0, 1.0), (1.0, 4, 1.0), (1.0, 0, 0.6)])
@@ -410,10 +440,12 @@ def test_the_static_path_draws_the_same(data):
     model = GPT(GPTConfig(41, data.draw(st.integers(10, 16)), 2, 2, 8))
     setting = {"end_of_text": data.draw(st.integers(0, 40)), "temperature": data.draw(st.sampled_from([0, 0.7, 1.0]))}
     new, seed = data.draw(st.integers(1, 20)), data.draw(st.integers(0, 99))
-    static, dynamic = (
-        generate(model, prompts, new, static=flag, generator=torch.Generator().manual_seed(seed), **setting)
-        for flag in (True, False)
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nanopref.generate, "CHUNK", data.draw(st.integers(1, 8)))
+        static, dynamic = (
+            generate(model, prompts, new, static=flag, generator=torch.Generator().manual_seed(seed), **setting)
+            for flag in (True, False)
+        )
     assert [s.tokens for s in static] == [s.tokens for s in dynamic]
     for a, b in zip(static, dynamic, strict=True):
         assert a.logprobs == pytest.approx(b.logprobs, abs=1e-5)
@@ -422,10 +454,10 @@ def test_the_static_path_draws_the_same(data):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
 def test_the_recorded_step_draws_what_the_ordinary_one_does():
-    model = GPT(GPTConfig(41, 64, 2, 2, 8)).cuda()
+    model = GPT(GPTConfig(41, 256, 2, 2, 8)).cuda()
     prompts = [[1, 2, 3], [4], [5] * 9]
     recorded, ordinary = (
-        generate(model, prompts, 40, end_of_text=7, static=flag, generator=torch.Generator("cuda").manual_seed(0))
+        generate(model, prompts, 150, end_of_text=7, static=flag, generator=torch.Generator("cuda").manual_seed(0))
         for flag in (True, False)
     )
     assert [s.tokens for s in recorded] == [s.tokens for s in ordinary]
