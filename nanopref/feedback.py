@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from nanopref import data, evaluate, reviews, run
-from nanopref.data import Pair, Row
+from nanopref.data import Pair, Response
 from nanopref.generate import response_text
 from nanopref.model import GPT, ScalarGPT, load_pretrained
 from nanopref.run import require
@@ -66,14 +66,15 @@ def best_accuracy(reward_a, reward_b, *, noise: float = 1.0, annotators: int = 1
     return float(np.maximum(p, 1 - p).mean())
 
 
-def true_rewards(tokenizer: Tokenizer) -> Callable[[Sequence[Row]], list[float]]:
-    """What the built-in task pays for (prompt, response) tokens; nothing for one without an end."""
+def true_rewards(answers: Sequence[Response]) -> list[float]:
+    """What the built-in task pays for each answer."""
+    return [reviews.true_reward(answer.response) for answer in answers]
 
-    def judge(rows: Sequence[Row]) -> list[float]:
-        ended = (response_text(y, tokenizer) if y[-1] == tokenizer.end_of_text else "" for _, y in rows)
-        return [reviews.true_reward(text) for text in ended]
 
-    return judge
+def scores(model: ScalarGPT, tokenizer: Tokenizer, answers: Sequence[Response]) -> list[float]:
+    """What a reward model says of each answer, its heads on average."""
+    rows, _ = data.encode_responses(answers, tokenizer, model.config.block_size)
+    return evaluate.mean_scores(model, rows)
 
 
 def load_reward_model(name: str | Path, policy: GPT, tokenizer: Tokenizer) -> ScalarGPT:
@@ -83,8 +84,8 @@ def load_reward_model(name: str | Path, policy: GPT, tokenizer: Tokenizer) -> Sc
     model.to(policy.device).eval()
     longest, needed = model.config.block_size, policy.config.block_size
     require(longest >= needed, f"--reward {name}: its context of {longest} is less than the policy's {needed}")
-    scores = evaluate.response_scores(model, [([tokenizer.end_of_text], [tokenizer.end_of_text])])
-    require(bool(scores.isfinite().all()), f"--reward {name}: gives a score that is no finite number")
+    said = evaluate.response_scores(model, [([tokenizer.end_of_text], [tokenizer.end_of_text])])
+    require(bool(said.isfinite().all()), f"--reward {name}: gives a score that is no finite number")
     return model
 
 
@@ -102,7 +103,7 @@ def collect(
     policy: GPT,
     tokenizer: Tokenizer,
     prompts: list[str],
-    judge: Callable[[Sequence[Row]], Sequence[float]],
+    judge: Callable[[Sequence[Response]], Sequence[float]],
     *,
     noise: float,
     annotators: int,
@@ -111,14 +112,14 @@ def collect(
 ) -> list[Pair]:
     """Preferences as in the textbook: two responses of the policy to each prompt, and which one the annotators prefer.
 
-    `judge` gives the rewards that they see in (prompt, response) tokens. Pairs whose answers are equal, or of which one
-    is empty or has no end, are left out. UserError if few remain.
+    `judge` gives the rewards that they see. Pairs whose answers are equal, or of which one is empty or has no end, are
+    left out. UserError if few remain.
     """
     answers = evaluate.respond(policy, tokenizer, prompts * 2, max_new_tokens, seed, "sampling pairs")
-    rewards = np.array(judge(answers)).reshape(2, -1)
-    first_is_better = annotate(*rewards, noise=noise, annotators=annotators, rng=np.random.default_rng(seed))
     # an answer without an end is no answer: as text it would be given one
     texts = [response_text(y, tokenizer) if y[-1] == tokenizer.end_of_text else "" for _, y in answers]
+    rewards = np.array(judge(list(map(Response, prompts * 2, texts)))).reshape(2, -1)
+    first_is_better = annotate(*rewards, noise=noise, annotators=annotators, rng=np.random.default_rng(seed))
     found = [
         Pair(x, a, b) if first else Pair(x, b, a)
         for x, a, b, first in zip(prompts, texts[: len(prompts)], texts[len(prompts) :], first_is_better, strict=True)
@@ -144,9 +145,7 @@ def collected(
             prompts = list(itertools.islice(itertools.cycle(rng.sample(there, len(there))), config.pairs))
         else:
             prompts = [reviews.sample_prompt(rng) for _ in range(config.pairs)]
-        judge = true_rewards(tokenizer)
-        if reward_model is not None:
-            judge = partial(evaluate.mean_scores, reward_model)
+        judge = true_rewards if reward_model is None else partial(scores, reward_model, tokenizer)
         with this.stage("pairs"):
             names = ("noise", "annotators", "max_new_tokens", "seed")
             found = collect(policy, tokenizer, prompts, judge, **{name: getattr(config, name) for name in names})

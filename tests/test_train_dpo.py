@@ -17,8 +17,8 @@ from helpers import flags, lines, results, start
 from safetensors.torch import load_file, save_file
 
 import train_dpo
-from nanopref import data, run
-from nanopref.model import GPT, GPTConfig, load_pretrained, save_pretrained
+from nanopref import data, evaluate, reviews, run
+from nanopref.model import GPT, GPTConfig, ScalarGPT, load_pretrained, save_pretrained
 from nanopref.tokenizer import Tokenizer
 
 SMALL = {"pairs": 96, "batch_size": 16, "micro_batch": 4, "eval_prompts": 16, "eval_every": 2, "save_every": 2}
@@ -127,6 +127,48 @@ def test_two_processes_give_the_losses_of_one(sft_folder, left_alone, tmp_path):
     one, two = results(left_alone)[0], results(tmp_path / "run")[0]
     for a, b in zip(one, two, strict=True):
         assert a == pytest.approx(b, rel=1e-3, abs=1e-4)  # float32 sums in another order, through 12 steps of AdamW
+
+
+@pytest.fixture(scope="module")
+def judge(sft_folder, tmp_path_factory) -> Path:
+    """A reward model that, before it has learnt anything, says something of every response."""
+    policy, tokenizer = load_pretrained(sft_folder)
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("judge")
+    save_pretrained(ScalarGPT(policy, 2), tokenizer, folder / "model")
+    return folder
+
+
+@pytest.mark.parametrize("file", ["", "texts.jsonl", "pairs.jsonl"])
+def test_a_reward_model_compares_the_answers(file, sft_folder, judge, tmp_path, capsys):
+    """Of two answers the one that scores higher is chosen; the prompts are those of the file, or the task's."""
+    rng = random.Random(0)
+    texts = [" ".join(reviews.sample_response(rng, reviews.sample_prompt(rng)) for _ in range(5)) for _ in range(30)]
+    (tmp_path / "texts.jsonl").write_bytes(lines(*({"text": text, "label": i % 2} for i, text in enumerate(texts))))
+    rows = [{"prompt": reviews.sample_prompt(rng), "chosen": "this", "rejected": "that"} for _ in range(60)]
+    (tmp_path / "pairs.jsonl").write_bytes(lines(*rows))
+    settings = SMALL | {"init": sft_folder, "reward": str(judge), "epochs": 1, "eval_every": 99}
+    data_file = str(tmp_path / file) if file else ""
+    train_dpo.train(train_dpo.Config(out=str(tmp_path / "run"), data=data_file, **settings))
+    model, tokenizer = load_pretrained(judge, kind=ScalarGPT)
+    pairs, _ = data.read_pairs(tmp_path / "run" / "pairs.jsonl")
+    encoded, _ = data.encode_pairs(pairs, tokenizer, 96)
+    chosen, rejected = (evaluate.response_scores(model, rows).mean(1) for rows in zip(*encoded, strict=True))
+    assert len(pairs) > 40 and (chosen > rejected - 1e-5).all() and (chosen > rejected).float().mean() > 0.98
+    _, report = results(tmp_path / "run")
+    assert {"reference", "policy"} == report["score"].keys() and ("true_reward" in report) == (not file)
+    if file:
+        training, held_out = data.read_prompts(data_file)
+        assert {pair.prompt for pair in pairs} <= set(training)
+        assert {answer["prompt"] for answer in report["samples"]} <= set(held_out)
+    assert "score" in capsys.readouterr().out
+
+
+def test_the_reward_models_own_policy_is_where_to_begin(sft_folder, judge, tmp_path, capsys):
+    refused(capsys, tmp_path / "out", "name the policy that it was trained for with --init", reward=str(judge))
+    (judge / "config.json").write_text(json.dumps({"flags": {"init": sft_folder}}))  # as train_rm.py leaves it
+    settings = train_dpo.Config(reward=str(judge)).resolved()
+    assert settings.init == sft_folder and (settings.annotators, settings.noise) == (1, 0.0)
 
 
 def test_the_triton_path_gives_the_same_curve(tmp_path):

@@ -113,6 +113,21 @@ def test_it_learns_what_people_reward(sft_folder, tmp_path):
     assert "rank_correlation" not in report  # the file's true reward is not ours to know
 
 
+def test_it_learns_from_texts_with_labels(sft_folder, tmp_path):
+    """Texts of good reviews and of bad ones: passages it has not seen are told apart."""
+    rng = random.Random(0)
+    rows = []
+    for good in [True, False] * 50:
+        answers = [reviews.sample_response(rng, reviews.sample_prompt(rng)) for _ in range(40)]
+        answers.sort(key=reviews.true_reward, reverse=good)
+        rows.append({"text": " ".join(answers[:10]), "label": int(good)})
+    (tmp_path / "texts.jsonl").write_bytes(lines(*rows))
+    settings = SMALL | {"data": str(tmp_path / "texts.jsonl"), "lr": 1e-3, "init": sft_folder, "micro_batch": 16}
+    train_rm.train(train_rm.Config(out=str(tmp_path / "rm"), **settings))
+    _, report = results(tmp_path / "rm")
+    assert report["held_out"]["pairs"] >= 16 and report["held_out"]["accuracy"] > 0.75
+
+
 def test_scores_that_are_all_alike_are_not_blown_up(sft_folder, tmp_path):
     """One training prompt and few tokens: the reference's responses may all score the same."""
     rows = [{"prompt": f"film {i}", "chosen": " good", "rejected": " bad"} for i in range(2)]
