@@ -181,7 +181,7 @@ def own_steps(config: Config, folder: Path, pairs: Path) -> dict:
     """train_dpo.py in a process of its own -> tokens a second at each step, and on a GPU its peak memory."""
     flags = {"init": folder / "model", "data": pairs, "out": folder / "run", "epochs": 1, "eval_every": config.steps}
     flags |= {"batch_size": config.batch_size, "micro_batch": config.micro_batch, "save_every": config.steps}
-    flags |= {"eval_prompts": 1, "max_new_tokens": 1}
+    flags |= {"eval_prompts": 1, "max_new_tokens": 1, "device": "cuda" if CUDA else "cpu"}
     words = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     command = [sys.executable, str(ROOT / "train_dpo.py"), *words, "--overwrite"]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -336,6 +336,7 @@ def rollouts(config: Config, folder: Path, limit: dict) -> Iterator[dict]:
         options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "min_new_tokens": config.new_tokens}
         options |= {"max_new_tokens": config.new_tokens, "pad_token_id": config.vocab_size - 1}
         mask = torch.ones_like(prompts)
+        cache = None if cache == "dynamic" else cache  # dynamic is the default, by a name only some releases know
         answers = other.generate(prompts, attention_mask=mask, cache_implementation=cache, **options)
         assert answers[:, prompts.shape[1] :].numel() == total
 
@@ -393,7 +394,7 @@ def main(config: Config) -> None:
     require(300 <= config.vocab_size <= 54000, f"--vocab-size must be 300 to 54000, not {config.vocab_size}")
     require(config.tokens >= 32, f"--tokens must be at least 32, not {config.tokens}")
     require(config.steps > WARM_UP, f"--steps must be more than the {WARM_UP} that do not count, not {config.steps}")
-    run.start("auto", 0)
+    run.start("cuda" if CUDA else "cpu", 0)
     about = {"card": card(), "threads": torch.get_num_threads(), "flags": asdict(config)}
     about["command"] = shlex.join(["python", "-m", "nanopref.bench", *sys.argv[1:]])
     about["versions"] = {name: run.version(name) for name in ("torch", "triton", "transformers", "trl")}
