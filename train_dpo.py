@@ -11,6 +11,7 @@ import nanopref  # noqa: F401  (first, because it sets how torch's threads wait,
 import hashlib
 import json
 import shlex
+import time
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
@@ -153,10 +154,12 @@ def train(config: Config) -> None:
     optimizer = run.adamw(policy, config.lr, config.weight_decay, betas=(0.9, 0.99))  # a long memory: labels are noisy
     steps = config.epochs * -(-len(train_pairs) // config.batch_size)
     lengths = data.pair_lengths(train_pairs)
+    tokens = [sum(len(x) + len(y) for x, y in pair) for pair in train_pairs]
     start = this.load(policy, optimizer)
     batches = run.batches(len(train_pairs), config.batch_size, steps, config.seed, start)
     with this.stage("dpo"), kernels.use(config.kernels):
         for step, rows in this.steps(batches, steps, policy, optimizer, "DPO"):
+            began = time.monotonic()
             lr = run.set_lr(optimizer, config.lr, step, steps, config.warmup)
             totals = torch.zeros(4, device=device)
             for piece in data.my_micro_batches(rows, lengths, config.micro_batch):
@@ -174,6 +177,7 @@ def train(config: Config) -> None:
 
             metrics = {"loss": loss, "accuracy": accuracy, "margin": chosen - rejected}
             metrics |= {"chosen_reward": chosen, "rejected_reward": rejected, "grad_norm": norm, "lr": lr}
+            metrics["tokens_per_second"] = sum(tokens[i] for i in rows) / (time.monotonic() - began)
             if (step + 1) % config.eval_every == 0 or step + 1 == steps:
                 metrics |= judge(policy, held_out, held_out_reference, config)
             this.log(step + 1, metrics)

@@ -333,7 +333,7 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             for left in self.folder.rglob(f".*{PARTIAL}"):  # by a process that was killed while it wrote
                 left.unlink()
-            versions = {name: _version(name) for name in ("torch", "triton", "numpy", "tiktoken", "safetensors")}
+            versions = {name: version(name) for name in ("torch", "triton", "numpy", "tiktoken", "safetensors")}
             content = {
                 "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
                 "flags": {**asdict(self.config), "resume": False, "overwrite": False},
@@ -475,12 +475,15 @@ class Run:
             )
 
     def report(self, report: dict[str, Any]) -> None:
-        """Write report.json."""
+        """Write report.json, with the most GPU memory that tensors of this process ever held, where there is a GPU."""
         if rank() == 0:
-            write_atomic(self.folder / "report.json", json.dumps({**report, "seconds": self.seconds}, indent=2) + "\n")
+            peak = torch.cuda.max_memory_allocated() / 2**20
+            report = {**report, **({"peak_memory_MiB": peak} if peak else {}), "seconds": self.seconds}
+            write_atomic(self.folder / "report.json", json.dumps(report, indent=2) + "\n")
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
+    """The installed version of a package, None where it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

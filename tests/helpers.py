@@ -35,9 +35,10 @@ def finish(process: subprocess.Popen) -> None:
 
 
 def results(folder: Path) -> tuple[list[dict], dict]:
-    """metrics.jsonl and report.json, without what depends on the clock."""
+    """metrics.jsonl and report.json, without what depends on the clock or the GPU."""
     report = json.loads((folder / "report.json").read_text())
     report.pop("seconds")
+    report.pop("peak_memory_MiB", None)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if not k.endswith("per_second")} for row in rows], report
 

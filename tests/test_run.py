@@ -151,3 +151,11 @@ def test_only_finite_losses_pass(tmp_path):
     for bad in (math.nan, math.inf, -math.inf):
         with pytest.raises(UserError, match="at step 3"):
             this.stop_if_not_finite(2, bad, model, optimizer)
+
+
+def test_the_report_holds_the_peak_of_gpu_memory_where_there_is_a_gpu(tmp_path, monkeypatch):
+    for peak, found in ((3 * 2**20, {"peak_memory_MiB": 3.0}), (0, {})):
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda peak=peak: peak)
+        Run(Options(out=str(tmp_path))).report({"kl": 1.0})
+        assert json.loads((tmp_path / "report.json").read_text()) == {"kl": 1.0, **found, "seconds": {}}
+        (tmp_path / "report.json").unlink()
