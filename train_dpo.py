@@ -126,7 +126,7 @@ def train(config: Config) -> None:
     reward_model = None
     if config.reward:
         require(config.init, "--reward: name the policy that it was trained for with --init")
-        reward_model = feedback.load_reward_model(config.reward, policy, tokenizer)
+        reward_model = evaluate.load_reward_model(config.reward, policy, tokenizer)
     this.begin()
 
     # 1. π_SFT: where the policy starts, and the reference that it is held to.

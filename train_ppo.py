@@ -455,7 +455,7 @@ def first_reward_model(config: Config, this: Run) -> str:
 
 def load_reward_models(config: Config, names: tuple[str, ...], policy: GPT, tokenizer) -> list[ScalarGPT | None]:
     """The model in each folder, None for the task's true reward. Raises UserError where one does not fit the policy."""
-    models = [None if name == "true" else feedback.load_reward_model(name, policy, tokenizer) for name in names]
+    models = [None if name == "true" else evaluate.load_reward_model(name, policy, tokenizer) for name in names]
     several = any(model is not None and len(model.score.weight) > 1 for model in models)
     require(not config.doubt or several, "--doubt needs a --reward with several heads (train_rm.py --heads)")
     return models

@@ -11,6 +11,7 @@ import shutil
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,18 @@ def response_scores(model: ScalarGPT, rows: Sequence[Row], batch_size: int = 64,
 def mean_scores(model: ScalarGPT, rows: Sequence[Row]) -> list[float]:
     """`response_scores`, the mean over the heads of each row [N]."""
     return response_scores(model, rows).mean(1).tolist()
+
+
+def load_reward_model(name: str | Path, policy: GPT, tokenizer: Tokenizer) -> ScalarGPT:
+    """The reward model of a folder, on the policy's device. Raises UserError where it cannot judge what that writes."""
+    model, other = load_pretrained(name, kind=ScalarGPT)
+    run.require(other == tokenizer, f"--reward {name}: its tokenizer is not the policy's, so it would misread it")
+    model.to(policy.device).eval()
+    longest, needed = model.config.block_size, policy.config.block_size
+    run.require(longest >= needed, f"--reward {name}: its context of {longest} is less than the policy's {needed}")
+    said = response_scores(model, [([tokenizer.end_of_text], [tokenizer.end_of_text])])
+    run.require(bool(said.isfinite().all()), f"--reward {name}: gives a score that is no finite number")
+    return model
 
 
 def is_right(gap):
@@ -172,8 +185,8 @@ def compare(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Both models answer all prompts -> (the report's figures, one row a prompt with both answers).
 
-    `true_reward` judges a response's text, `score` the (prompt, response) tokens of all; without them KL and length
-    are what is measured.
+    `true_reward` judges a response's text, `score` the (prompt, response) tokens of all; where both are there, the
+    former says who wins. Without them KL and length are what is measured.
     """
     answers = {
         name: respond(model, tokenizer, prompts, max_new_tokens, seed, f"{name} answers", temperature)
@@ -199,20 +212,22 @@ def compare(
         {"prompt": prompt, "reference": r, "policy": p}
         for prompt, r, p in zip(prompts, texts["reference"], texts["policy"], strict=True)
     ]
+    rewards: dict[str, list[float]] = {}
     if score:
-        report["score"] = {name: float(np.mean(score(answers[name]))) for name in answers}
+        rewards = {name: score(answers[name]) for name in answers}
+        report["score"] = {name: float(np.mean(rewards[name])) for name in rewards}
     if true_reward:
         rewards = {name: [true_reward(text) for text in texts[name]] for name in texts}
-        rate, interval = win_rate(rewards["policy"], rewards["reference"])
         report["true_reward"] = {
             "reference": float(np.mean(rewards["reference"])),
             "policy": float(np.mean(rewards["policy"])),
             "reference_std": float(np.std(rewards["reference"])),
             "policy_std": float(np.std(rewards["policy"])),
         }
-        report["win_rate"], report["win_rate_95"] = rate, interval
         for i, row in enumerate(rows):
             row["reference_true_reward"], row["policy_true_reward"] = rewards["reference"][i], rewards["policy"][i]
+    if rewards:
+        report["win_rate"], report["win_rate_95"] = win_rate(rewards["policy"], rewards["reference"])
     return report, rows
 
 
@@ -238,10 +253,12 @@ def comparison_table(report: dict[str, Any]) -> str:
         gain, std = reward["policy"] - reward["reference"], reward["reference_std"]
         note = f"{gain / std:+.2f} std" if std > 0 else ""  # a reference that says nothing has no spread
         rows.append(("true reward", f"{reward['reference']:.2f}", f"{reward['policy']:.2f}", note))
-        low, high = report["win_rate_95"]
-        rows.append(("win rate", "", f"{report['win_rate']:.1%}", f"95%: {low:.1%} to {high:.1%}"))
     if score := report.get("score"):
         rows.append(("score", f"{score['reference']:.2f}", f"{score['policy']:.2f}", ""))
+    if "win_rate" in report:
+        low, high = report["win_rate_95"]
+        judge = "true reward" if reward else "score"
+        rows.append((f"win rate by {judge}", "", f"{report['win_rate']:.1%}", f"95%: {low:.1%} to {high:.1%}"))
     rows += [
         ("KL to the reference, nats", "0", f"{report['kl']:.2f}", f"± {report['kl_standard_error']:.2f}"),
         ("response length, tokens", f"{length['reference']:.1f}", f"{length['policy']:.1f}", ""),
@@ -361,6 +378,8 @@ class Config:
     """the model that they are held against"""
     data: str = ""
     """take the held-out prompts of this file; default: new ones of the built-in task, whose true reward is known"""
+    reward: str = ""
+    """let a reward model judge the answers too, preferably one that no policy was trained against"""
     prompts: int = 512
     """how many prompts all models answer"""
     max_new_tokens: int = 64
@@ -390,16 +409,19 @@ def main(config: Config) -> None:
     reference, tokenizer = models[config.reference]
     for name, (_, other) in models.items():
         run.require(other == tokenizer, f"{name} and {config.reference} have different tokenizers")
+    reference.to(device)
+    judge = load_reward_model(config.reward, reference, tokenizer) if config.reward else None
     for name in config.policy:
         policy = models[name][0].to(device)
         report, rows = compare(
             policy,
-            reference.to(device),
+            reference,
             tokenizer,
             prompts,
             config.max_new_tokens,
             config.seed,
             true_reward=true_reward,
+            score=partial(mean_scores, judge) if judge else None,
         )
         say(f"\n{name} (after) against {config.reference} (before), {len(prompts)} prompts\n")
         say(comparison_table(report))

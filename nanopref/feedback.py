@@ -20,7 +20,7 @@ import numpy as np
 from nanopref import data, evaluate, reviews, run
 from nanopref.data import Pair, Response
 from nanopref.generate import response_text
-from nanopref.model import GPT, ScalarGPT, load_pretrained
+from nanopref.model import GPT, ScalarGPT
 from nanopref.run import require
 from nanopref.tokenizer import Tokenizer
 
@@ -75,18 +75,6 @@ def scores(model: ScalarGPT, tokenizer: Tokenizer, answers: Sequence[Response]) 
     """What a reward model says of each answer, its heads on average."""
     rows, _ = data.encode_responses(answers, tokenizer, model.config.block_size)
     return evaluate.mean_scores(model, rows)
-
-
-def load_reward_model(name: str | Path, policy: GPT, tokenizer: Tokenizer) -> ScalarGPT:
-    """The reward model of a folder, on the policy's device. Raises UserError where it cannot judge what that writes."""
-    model, other = load_pretrained(name, kind=ScalarGPT)
-    require(other == tokenizer, f"--reward {name}: its tokenizer is not the policy's, so it would misread it")
-    model.to(policy.device).eval()
-    longest, needed = model.config.block_size, policy.config.block_size
-    require(longest >= needed, f"--reward {name}: its context of {longest} is less than the policy's {needed}")
-    said = evaluate.response_scores(model, [([tokenizer.end_of_text], [tokenizer.end_of_text])])
-    require(bool(said.isfinite().all()), f"--reward {name}: gives a score that is no finite number")
-    return model
 
 
 def made_from(reward_model: str) -> str:

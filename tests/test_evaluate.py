@@ -85,7 +85,23 @@ def test_compare_measures_the_kl_of_two_models_that_can_be_enumerated(sft_folder
     assert report["true_reward"]["policy"] == np.mean([len(row["policy"]) for row in rows])
     assert report["true_reward"]["reference_std"] == np.std([len(row["reference"]) for row in rows])
     same, _ = evaluate.compare(reference, reference, tokenizer, prompts[:20], 4, 0)
-    assert same["kl"] == 0 and "true_reward" not in same
+    assert same["kl"] == 0 and "true_reward" not in same and "win_rate" not in same
+
+
+def test_a_score_says_who_wins_where_there_is_no_true_reward(sft_folder):
+    policy, tokenizer = load_pretrained(sft_folder)
+    prompts = [f"The film {i}" for i in range(30)]
+    scores = []
+
+    def score(rows):
+        scores.append([float(sum(response)) for _, response in rows])
+        return scores[-1]
+
+    report, _ = evaluate.compare(policy, policy, tokenizer, prompts, 8, 0, score=score)
+    wins = [(p > r) + 0.5 * (p == r) for p, r in zip(*scores, strict=True)]
+    assert report["win_rate"] == np.mean(wins) and "win rate by score" in evaluate.comparison_table(report)
+    both, _ = evaluate.compare(policy, policy, tokenizer, prompts, 8, 0, score=score, true_reward=lambda text: 0.0)
+    assert both["win_rate"] == 0.5 and "win rate by true reward" in evaluate.comparison_table(both)
 
 
 @settings(deadline=None)
