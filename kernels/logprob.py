@@ -250,8 +250,7 @@ def _slopes(head, targets, logprobs, entropy, lse, grad, grad_entropy, unit, out
 
 @triton.jit
 def _gradient(head, slopes, factor, band, first, begin, width, sums, out, OF_WEIGHT: tl.constexpr):
-    """Slopes · weight for these tokens, or slopesᵀ · hidden for these entries: added to `sums`, or after the last block
-    stored in `out`, times `factor`."""
+    """Slopes · weight or slopesᵀ · hidden: added to `sums`; after the last block stored in `out`, times `factor`."""
     tile, column = _grouped(head, tl.cdiv(head.D, head.COLUMNS))
     count = tl.load(head.count)
     tokens, entries = tl.minimum(count - first, band), tl.minimum(head.V - begin, width)
