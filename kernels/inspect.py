@@ -15,6 +15,7 @@ import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable, Iterator
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -48,11 +49,39 @@ def note(kernel, args: tuple, options: dict, target: GPUTarget) -> tuple[ASTSour
     return ASTSource(kernel, signature, constants, attributes), options
 
 
-def configurations(name: str) -> list[tuple[str, str, ASTSource, dict]]:
+def operators() -> Iterator[str]:
+    """Calls every operator in every dtype and layout, and before each says what comes."""
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        short = str(dtype).removeprefix("torch.")
+        for d, what in ((128, ""), (33, " odd width")):
+            yield short + what
+            head(160, d, 2500, dtype)
+        x = torch.zeros(64, dtype=dtype)
+        for loss in kernels.reference.DPO_LOSSES:
+            yield f"{short} {loss}"
+            slopes = dpo.dpo_loss(x, x, x, x, 0.1, 0.0, loss)[3]
+        yield short
+        dpo.dpo_loss_backward(slopes, slopes, dtype, dtype)
+        x = x.view(1, 64)
+        for policy in (True, False):
+            yield f"{short} {'policy' if policy else 'value'}"
+            *_, share, factors = ppo.clipped_loss(x, x, x, x.bool(), 0.2, policy)
+        yield short
+        ppo.clipped_loss_backward(share, factors, share, dtype)
+
+
+def head(n: int, d: int, v: int, dtype: torch.dtype) -> None:
+    """The log-probs of n tokens, forward and backward."""
+    hidden, weight = torch.zeros(1, n, d, dtype=dtype), torch.zeros(v, d, dtype=dtype)
+    targets, grad = torch.zeros(1, n, dtype=torch.int64), torch.zeros(1, n)
+    out = logprob.token_logprobs(hidden, weight, targets, 1.0)
+    logprob.token_logprobs_backward(grad, grad, hidden, weight, targets, *out, 1.0, True, True)
+
+
+def configurations(name: str, calls: Callable[[], Iterator[str]] = operators) -> list[tuple[str, str, ASTSource, dict]]:
     """(target, first call that uses it, source, options) of each distinct configuration on this target."""
     target, _ = TARGETS[name]
     seen = {}
-    call = ""
     kind, run = triton.runtime.jit.JITFunction, triton.runtime.jit.JITFunction.run
     generation = logprob.generation
 
@@ -63,26 +92,8 @@ def configurations(name: str) -> list[tuple[str, str, ASTSource, dict]]:
     kind.run = record
     logprob.generation = lambda _: target.arch // 10 if target.backend == "cuda" else 0
     try:
-        for dtype in (torch.float32, torch.float16, torch.bfloat16):
-            short = str(dtype).removeprefix("torch.")
-            for d, what in ((128, ""), (33, " odd width")):
-                call = short + what
-                hidden, weight = torch.zeros(1, 160, d, dtype=dtype), torch.zeros(2500, d, dtype=dtype)
-                targets, grad = torch.zeros(1, 160, dtype=torch.int64), torch.zeros(1, 160)
-                out = logprob.token_logprobs(hidden, weight, targets, 1.0)
-                logprob.token_logprobs_backward(grad, grad, hidden, weight, targets, *out, 1.0, True, True)
-            x = torch.zeros(64, dtype=dtype)
-            for loss in kernels.reference.DPO_LOSSES:
-                call = f"{short} {loss}"
-                slopes = dpo.dpo_loss(x, x, x, x, 0.1, 0.0, loss)[3]
-            call = short
-            dpo.dpo_loss_backward(slopes, slopes, dtype, dtype)
-            x = x.view(1, 64)
-            for policy in (True, False):
-                call = f"{short} {'policy' if policy else 'value'}"
-                *_, share, factors = ppo.clipped_loss(x, x, x, x.bool(), 0.2, policy)
-            call = short
-            ppo.clipped_loss_backward(share, factors, share, dtype)
+        for call in calls():  # noqa: B007 (`record` reads it)
+            pass
     finally:
         kind.run, logprob.generation = run, generation
     return list(seen.values())
@@ -100,6 +111,7 @@ def compile_one(name: str, call: str, source: ASTSource, options: dict) -> dict:
     code = built.asm["ptx" if "ptx" in built.asm else "amdgcn"]
     cores = sorted({match[1] or match[2] for match in TENSOR_CORES.finditer(code)})
     row |= {"shared": built.metadata.shared, "shared_limit": limit, "tensor_cores": cores}
+    row["warps"] = built.metadata.num_warps
     if "cubin" in built.asm:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(built.asm["cubin"])
@@ -116,13 +128,13 @@ def compile_one(name: str, call: str, source: ASTSource, options: dict) -> dict:
     return row
 
 
-def survey(targets: list[str], calls: str = "") -> list[dict]:
+def survey(targets: list[str], matching: str = "", calls: Callable[[], Iterator[str]] = operators) -> list[dict]:
     """Rows for every configuration of these targets whose call's description matches the regular expression."""
     if kernels.INTERPRETED:
         raise SystemExit("kernels.inspect: the interpreter compiles nothing; run it without TRITON_INTERPRET")
     # processes, because a compilation holds Python's lock; forked, because a kernel cannot be pickled
     global _jobs
-    _jobs = [job for target in targets for job in configurations(target) if re.search(calls, job[1])]
+    _jobs = [job for target in targets for job in configurations(target, calls) if re.search(matching, job[1])]
     with get_context("fork").Pool(len(os.sched_getaffinity(0))) as pool:
         return pool.map(_compile_numbered, range(len(_jobs)), chunksize=1)
 

@@ -42,11 +42,9 @@ from kernels.reference import IGNORE
 MIB = 2**20
 BLOCK_BYTES, HIDDEN_BYTES, WEIGHT_BYTES, SPAN_BYTES = 80 * MIB, 128 * MIB, 48 * MIB, 64 * MIB
 LIMIT = BLOCK_BYTES + HIDDEN_BYTES + WEIGHT_BYTES
-ROWS = 128  # every buffer has whole tiles of rows, so that stores need no mask
+WHOLE = 256  # every tile divides it, and it every buffer, so that stores need no mask
 BAND = 8192  # rows of a block of slopes, at most
-SPAN = 1024  # vocabulary entries one forward program walks through
-MERGE = 16  # rows a program of `_merge` takes
-GROUP = tl.constexpr(32)  # row tiles that share their columns in the cache
+MERGE, DEPTH = tl.constexpr(16), tl.constexpr(128)  # rows a program of `_merge` takes, and its step along D
 LOG2E, LN2 = 1.4426950408889634, tl.constexpr(0.6931471805599453)
 LOW = tl.constexpr(-1e38)  # stands for -inf, which times 0 would be NaN
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -68,10 +66,13 @@ class Head(NamedTuple):
     stride_wv: int
     stride_wd: int
     scale: float  # from logits to powers of two: 1 / (τ ln 2)
-    TILE: tl.constexpr  # rows and columns of a product's tile
-    BLOCK_K: tl.constexpr  # its step
-    EVEN: tl.constexpr  # whether no tile reaches beyond D
     PRECISION: tl.constexpr
+    EVEN: tl.constexpr  # a power of two that divides D: no tile or step that divides it needs a mask along D
+    ROWS: tl.constexpr  # of this kernel's tile
+    COLUMNS: tl.constexpr
+    STEP: tl.constexpr  # of the dimension that is summed over
+    GROUP: tl.constexpr  # row tiles that share their columns in the cache
+    SPAN: tl.constexpr  # vocabulary entries one forward program walks through
 
 
 def generation(device: torch.device) -> int:
@@ -79,25 +80,36 @@ def generation(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" and not torch.version.hip else 0
 
 
-def launch(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Head, dict]:
-    """The kernels' common argument, and Triton's options.
+def tilings(of: int, wide: bool, even: bool) -> dict[str, dict]:
+    """How each product is tiled, and Triton's options: for a generation, float32 or not, without masks along D or with.
 
-    Widths that are multiples of 128, laid out as usual, take tiles of 128×128 without masks. Others take 64×64, and so
-    does float32 on generations whose registers do not hold the larger tile beside the three parts of a float32 product.
+    Masks take small tiles, and so does float32 on generations whose registers do not hold the larger beside the three
+    parts of a float32 product. A gradient's step must divide the tile of the slopes that it walks along.
     """
-    of, wide = generation(hidden.device), hidden.dtype == torch.float32
-    steps = *hidden.stride()[:2], weight.stride(0), hidden.data_ptr(), weight.data_ptr()
-    even = hidden.shape[-1] % 128 == 0 and hidden.stride(-1) == weight.stride(-1) == 1
-    even = even and all(x % 16 == 0 for x in steps)
     large = even and not (wide and of not in (9, 10))
-    tiling = 128 if large else 64, (32 if wide else 64) if even else 16, even, "tf32x3" if wide and of else "ieee"
+    side, step = 128 if large else 64, (32 if wide else 64) if even else 16
+    usual = {"ROWS": side, "COLUMNS": side, "STEP": step, "GROUP": 32, "SPAN": 1024}
+    usual |= {"num_warps": 8 if large or wide else 4, "num_stages": 3 if of else 2}
+    # on Hopper two forward programs then share an SM, and one's exponentials run beside the other's products
+    cap = {"maxnreg": 128} if of == 9 and even and not wide else {}
+    return {"forward": usual | cap, "slopes": usual, "hidden": usual, "weight": usual}
+
+
+def launch(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> dict[str, tuple[Head, dict]]:
+    """What each product's kernel takes first, and Triton's options."""
+    of, wide, d = generation(hidden.device), hidden.dtype == torch.float32, hidden.shape[-1]
+    steps = *hidden.stride()[:2], weight.stride(0), hidden.data_ptr(), weight.data_ptr()
+    even = d % 128 == 0 and hidden.stride(-1) == weight.stride(-1) == 1 and all(x % 16 == 0 for x in steps)
     ignored = targets.flatten() == IGNORE
     rows = ignored.byte().argsort(stable=True).int()  # 32 bits: dividing 64 takes a subroutine
-    head = Head(
-        hidden, weight, rows, (~ignored).sum(dtype=torch.int32), *weight.shape, targets.shape[1],
-        *hidden.stride(), *weight.stride(), LOG2E / temperature, *map(tl.constexpr, tiling),
-    )  # fmt: skip
-    return head, {"num_warps": 8 if large or wide else 4, "num_stages": 3 if of else 2}
+    common = hidden, weight, rows, (~ignored).sum(dtype=torch.int32), *weight.shape, targets.shape[1]
+    common += *hidden.stride(), *weight.stride(), LOG2E / temperature
+    constants = {"PRECISION": "tf32x3" if wide and of else "ieee", "EVEN": min(d & -d, WHOLE) if even else 1}
+    heads = {}
+    for product, tiling in tilings(of, wide, even).items():
+        own = {name: tl.constexpr(x) for name, x in (constants | tiling).items() if name in Head._fields}
+        heads[product] = Head(*common, **own), {name: x for name, x in tiling.items() if name not in own}
+    return heads
 
 
 @triton.jit
@@ -115,51 +127,47 @@ def _place(head, row, count):
 
 
 @triton.jit
-def _grouped(column_tiles):
+def _grouped(head, column_tiles):
     """This program's tile, in an order in which neighbours in time share rows or columns."""
     program, row_tiles = tl.program_id(0), tl.num_programs(0) // column_tiles
-    first = program // (GROUP * column_tiles) * GROUP
-    rows = tl.minimum(row_tiles - first, GROUP)
-    inner = program % (GROUP * column_tiles)
+    first = program // (head.GROUP * column_tiles) * head.GROUP
+    rows = tl.minimum(row_tiles - first, head.GROUP)
+    inner = program % (head.GROUP * column_tiles)
     return first + inner % rows, inner // rows
 
 
 @triton.jit
 def _logits(head, place, column):
     """x = z/ln 2 of the tokens at `place` and the vocabulary entries `column`: a float32 tile."""
-    k = tl.arange(0, head.BLOCK_K).to(tl.int64)
-    # offsets stay and the base moves, which keeps registers free; a column beyond V repeats the last, for the caller
-    # to mask
+    k = tl.arange(0, head.STEP).to(tl.int64)
+    # offsets stay and the base moves, which saves registers; columns beyond V repeat the last, for the caller to mask
     w = tl.minimum(column, head.V - 1).to(tl.int64)[None, :] * head.stride_wv + k[:, None] * head.stride_wd
     h = head.hidden + place[:, None] + k[None, :] * head.stride_d
     weight = head.weight
-    acc = tl.zeros([head.TILE, head.TILE], tl.float32)
-    for start in range(0, head.D, head.BLOCK_K):
-        if head.EVEN:
-            a, b = tl.load(h), tl.load(weight + w)
-        else:
-            a = tl.load(h, mask=(start + k < head.D)[None, :], other=0.0)
-            b = tl.load(weight + w, mask=(start + k < head.D)[:, None], other=0.0)
+    acc = tl.zeros([head.ROWS, head.COLUMNS], tl.float32)
+    for start in range(0, head.D, head.STEP):
+        inside = start + k < head.D
+        a = tl.load(h) if head.EVEN % head.STEP == 0 else tl.load(h, mask=inside[None, :], other=0.0)
+        b = tl.load(weight + w) if head.EVEN % head.STEP == 0 else tl.load(weight + w, mask=inside[:, None], other=0.0)
         acc = _dot(a, b, acc, head.PRECISION)
-        h += tl.cast(head.BLOCK_K, tl.int64) * head.stride_d
-        weight += tl.cast(head.BLOCK_K, tl.int64) * head.stride_wd
+        h += tl.cast(head.STEP, tl.int64) * head.stride_d
+        weight += tl.cast(head.STEP, tl.int64) * head.stride_wd
     return head.scale * acc
 
 
 @triton.jit
-def _forward(head, spans, first, band, SPAN: tl.constexpr):
+def _forward(head, spans, first, band):
     """Of each row and span: the largest x, Σ 2^(x-max) and Σ 2^(x-max)·(x-max)."""
-    tile, span = _grouped(tl.cdiv(head.V, SPAN))
+    tile, span = _grouped(head, tl.cdiv(head.V, head.SPAN))
     count = tl.load(head.count)
-    if first + tile * head.TILE >= count:
+    if first + tile * head.ROWS >= count:
         return
-    local = tile * head.TILE + tl.arange(0, head.TILE)
-    place = _place(head, first + local, count)
-    top = tl.full([head.TILE], LOW, tl.float32)
-    total = tl.zeros([head.TILE], tl.float32)
-    moment = tl.zeros([head.TILE], tl.float32)
-    for start in range(span * SPAN, tl.minimum((span + 1) * SPAN, head.V), head.TILE):
-        column = start + tl.arange(0, head.TILE)
+    place = _place(head, first + tile * head.ROWS + tl.arange(0, head.ROWS), count)
+    top = tl.full([head.ROWS], LOW, tl.float32)
+    total = tl.zeros([head.ROWS], tl.float32)
+    moment = tl.zeros([head.ROWS], tl.float32)
+    for start in range(span * head.SPAN, tl.minimum((span + 1) * head.SPAN, head.V), head.COLUMNS):
+        column = start + tl.arange(0, head.COLUMNS)
         x = _logits(head, place, column)
         x = tl.where(column[None, :] < head.V, x, LOW)
         new = tl.maximum(top, tl.max(x, 1))
@@ -169,17 +177,15 @@ def _forward(head, spans, first, band, SPAN: tl.constexpr):
         moment = keep * (moment + total * (top - new)) + tl.sum(p * x, 1)
         total = keep * total + tl.sum(p, 1)
         top = new
-    # `local` again, and above the scale before the mask: otherwise 128 registers do not suffice
-    at = spans + span * 3 * band + tile * head.TILE + tl.arange(0, head.TILE)
+    # the rows again, and above the scale before the mask: otherwise 128 registers do not suffice
+    at = spans + span * 3 * band + tile * head.ROWS + tl.arange(0, head.ROWS)
     tl.store(at, top)
     tl.store(at + band, total)
     tl.store(at + 2 * band, moment)
 
 
 @triton.jit
-def _merge(
-    head, targets, spans, logprobs, entropy, lse, first, band, number, MERGE: tl.constexpr, BLOCK_D: tl.constexpr
-):
+def _merge(head, targets, spans, logprobs, entropy, lse, first, band, number):
     """The spans of each row in their order, and the target's x -> log-prob and entropy in nats, log-sum-exp in bits."""
     count = tl.load(head.count)
     local = tl.program_id(0) * MERGE + tl.arange(0, MERGE)
@@ -196,16 +202,16 @@ def _merge(
         moment = keep * (moment + total * (top - new)) + more * (other_moment + other_total * (other - new))
         total = keep * total + more * other_total
         top = new
-    k = tl.arange(0, BLOCK_D).to(tl.int64)
+    k = tl.arange(0, DEPTH).to(tl.int64)
     token = tl.load(head.rows + tl.minimum(first + local, count - 1))
     h = head.hidden + _place(head, first + local, count)[:, None] + k[None, :] * head.stride_d
     w = head.weight + tl.load(targets + token)[:, None] * head.stride_wv + k[None, :] * head.stride_wd
     x = tl.zeros([MERGE], tl.float32)
-    for start in range(0, head.D, BLOCK_D):
+    for start in range(0, head.D, DEPTH):
         inside = (start + k < head.D)[None, :]
         x += tl.sum(tl.load(h, mask=inside, other=0.0).to(tl.float32) * tl.load(w, mask=inside, other=0.0), 1)
-        h += tl.cast(BLOCK_D, tl.int64) * head.stride_d
-        w += tl.cast(BLOCK_D, tl.int64) * head.stride_wd
+        h += tl.cast(DEPTH, tl.int64) * head.stride_d
+        w += tl.cast(DEPTH, tl.int64) * head.stride_wd
     inside = first + local < count
     bits = tl.log2(total)
     # differences first, so that large logits cost no digits; the target's x was summed in another order than the
@@ -218,12 +224,12 @@ def _merge(
 @triton.jit
 def _slopes(head, targets, logprobs, entropy, lse, grad, grad_entropy, unit, out, first, begin, width):
     """∂/∂z · unit for a band of rows from `first` and `width` entries from `begin` on; 0 beyond the last of both."""
-    tile, column = _grouped(tl.cdiv(tl.minimum(width, head.V - begin), head.TILE))
+    tile, column = _grouped(head, tl.cdiv(tl.minimum(width, head.V - begin), head.COLUMNS))
     count = tl.load(head.count)
-    if first + tile * head.TILE >= count:
+    if first + tile * head.ROWS >= count:
         return
-    local = tile * head.TILE + tl.arange(0, head.TILE)
-    offset = column * head.TILE + tl.arange(0, head.TILE)
+    local = tile * head.ROWS + tl.arange(0, head.ROWS)
+    offset = column * head.COLUMNS + tl.arange(0, head.COLUMNS)
     x = _logits(head, _place(head, first + local, count), begin + offset)
     token = tl.load(head.rows + tl.minimum(first + local, count - 1))
     x -= tl.load(lse + token)[:, None]  # log2 p
@@ -235,33 +241,32 @@ def _slopes(head, targets, logprobs, entropy, lse, grad, grad_entropy, unit, out
     # over it, whole, the slope of the target: its log p is known to more digits than x, which matters where p is almost
     # 1; afterwards, because the tile's registers are then free
     tl.debug_barrier()
-    target = tl.load(targets + token) - begin - column * head.TILE
+    target = tl.load(targets + token) - begin - column * head.COLUMNS
     logp = tl.load(logprobs + token)
     hit = g - tl.exp(logp) * (g + e * (logp + h))
-    inside = (first + local < count) & (target >= 0) & (target < head.TILE)
-    tl.store(out + local * width + column * head.TILE + target, hit.to(out.dtype.element_ty), mask=inside)
+    inside = (first + local < count) & (target >= 0) & (target < head.COLUMNS)
+    tl.store(out + local * width + column * head.COLUMNS + target, hit.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _gradient(head, slopes, sums, factor, out, band, first, begin, width, OF_WEIGHT: tl.constexpr):
-    """Slopes · weight for these tokens, or slopesᵀ · hidden for these entries: added to `sums`, or after the last block
-    stored in `out`, times `factor`."""
-    tile, column = _grouped(tl.cdiv(head.D, head.TILE))
+def _gradient(head, slopes, factor, band, first, begin, width, sums, out, OF_WEIGHT: tl.constexpr):
+    """Slopes · weight or slopesᵀ · hidden: added to `sums`; after the last block stored in `out`, times `factor`."""
+    tile, column = _grouped(head, tl.cdiv(head.D, head.COLUMNS))
     count = tl.load(head.count)
     tokens, entries = tl.minimum(count - first, band), tl.minimum(head.V - begin, width)
     if OF_WEIGHT:
         length, depth, fresh, last = entries, tokens, first == 0, first + band >= count
     else:
         length, depth, fresh, last = tokens, entries, begin == 0, begin + width >= head.V
-    if (tile * head.TILE >= length) | ((tokens <= 0) & (first > 0)):
+    if (tile * head.ROWS >= length) | ((tokens <= 0) & (first > 0)):
         return
-    local = tile * head.TILE + tl.arange(0, head.TILE)
-    column = (column * head.TILE + tl.arange(0, head.TILE)).to(tl.int64)
+    local = tile * head.ROWS + tl.arange(0, head.ROWS)
+    column = (column * head.COLUMNS + tl.arange(0, head.COLUMNS)).to(tl.int64)
     inside = (local < length)[:, None] & (column < head.D)[None, :]
     at = sums + local[:, None] * head.D + column[None, :]
     acc = tl.load(at, mask=inside & (not fresh), other=0.0)
-    for start in range(0, depth, head.BLOCK_K):
-        k = start + tl.arange(0, head.BLOCK_K)  # beyond the last token or entry the slopes are 0
+    for start in range(0, depth, head.STEP):
+        k = start + tl.arange(0, head.STEP)  # beyond the last token or entry the slopes are 0
         if OF_WEIGHT:
             a = tl.load(slopes + k[None, :] * width + local[:, None])
             x = head.hidden + _place(head, first + k, count)[:, None] + column[None, :] * head.stride_d
@@ -269,7 +274,7 @@ def _gradient(head, slopes, sums, factor, out, band, first, begin, width, OF_WEI
             a = tl.load(slopes + local[:, None] * width + k[None, :])
             entry = tl.minimum(begin + k, head.V - 1).to(tl.int64)
             x = head.weight + entry[:, None] * head.stride_wv + column[None, :] * head.stride_wd
-        b = tl.load(x) if head.EVEN else tl.load(x, mask=(column < head.D)[None, :], other=0.0)
+        b = tl.load(x) if head.EVEN % head.COLUMNS == 0 else tl.load(x, mask=(column < head.D)[None, :], other=0.0)
         acc = _dot(a, b, acc, head.PRECISION)
     if last:
         to = begin + local if OF_WEIGHT else tl.load(head.rows + first + local, mask=local < length, other=0)
@@ -281,12 +286,12 @@ def _gradient(head, slopes, sums, factor, out, band, first, begin, width, OF_WEI
 
 def _whole(x: int) -> int:
     """Rounded up to whole tiles."""
-    return triton.cdiv(x, ROWS) * ROWS
+    return triton.cdiv(x, WHOLE) * WHOLE
 
 
 def _fit(budget: int, each: int) -> int:
     """How many rows (or columns) of `each` bytes fit, in whole tiles; one tile at the least."""
-    return max(1, budget // (each * ROWS)) * ROWS
+    return max(1, budget // (each * WHOLE)) * WHOLE
 
 
 def plan(n: int, v: int, d: int, size: int) -> tuple[int, int, int, int]:
@@ -319,16 +324,13 @@ def token_logprobs(
         return out
     valid = (targets == IGNORE) | ((targets >= 0) & (targets < v))
     torch._assert_async(valid.all(), "kernels: a target is not in [0, V) and not -100")
-    head, options = launch(hidden, weight, targets, temperature)
-    number = triton.cdiv(v, SPAN)
+    head, options = launch(hidden, weight, targets, temperature)["forward"]
+    number = triton.cdiv(v, head.SPAN.value)
     band = min(_whole(n), _fit(SPAN_BYTES, 12 * number))
     spans = hidden.new_empty(3 * number * band, dtype=torch.float32)
-    # on Hopper two programs then share an SM, and one's exponentials run beside the other's products
-    capped = generation(hidden.device) == 9 and hidden.dtype != torch.float32 and head.EVEN.value
-    cap = {"maxnreg": 128} if capped else {}
     for first in range(0, n, band):
-        _forward[(band // head.TILE.value * number,)](head, spans, first, band, SPAN=SPAN, **options, **cap)
-        _merge[(band // MERGE,)](head, targets.contiguous(), spans, *out, first, band, number, MERGE=MERGE, BLOCK_D=128)
+        _forward[(band // head.ROWS.value * number,)](head, spans, first, band, **options)
+        _merge[(band // MERGE.value,)](head, targets.contiguous(), spans, *out, first, band, number)
     return out
 
 
@@ -348,7 +350,7 @@ def token_logprobs_backward(
     out_weight = torch.zeros(weight.shape if of_weight else 0, dtype=weight.dtype, device=weight.device)
     if n == 0:
         return out_hidden, out_weight
-    head, options = launch(hidden, weight, targets, temperature)
+    heads = launch(hidden, weight, targets, temperature)
     saved = targets.contiguous(), logprobs, entropy, lse, grad.contiguous(), grad_entropy.contiguous()
     # float16 has few exponents: a power of two brings the largest slope near 2^13 (|p (log p + H)| < 22 for V < 2^31)
     size = grad.abs().amax() + 22 * grad_entropy.abs().amax()
@@ -360,22 +362,23 @@ def token_logprobs_backward(
     sums = hidden.new_empty(group, d, dtype=torch.float32)
     weight_sums = hidden.new_empty(extra, d, dtype=torch.float32) if extra else sums
     together = of_hidden and of_weight and group >= n
-    tile = head.TILE.value
-    row_tiles, column_tiles = band // tile, triton.cdiv(d, tile)
+
+    def run(kernel, product: str, rows: int, columns: int, *arguments, **constants) -> None:
+        head, options = heads[product]
+        grid = triton.cdiv(rows, head.ROWS.value) * triton.cdiv(columns, head.COLUMNS.value)
+        kernel[(grid,)](head, *arguments, **constants, **options)
 
     def visit(start: int, end: int, to_hidden: bool, to_weight: bool) -> None:
         """The blocks of these rows: slopes, and what they add to the gradients."""
         for begin in range(0, v, width):
-            entry_tiles = triton.cdiv(min(width, v - begin), tile)
+            entries = min(width, v - begin)
             for first in range(start, end, band):
-                block = first, begin, width
-                _slopes[(row_tiles * entry_tiles,)](head, *saved, unit, slopes, *block, **options)
+                run(_slopes, "slopes", band, entries, *saved, unit, slopes, first, begin, width)
+                block = slopes, factor, band, first, begin, width
                 if to_hidden:
-                    part = head, slopes, sums[first - start :], factor, out_hidden, band
-                    _gradient[(row_tiles * column_tiles,)](*part, *block, OF_WEIGHT=False, **options)
+                    run(_gradient, "hidden", band, d, *block, sums[first - start :], out_hidden, OF_WEIGHT=False)
                 if to_weight:
-                    part = head, slopes, weight_sums, factor, out_weight, band
-                    _gradient[(entry_tiles * column_tiles,)](*part, *block, OF_WEIGHT=True, **options)
+                    run(_gradient, "weight", entries, d, *block, weight_sums, out_weight, OF_WEIGHT=True)
 
     if of_hidden:
         for start in range(0, n, group):

@@ -44,6 +44,12 @@ def problem(n, v, d, dtype, *, magnitude=1.0, ignored=0.3, layout="contiguous", 
     return laid_out(hidden, layout), laid_out(weight, layout), targets.to(DEVICE)
 
 
+def tile(monkeypatch, **changes):
+    """All four products tiled otherwise."""
+    usual = logprob.tilings
+    monkeypatch.setattr(logprob, "tilings", lambda *of: {name: t | changes for name, t in usual(*of).items()})
+
+
 def check(hidden, weight, targets, temperature=1.0, seed=0):
     """Values and gradients of both outputs against float64, element by element; returns them as computed."""
     g = torch.Generator().manual_seed(seed + 1)
@@ -116,7 +122,7 @@ def test_a_width_that_is_no_multiple_of_a_tile_in_rows_that_are():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_vocabulary_of_several_spans_and_no_multiple_of_a_block(dtype):
-    check(*problem(130, 2 * logprob.SPAN + 77, 128, dtype))
+    check(*problem(130, 2 * 1024 + 77, 128, dtype))
 
 
 def test_logits_of_ten_thousand():
@@ -163,17 +169,51 @@ def test_slopes_at_both_ends_of_the_range_of_float16():
     assert ((weight.grad - want).abs() <= 2.0**-9 * want.abs() + 2.0**-24).all()
 
 
+def small_budgets(monkeypatch, together, size, d):
+    """So small that 580 tokens and 530 entries make every loop over bands, blocks and groups run more than once."""
+    monkeypatch.setattr(logprob, "SPAN_BYTES", 12 * 2 * 256)
+    monkeypatch.setattr(logprob, "BAND", 256)
+    monkeypatch.setattr(logprob, "BLOCK_BYTES", 512 * size * 256)
+    monkeypatch.setattr(logprob, "HIDDEN_BYTES", (768 if together else 512) * 4 * d)
+    monkeypatch.setattr(logprob, "WEIGHT_BYTES", 256 * 4 * d)
+    assert logprob.plan(580, 530, d, size) == ((256, 256, 768, 256) if together else (256, 512, 512, 0))
+
+
 @pytest.mark.parametrize("together", [True, False])
 def test_bands_and_blocks_of_rows_and_columns(monkeypatch, together):
-    """Budgets so small that every loop over bands, blocks and groups runs more than once."""
-    monkeypatch.setattr(logprob, "SPAN_BYTES", 12 * 2 * 128)
-    monkeypatch.setattr(logprob, "BAND", 128)
-    monkeypatch.setattr(logprob, "BLOCK_BYTES", 384 * 4 * 128)
-    monkeypatch.setattr(logprob, "HIDDEN_BYTES", (384 if together else 256) * 4 * 64)
-    monkeypatch.setattr(logprob, "WEIGHT_BYTES", 256 * 4 * 64)
-    assert logprob.plan(290, 1030, 64, 4) == ((128, 256, 384, 256) if together else (128, 256, 256, 0))
-    check(*problem(290, 1030, 64, torch.float32))
-    check(*problem(290, 1030, 64, torch.float32, ignored=0.7))  # the last bands then hold no token that counts
+    small_budgets(monkeypatch, together, 4, 64)
+    check(*problem(580, 530, 64, torch.float32))
+    check(*problem(580, 530, 64, torch.float32, ignored=0.7))  # the last bands then hold no token that counts
+
+
+TILINGS = [
+    {"ROWS": 128, "COLUMNS": 256, "STEP": 32, "num_warps": 8},
+    {"ROWS": 256, "COLUMNS": 128, "STEP": 32, "num_warps": 8, "GROUP": 2},
+    {"ROWS": 64, "COLUMNS": 256, "STEP": 64, "num_warps": 4, "SPAN": 256},
+]
+
+
+@pytest.mark.parametrize("changes", TILINGS, ids=lambda x: f"{x['ROWS']}x{x['COLUMNS']}")
+@pytest.mark.parametrize("together, d", [(True, 128), (False, 256), (True, 33)])  # 256 columns need a mask but for 256
+def test_other_tilings(monkeypatch, changes, together, d):
+    small_budgets(monkeypatch, together, 2, d)
+    tile(monkeypatch, **changes)
+    runs = [check(*problem(580, 531, d, torch.bfloat16)) for _ in range(2 if d == 128 else 1)]
+    assert all(torch.equal(a, b) for a, b in zip(runs[0], runs[-1], strict=True))
+    check(*problem(3, 65, d, torch.float16))
+
+
+def test_any_tiling_fits_the_buffers_and_the_steps_over_slopes():
+    for of in (0, 7, 8, 9, 10, 12):
+        for wide in (True, False):
+            for even in (True, False):
+                found = logprob.tilings(of, wide, even)
+                assert list(found) == ["forward", "slopes", "hidden", "weight"]
+                for tiling in found.values():
+                    assert logprob.WHOLE % tiling["ROWS"] == logprob.WHOLE % tiling["COLUMNS"] == 0
+                    assert tiling["SPAN"] % tiling["COLUMNS"] == 0
+                assert found["slopes"]["COLUMNS"] % found["hidden"]["STEP"] == 0
+                assert found["slopes"]["ROWS"] % found["weight"]["STEP"] == 0
 
 
 def test_memory_is_bounded_whatever_the_size():
@@ -184,13 +224,14 @@ def test_memory_is_bounded_whatever_the_size():
                 for v in (100, 50257, 128256, 2**20):
                     band, width, group, extra = logprob.plan(n, v, d, size)
                     assert size * band * width + 4 * d * (group + extra) <= logprob.LIMIT
-                    assert band % 128 == width % 128 == group % band == 0
+                    assert band % logprob.WHOLE == width % logprob.WHOLE == group % band == 0
                     bands = 1 if band >= n else 2
                     assert bands == 1 or (extra or group) >= width  # the sums hold a block's columns
 
 
-def test_more_row_tiles_than_share_their_columns():
-    check(*problem(64 * (logprob.GROUP.value + 3) - 20, 130, 16, torch.float32, ignored=0.01))
+def test_more_row_tiles_than_share_their_columns(monkeypatch):
+    tile(monkeypatch, GROUP=3)
+    check(*problem(64 * 8 - 20, 130, 16, torch.float32, ignored=0.01))
 
 
 def test_offsets_beyond_two_to_the_thirty_one():
@@ -281,9 +322,9 @@ def test_masked_tokens_cost_no_arithmetic(products):
 def test_a_frozen_input_costs_no_arithmetic(monkeypatch, products, together):
     """The other's gradient is the same to the bit, and as many products fewer as the frozen one's gradient takes."""
     if not together:
-        monkeypatch.setattr(logprob, "HIDDEN_BYTES", 128 * 4 * 128)
-    hidden, weight, targets = problem(200, 100, 128, torch.float32, ignored=0)
-    assert (logprob.plan(200, 100, 128, 4)[2] >= 200) == together
+        monkeypatch.setattr(logprob, "HIDDEN_BYTES", 256 * 4 * 128)
+    hidden, weight, targets = problem(300, 100, 128, torch.float32, ignored=0)
+    assert (logprob.plan(300, 100, 128, 4)[2] >= 300) == together
     counts, grads = {}, {}
     for wanted in ((True, True), (True, False), (False, True)):
         inputs = [x.detach().requires_grad_(want) for x, want in zip((hidden, weight), wanted, strict=True)]
@@ -292,8 +333,8 @@ def test_a_frozen_input_costs_no_arithmetic(monkeypatch, products, together):
         products.clear()
         (logp.sum() + entropy.square().sum()).backward()
         counts[wanted], grads[wanted] = len(products), [x.grad for x in inputs]
-    # tiles of 64 in steps of 32: 4 rows of them times 2 columns, 200 rows (or 128 and 72), 100 entries, a width of 128
-    logits, of_hidden, of_weight = 4 * 2 * 4, 4 * 2 * 4, 2 * 2 * 7
+    # tiles of 64 in steps of 32: 5 rows of them times 2 columns, 300 rows (or 256 and 44), 100 entries, a width of 128
+    logits, of_hidden, of_weight = 5 * 2 * 4, 5 * 2 * 4, 2 * 2 * 10
     assert counts[True, False] == logits + of_hidden
     assert counts[False, True] == logits + of_weight
     assert counts[True, True] == logits * (1 if together else 2) + of_hidden + of_weight
