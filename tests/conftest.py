@@ -13,7 +13,7 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # which must be chosen before anything imports triton
 
-from nanopref import sft
+from nanopref import evaluate, sft
 
 settings.register_profile("patient", deadline=None)  # a busy machine is no error
 settings.load_profile("patient")
@@ -23,8 +23,14 @@ settings.load_profile("patient")
 def sft_folder(tmp_path_factory) -> str:
     """A small GPT that has seen a few hundred film reviews."""
     out = tmp_path_factory.mktemp("sft") / "run"
-    sft.train(sft.Config(out=str(out), steps=60, batch_size=32, device="cpu"))
+    sft.train(sft.Config(out=str(out), steps=60, device="cpu"))
     return str(out)
+
+
+@pytest.fixture
+def no_picture(monkeypatch) -> None:
+    """For runs of which only the numbers are looked at: matplotlib takes longer than so small a run."""
+    monkeypatch.setattr(evaluate, "plot", lambda panels, path: None)
 
 
 @pytest.fixture(scope="session")
