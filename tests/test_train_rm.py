@@ -107,6 +107,7 @@ def test_it_learns_what_people_reward(sft_folder, tmp_path):
         rows.append({"prompt": x, "chosen": best, "rejected": worst})
     (tmp_path / "pairs.jsonl").write_bytes(lines(*rows))
     settings = SMALL | {"data": str(tmp_path / "pairs.jsonl"), "lr": 1e-3, "init": sft_folder, "micro_batch": 16}
+    settings |= {"eval_every": 100, "save_every": 100}
     train_rm.train(train_rm.Config(out=str(tmp_path / "rm"), **settings))
     _, report = results(tmp_path / "rm")
     assert report["held_out"]["accuracy"] > 0.75
