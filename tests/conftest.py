@@ -3,7 +3,11 @@
 import nanopref  # noqa: F401  (before torch, whose threads it tells how to wait)
 
 # isort: split
+import json
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +21,33 @@ from nanopref import evaluate, sft
 
 settings.register_profile("patient", deadline=None)  # a busy machine is no error
 settings.load_profile("patient")
+
+
+def pytest_collection_modifyitems(items):
+    """What waits for the compiler comes last."""
+    items.sort(key=lambda item: "compiled" in item.fixturenames)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiler(request):
+    """`kernels.inspect`, at work from the first test on with what the tests, of one thread mostly, leave idle."""
+    if not any("compiled" in item.fixturenames for item in request.session.items):
+        yield
+        return
+    command = ["nice", "-n", "5", sys.executable, "-m", "kernels.inspect", "--json"]
+    environment, pipe = os.environ | {"TRITON_INTERPRET": "0"}, subprocess.PIPE
+    process = subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+    yield process
+    if process.poll() is None:  # the tests were stopped before they needed it
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="session")
+def compiled(compiler) -> list[dict]:
+    """A row for each kernel, target and configuration."""
+    output, errors = compiler.communicate()
+    assert compiler.returncode == 0, output + errors
+    return json.loads(output)
 
 
 @pytest.fixture(scope="session")
