@@ -9,6 +9,7 @@ import nanopref  # noqa: F401  (first, because it sets how torch's threads wait,
 
 # isort: split
 import copy
+import functools
 import math
 import random
 import shlex
@@ -43,7 +44,7 @@ class Config(run.Options):
     data: str = ""
     """pairs or labelled texts, as for train_rm.py: their prompts or openings are answered, and a new reward model is
     trained on them; default: film reviews"""
-    reward: tuple[str, ...] = ()
+    reward: tuple[str, ...] | None = None
     """reward models: run folders, or `true` for the built-in task's own; default: one is trained first, in OUT/rm"""
     reward_weights: tuple[float, ...] = ()
     """a weight for each --reward, whose weighted scores are added; default: 1 each"""
@@ -75,8 +76,8 @@ class Config(run.Options):
     """the critic's; default: that of the policy"""
     value_weight: float = 0.5
     """weight of the critic's loss, which matters for --critic head and for the gradient's norm"""
-    value_warmup: int = 2
-    """gae: rounds in which only the critic learns"""
+    value_warmup: int | None = None
+    """gae: rounds in which only the critic learns; default: 2, but always fewer than --iterations"""
     beta: float = 0.1
     """price of a nat of KL from the reference, in units of score; with --kl-target its first value"""
     kl_target: float | None = None
@@ -119,17 +120,20 @@ class Config(run.Options):
         names = ("lr", "critic_lr", "kl_target", "max_kl", "clip", "value_clip", "early_stop_kl", "grad_clip")
         run.require_positive(self, *names)
         run.require_not_negative(self, "beta", "doubt", "missing_end", "value_weight", "value_warmup", "entropy")
+        require(self.clip < 1, f"--clip must be below 1, so that 1 - clip is a ratio, not {self.clip}")
+        require(self.reward != (), "--reward: name at least one reward model, or leave the flag out")
         check_sampling(self.max_new_tokens, self.temperature, 0, 1.0)
         require(self.temperature > 0, "--temperature must be above 0: a greedy policy has nothing to learn from")
         require(self.rm_pairs >= 20, f"--rm-pairs must be at least 20, not {self.rm_pairs}")
         require(0 < self.gamma <= 1, f"--gamma must be above 0 and at most 1, not {self.gamma}")
         require(0 <= self.lam <= 1, f"--lam must be from 0 to 1, not {self.lam}")
+        reward = self.reward or ()
         require(
-            len(self.reward_weights) in (0, len(self.reward)),
-            f"--reward-weights: {len(self.reward_weights)} weights for {len(self.reward)} reward models",
+            len(self.reward_weights) in (0, len(reward)),
+            f"--reward-weights: {len(self.reward_weights)} weights for {len(reward)} reward models",
         )
         require(all(map(math.isfinite, self.reward_weights)), "--reward-weights must be finite numbers")
-        require("true" not in self.reward or not self.data, "--reward true: only the built-in task knows its own")
+        require("true" not in reward or not self.data, "--reward true: only the built-in task knows its own")
         require(
             self.advantage == "gae" or self.group is None or self.group > 1,
             f"--advantage {self.advantage} compares the responses to one prompt, so --group must be at least 2",
@@ -141,22 +145,25 @@ class Config(run.Options):
             f"--value-warmup {self.value_warmup} leaves none of {self.iterations} --iterations for the policy",
         )
         require(self.beta > 0 or not self.kl_target, "--kl-target multiplies --beta, which must not be 0 then")
-        require(not self.doubt or self.reward, "--doubt needs a --reward with several heads (train_rm.py --heads)")
+        require(not self.doubt or reward, "--doubt needs a --reward with several heads (train_rm.py --heads)")
 
     def resolved(self) -> "Config":
         """The defaults that depend on other flags, filled in."""
-        init = self.init or next(filter(None, map(feedback.made_from, self.reward)), "")
+        reward = self.reward or ()
+        init = self.init or next(filter(None, map(feedback.made_from, reward)), "")
         lr = self.lr or ((1e-5 if init else 1e-4) if self.data else 3e-4)
+        warmup = min(2, self.iterations - 1) if self.value_warmup is None else self.value_warmup
         return replace(
             self,
             init=init,
+            reward=reward,
             lr=lr,
             critic_lr=self.critic_lr or lr,
-            value_warmup=self.value_warmup if self.advantage == "gae" else 0,
+            value_warmup=warmup if self.advantage == "gae" else 0,
             group=self.group or (1 if self.advantage == "gae" else 4),
             # over the round, RLOO's baseline would see its own sample after all, and GRPO's would be scaled twice
             whiten_advantages=self.advantage == "gae" if self.whiten_advantages is None else self.whiten_advantages,
-            reward_weights=self.reward_weights or (1.0,) * max(1, len(self.reward)),
+            reward_weights=self.reward_weights or (1.0,) * max(1, len(reward)),
         )
 
 
@@ -172,7 +179,7 @@ class Learner(nn.Module):
         """log π_θ(targets), entropy, and V before each target: each [B, T], float32."""
         with run.autocast(inputs.device):
             hidden = self.policy.hidden(inputs)
-            logprobs, entropies = token_logprobs(self.policy, hidden, targets, mask, temperature)
+            logprobs, entropies = token_logprobs(self.policy, hidden, targets, mask, temperature, entropy=True)
         return logprobs, entropies, self.values(inputs, hidden)
 
     def values(self, inputs: Tensor, hidden: Tensor | None = None) -> Tensor:
@@ -371,13 +378,12 @@ def train(config: Config) -> None:
     report(config, this, result | {"data": dict(notes)}, answers)
 
 
-def token_logprobs(model: GPT, hidden: Tensor, targets: Tensor, mask: Tensor, temperature: float):
-    """log π(targets) and entropy at the mask's tokens, each [B, T], 0 elsewhere."""
-    counted = targets.where(mask.bool(), IGNORE).flatten()
-    results = kernels.token_logprobs(
-        hidden.flatten(0, 1), model.unembedding, counted, temperature=temperature, entropy=True
-    )
-    return tuple(x.view(targets.shape) for x in results)
+def token_logprobs(model: GPT, hidden: Tensor, targets: Tensor, mask: Tensor, temperature: float, entropy=False):
+    """log π(targets) at the mask's tokens [B, T], 0 elsewhere; with `entropy` a pair, the entropies too."""
+    counted = targets.where(mask.bool(), IGNORE)
+    shaped = hidden.flatten(0, 1), model.unembedding, counted.flatten()
+    results = kernels.token_logprobs(*shaped, temperature=temperature, entropy=entropy)
+    return tuple(x.view_as(targets) for x in results) if entropy else results.view_as(targets)
 
 
 @torch.no_grad()
@@ -390,7 +396,7 @@ def look(learner: Learner, reference: GPT, batch: data.Batch, lengths: list[int]
         values[piece, :length] = learner.values(inputs)
         with run.autocast(inputs.device):
             hidden = reference.hidden(inputs)
-            ref_logprobs[piece, :length], _ = token_logprobs(reference, hidden, targets, mask, config.temperature)
+            ref_logprobs[piece, :length] = token_logprobs(reference, hidden, targets, mask, config.temperature)
     return values, ref_logprobs
 
 
@@ -486,22 +492,19 @@ def report(config: Config, this: Run, result: dict, answers: list[dict]) -> None
         for row in metrics:
             row["true_reward_std"] = (row["true_reward"] - true["reference"]) / (true["reference_std"] or 1.0)
         rewards["true_reward_std"] = "true reward, in reference std"
+    curves = functools.partial(evaluate.curves, metrics, xlabel="round")
     panels = [
-        evaluate.curves(metrics, rewards, "reward"),
-        evaluate.curves(metrics, {"kl": "k1", "kl_k3": "k3"}, "KL to the reference, nats a response"),
-        evaluate.curves(metrics, {"entropy": "π_θ"}, "entropy, nats a token"),
-        evaluate.curves(metrics, {"clip_fraction": "policy", "value_clip_fraction": "value"}, "share clipped"),
-        evaluate.curves(metrics, {"value_loss": "value"}, "value loss"),
-        evaluate.curves(metrics, {"explained_variance": "critic"}, "explained variance of the returns"),
-        evaluate.curves(metrics, {"response_length": "tokens"}, "response length"),
-        evaluate.curves(metrics, {"unended": "share"}, "responses without end-of-text"),
-        evaluate.curves(metrics, {"approx_kl": "π_old, π_θ"}, "KL within a round, nats a token"),
-        evaluate.curves(metrics, {"beta": "β"}, "β"),
-        evaluate.curves(
-            metrics,
-            {"rollout_tokens_per_second": "rollout", "learning_tokens_per_second": "learning"},
-            "tokens a second",
-        ),
+        curves(rewards, "reward"),
+        curves({"kl": "k1", "kl_k3": "k3"}, "KL to the reference, nats a response"),
+        curves({"entropy": "π_θ"}, "entropy, nats a token"),
+        curves({"clip_fraction": "policy", "value_clip_fraction": "value"}, "share clipped"),
+        curves({"value_loss": "value"}, "value loss"),
+        curves({"explained_variance": "critic"}, "explained variance of the returns"),
+        curves({"response_length": "tokens"}, "response length"),
+        curves({"unended": "share"}, "responses without end-of-text"),
+        curves({"approx_kl": "π_old, π_θ"}, "KL within a round, nats a token"),
+        curves({"beta": "β"}, "β"),
+        curves({"rollout_tokens_per_second": "rollout", "learning_tokens_per_second": "learning"}, "tokens a second"),
     ]
     if true:
         after = {name: [row[f"{name}_true_reward"] for row in answers] for name in ("reference", "policy")}

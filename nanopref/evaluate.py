@@ -315,7 +315,9 @@ def plot(panels: Sequence[Callable[[Any], None]], path: Path) -> None:
     plt.close(figure)
 
 
-def curves(metrics: Sequence[dict[str, float]], names: dict[str, str], title: str) -> Callable[[Any], None]:
+def curves(
+    metrics: Sequence[dict[str, float]], names: dict[str, str], title: str, xlabel: str = "step"
+) -> Callable[[Any], None]:
     """A panel with one curve for each logged name, {name: legend}, over the steps; sparse ones get markers."""
 
     def draw(axis) -> None:
@@ -324,7 +326,7 @@ def curves(metrics: Sequence[dict[str, float]], names: dict[str, str], title: st
             if points:
                 marker = "o" if len(points) <= 0.5 * len(metrics) or len(points) == 1 else None
                 axis.plot(*zip(*points, strict=True), label=legend, marker=marker, alpha=0.9)
-        axis.set(title=title, xlabel="step")
+        axis.set(title=title, xlabel=xlabel)
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.legend(frameon=False)
 

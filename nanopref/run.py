@@ -36,6 +36,11 @@ from tqdm import tqdm
 
 import kernels
 
+try:
+    import fcntl
+except ImportError:  # a system without it does not notice two runs in one folder
+    fcntl = None
+
 
 class UserError(Exception):
     """Something the user can mend: one sentence that says what. Commands print it and exit with code 2."""
@@ -272,6 +277,29 @@ def batches(n: int, size: int, steps: int, seed: int, start: int = 0) -> Iterato
 # ---- the folder ------------------------------------------------------------------------------------------------------
 
 
+_locks: dict[Path, int] = {}  # the folders that this process works in, and the open handles that lock them
+
+
+def lock(folder: Path) -> None:
+    """Raise UserError where another process works in the folder; keep others out until this one ends, however it ends.
+
+    The folder itself is locked, so nothing is left in it that could be stale.
+    """
+    if fcntl is None:
+        return
+    if folder.resolve() in _locks:  # locked by an earlier run of this process, or an old folder that was overwritten
+        os.close(_locks.pop(folder.resolve()))
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise UserError(f"--out {folder}: another process is training there; wait, or choose another --out") from None
+    except OSError:  # a file system without locks
+        pass
+    _locks[folder.resolve()] = handle
+
+
 class Run:
     """The folder of one run. Nothing is touched before `begin`."""
 
@@ -321,16 +349,21 @@ class Run:
             )
 
     def begin(self) -> None:
-        """Create the folder and write config.json. With `--overwrite`, an old run is removed first."""
+        """Create the folder, lock it and write config.json. With `--overwrite`, an old run is removed first.
+
+        Raises UserError where another process works in the folder.
+        """
         barrier()  # all processes have looked at the folder before one of them changes it
         if rank() == 0:
             if self.config.overwrite and self.folder.exists():
+                lock(self.folder)
                 aside = self.folder.with_name(f".{self.folder.name}.{os.getpid()}{PARTIAL}")
                 self.folder.rename(aside)
                 shutil.rmtree(aside)
             if self.config.resume and not (self.folder / "config.json").exists():
                 say(f"nothing to resume in {self.folder}: starting from the beginning")
             self.folder.mkdir(parents=True, exist_ok=True)
+            lock(self.folder)
             for left in self.folder.rglob(f".*{PARTIAL}"):  # by a process that was killed while it wrote
                 left.unlink()
             versions = {name: version(name) for name in ("torch", "triton", "numpy", "tiktoken", "safetensors")}

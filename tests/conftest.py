@@ -3,7 +3,11 @@
 import nanopref  # noqa: F401  (before torch, whose threads it tells how to wait)
 
 # isort: split
+import json
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,18 +17,51 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # which must be chosen before anything imports triton
 
-from nanopref import sft
+from nanopref import evaluate, sft
 
 settings.register_profile("patient", deadline=None)  # a busy machine is no error
 settings.load_profile("patient")
+
+
+def pytest_collection_modifyitems(items):
+    """What waits for the compiler comes last."""
+    items.sort(key=lambda item: "compiled" in item.fixturenames)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiler(request):
+    """`kernels.inspect`, at work from the first test on with what the tests, of one thread mostly, leave idle."""
+    if not any("compiled" in item.fixturenames for item in request.session.items):
+        yield
+        return
+    command = ["nice", "-n", "5", sys.executable, "-m", "kernels.inspect", "--json"]
+    environment, pipe = os.environ | {"TRITON_INTERPRET": "0"}, subprocess.PIPE
+    process = subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+    yield process
+    if process.poll() is None:  # the tests were stopped before they needed it
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="session")
+def compiled(compiler) -> list[dict]:
+    """A row for each kernel, target and configuration."""
+    output, errors = compiler.communicate()
+    assert compiler.returncode == 0, output + errors
+    return json.loads(output)
 
 
 @pytest.fixture(scope="session")
 def sft_folder(tmp_path_factory) -> str:
     """A small GPT that has seen a few hundred film reviews."""
     out = tmp_path_factory.mktemp("sft") / "run"
-    sft.train(sft.Config(out=str(out), steps=60, batch_size=32, device="cpu"))
+    sft.train(sft.Config(out=str(out), steps=60, device="cpu"))
     return str(out)
+
+
+@pytest.fixture
+def no_picture(monkeypatch) -> None:
+    """For runs of which only the numbers are looked at: matplotlib takes longer than so small a run."""
+    monkeypatch.setattr(evaluate, "plot", lambda panels, path: None)
 
 
 @pytest.fixture(scope="session")

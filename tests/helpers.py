@@ -1,16 +1,25 @@
 """What the tests of the three scripts share: start one, read what it left, and feed it nonsense."""
 
+import importlib
 import json
+import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+import tyro
 
 from nanopref import run
 
 ROOT = Path(__file__).parent.parent
+
+# a server that has imported what the scripts need, of which each forked process is a copy that has done nothing yet
+forks = multiprocessing.get_context("forkserver")
+forks.set_forkserver_preload(["train_dpo", "train_rm", "train_ppo", "torch._dynamo", "pytest"])
 
 
 def flags(**settings) -> list[str]:
@@ -32,6 +41,46 @@ def finish(process: subprocess.Popen) -> None:
     """Wait for a script that should succeed."""
     _, errors = process.communicate()
     assert process.returncode == 0, errors
+
+
+class Fork(forks.Process):
+    """A script in a process of its own, as from `start`, but at work at once: to import torch takes seconds."""
+
+    def __init__(self, log: Path, script: str, *words: str, **environment: str):
+        super().__init__(target=_run_script, args=(log, script, words, environment))
+        self.log = log
+        self.start()
+
+    def finish(self) -> tuple[int, str]:
+        """The exit code, negative where a signal ended it, and what it wrote to stdout and stderr."""
+        self.join()
+        return self.exitcode, self.log.read_text()
+
+    def kill(self) -> int:
+        super().kill()
+        return self.finish()[0]
+
+    def succeed(self) -> None:
+        code, output = self.finish()
+        assert code == 0, output
+
+
+def two_processes(folder: Path, script: str, *words: str) -> list[Fork]:
+    """The script as torchrun starts it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    return [Fork(folder / f"log {i}", script, *words, RANK=str(i), LOCAL_RANK=str(i), **common) for i in range(2)]
+
+
+def _run_script(log: Path, script: str, words: tuple[str, ...], environment: dict[str, str]) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(environment)
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
+    sys.argv = [script, *words]
+    module = importlib.import_module(script.removesuffix(".py"))
+    run.main(module.train, tyro.cli(module.Config, args=words))
 
 
 def results(folder: Path) -> tuple[list[dict], dict]:

@@ -3,10 +3,12 @@
 import json
 import math
 import os
+import time
 from collections import Counter
 
 import pytest
 import torch
+from helpers import forks
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -120,6 +122,32 @@ def test_overwrite_replaces_a_run_only_when_it_begins(tmp_path):
     this.begin()
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
     assert json.loads((tmp_path / "run" / "config.json").read_text())["flags"]["seed"] == 7
+
+
+def work(folder, begun) -> None:
+    a_run(folder)
+    begun.set()
+    time.sleep(600)
+
+
+def test_a_folder_in_which_another_process_works_is_refused_until_it_ends(tmp_path):
+    started_together = Run(Options(out=str(tmp_path / "run")))
+    begun = forks.Event()
+    other = forks.Process(target=work, args=(tmp_path / "run", begun))
+    other.start()
+    try:
+        assert begun.wait(60)
+        before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+        late = (Run(Options(out=str(tmp_path / "run"), **{how: True})) for how in ("resume", "overwrite"))
+        for this in (started_together, *late):
+            with pytest.raises(UserError, match="another process is training there"):
+                this.begin()
+        assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    finally:
+        other.kill()
+        other.join()
+    a_run(tmp_path / "run", resume=True)
+    a_run(tmp_path / "run", overwrite=True)  # and one process may work there again and again
 
 
 def test_seconds_add_up_over_resumed_runs(tmp_path):

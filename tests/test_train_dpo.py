@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import os
 import random
 import re
 import signal
@@ -13,7 +14,7 @@ from pathlib import Path
 import helpers
 import pytest
 import torch
-from helpers import flags, lines, results, start
+from helpers import Fork, flags, lines, results, start
 from safetensors.torch import load_file, save_file
 
 import train_dpo
@@ -88,34 +89,27 @@ def test_killed_at_random_moments_and_resumed_it_ends_the_same(sft_folder, left_
     words = flags(out=tmp_path / "run", init=sft_folder, resume=True, **SMALL)
     metrics, moments = tmp_path / "run" / "metrics.jsonl", random.Random(0)
     for kill in range(5):
-        process = start("train_dpo.py", *words)
-        if kill == 0:
-            time.sleep(moments.uniform(1.0, 2.0))
-        while kill and process.poll() is None and (not metrics.exists() or metrics.read_text().count("\n") < 6 * kill):
+        script = Fork(tmp_path / "log", "train_dpo.py", *words)
+        while kill and script.is_alive() and (not metrics.exists() or metrics.read_text().count("\n") < 6 * kill):
             time.sleep(0.005)
-        time.sleep(moments.uniform(0, 0.2))
-        process.kill()
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
-    process = start("train_dpo.py", *words)
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors
+        time.sleep(moments.uniform(0, 0.2 if kill else 1.0))
+        assert script.kill() == -signal.SIGKILL
+    Fork(tmp_path / "log", "train_dpo.py", *words).succeed()
     assert results(tmp_path / "run") == results(left_alone)
 
 
 def test_ctrl_c_saves_and_says_how_to_continue(sft_folder, left_alone, tmp_path):
     words = flags(out=tmp_path / "run", init=sft_folder, **(SMALL | {"save_every": 1000}))
-    process = start("train_dpo.py", *words)
+    script = Fork(tmp_path / "log", "train_dpo.py", *words)
     metrics = tmp_path / "run" / "metrics.jsonl"
-    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 3):
+    while script.is_alive() and not (metrics.exists() and metrics.read_text().count("\n") >= 3):
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate()
-    assert process.returncode == 130 and "--resume" in errors and "Traceback" not in errors
+    os.kill(script.pid, signal.SIGINT)
+    code, errors = script.finish()
+    assert code == 130 and "--resume" in errors and "Traceback" not in errors
     done = torch.load(tmp_path / "run" / "state.pt", weights_only=True)["step"]
     assert 3 <= done and f"{done} of" in errors
-    process = start("train_dpo.py", *words, "--resume")
-    process.communicate()
+    Fork(tmp_path / "log", "train_dpo.py", *words, "--resume").succeed()
     assert results(tmp_path / "run") == results(left_alone)
 
 
@@ -140,7 +134,7 @@ def judge(sft_folder, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("file", ["", "texts.jsonl", "pairs.jsonl"])
-def test_a_reward_model_compares_the_answers(file, sft_folder, judge, tmp_path, capsys):
+def test_a_reward_model_compares_the_answers(file, sft_folder, judge, tmp_path, capsys, no_picture):
     """Of two answers the one that scores higher is chosen; the prompts are those of the file, or the task's."""
     rng = random.Random(0)
     texts = [" ".join(reviews.sample_response(rng, reviews.sample_prompt(rng)) for _ in range(5)) for _ in range(30)]
@@ -171,7 +165,7 @@ def test_the_reward_models_own_policy_is_where_to_begin(sft_folder, judge, tmp_p
     assert settings.init == sft_folder and (settings.annotators, settings.noise) == (1, 0.0)
 
 
-def test_the_triton_path_gives_the_same_curve(tmp_path):
+def test_the_triton_path_gives_the_same_curve(tmp_path, no_picture):
     """Without a GPU through Triton's interpreter, which is slow: few steps of a very small model."""
     torch.manual_seed(0)
     tokenizer = Tokenizer.train(["a film and its plot"], 270)
@@ -187,8 +181,8 @@ def test_the_triton_path_gives_the_same_curve(tmp_path):
 
 
 def test_from_nothing_it_trains_an_sft_model_and_learns(tmp_path, capsys):
-    settings = SMALL | {"pairs": 512, "eval_prompts": 128, "epochs": 3, "max_new_tokens": 48, "eval_every": 50}
-    settings |= {"noise": 0.0, "beta": 0.1, "lr": 1e-3}
+    settings = SMALL | {"pairs": 512, "eval_prompts": 128, "epochs": 2, "max_new_tokens": 48, "eval_every": 50}
+    settings |= {"noise": 0.0, "beta": 0.1, "lr": 1e-3, "micro_batch": 16, "save_every": 100}
     train_dpo.train(train_dpo.Config(out=str(tmp_path / "dpo"), sft_steps=200, **settings))
     output = capsys.readouterr().out
     assert "supervised fine-tuning first" in output and "win rate" in output and "before" in output
@@ -329,7 +323,7 @@ def test_a_prompt_longer_than_the_context_is_cut_and_counted(tmp_path, capsys):
     assert count >= 9 and f"{count} prompts cut on the left" in capsys.readouterr().out
 
 
-def test_data_that_changed_are_noticed_on_resume(tmp_path, capsys):
+def test_data_that_changed_are_noticed_on_resume(tmp_path, capsys, no_picture):
     tokenizer = Tokenizer.train(["a film and its plot"], 270)
     save_pretrained(GPT(GPTConfig(tokenizer.vocab_size, 32, 1, 2, 16)), tokenizer, tmp_path / "init")
     rows = [{"prompt": f"film {i}", "chosen": " good", "rejected": " bad"} for i in range(12)]

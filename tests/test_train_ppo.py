@@ -13,13 +13,15 @@ import helpers
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import finish, flags, results, start
+import tyro
+from helpers import Fork, finish, flags, results, start, two_processes
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 
 import kernels
 import train_ppo
-from nanopref import data, losses, reviews, run
+from nanopref import data, evaluate, losses, reviews, run
 from nanopref.generate import generate
 from nanopref.model import GPT, GPTConfig, ScalarGPT, load_pretrained, save_pretrained
 from nanopref.tokenizer import Tokenizer
@@ -96,7 +98,7 @@ def all_responses(model: GPT, tokenizer: Tokenizer) -> tuple[list[str], torch.Te
 
 
 @pytest.mark.parametrize("settings", [{}, {"critic": "head"}, {"advantage": "rloo"}], ids=["gae", "head", "rloo"])
-def test_ppo_finds_the_closed_form_optimum_of_a_bandit(bandit, settings, tmp_path, monkeypatch):
+def test_ppo_finds_the_closed_form_optimum_of_a_bandit(bandit, settings, tmp_path, monkeypatch, no_picture):
     """π* ∝ π_ref exp(r/β), over every response there is."""
     monkeypatch.setattr(reviews, "true_reward", bandit_reward)
     monkeypatch.setattr(reviews, "sample_prompt", lambda rng: PROMPT)
@@ -174,7 +176,7 @@ def test_the_samplers_logprobs_are_the_learners(sft_folder, temperature, seed):
     assert (found[batch.mask == 0] == 0).all() and (entropies[batch.mask == 0] == 0).all() and (values == 0).all()
 
 
-def test_a_round_is_the_arithmetic_by_hand(sft_folder, reward_folder, tmp_path, monkeypatch):
+def test_a_round_is_the_arithmetic_by_hand(sft_folder, reward_folder, tmp_path, monkeypatch, no_picture):
     """What reaches the losses in the second round, when the policy has left the reference, token by token."""
     seen = {"rounds": [], "policy": [], "value": []}
     ordinary = {name: getattr(train_ppo, name) for name in ("generate", "look")}
@@ -237,7 +239,7 @@ def test_a_round_is_the_arithmetic_by_hand(sft_folder, reward_folder, tmp_path, 
         assert found[0][inside].tolist() == pytest.approx(expected, abs=1e-4)
 
 
-def test_gradients_do_not_pile_up(sft_folder, reward_folder, tmp_path):
+def test_gradients_do_not_pile_up(sft_folder, reward_folder, tmp_path, no_picture):
     """Where nothing moves, a second pass has the gradient of the first."""
     norms = []
     for epochs in (1, 3):
@@ -248,19 +250,35 @@ def test_gradients_do_not_pile_up(sft_folder, reward_folder, tmp_path):
     assert norms[0] == pytest.approx(norms[1], rel=1e-3)
 
 
-def test_an_entropy_bonus_raises_the_entropy(sft_folder, tmp_path):
+def test_an_entropy_bonus_raises_the_entropy(sft_folder, tmp_path, no_picture):
     words = SMALL | {"iterations": 5, "value_warmup": 0, "lr": 1e-3, "entropy": 0.3, "max_kl": 1e4}
     train_ppo.train(train_ppo.Config(out=str(tmp_path / "ppo"), init=sft_folder, reward=("true",), **words))
     metrics, _ = results(tmp_path / "ppo")
     assert metrics[-1]["entropy"] > metrics[0]["entropy"] + 0.1
 
 
-def test_the_warm_up_leaves_the_policy_alone(sft_folder, reward_folder, tmp_path):
-    """With the critic on the policy's own trunk too: only the head learns."""
+def test_the_warm_up_leaves_the_policy_alone(sft_folder, reward_folder, tmp_path, monkeypatch):
+    """With the critic on the policy's own trunk too: only the head learns. And the picture counts rounds."""
+    axis = Figure().subplots()
+    monkeypatch.setattr(evaluate, "plot", lambda panels, path: panels[0](axis))
     words = SMALL | {"iterations": 3, "value_warmup": 2, "lr": 1e-2, "critic": "head", "max_kl": 1e4}
     train_ppo.train(train_ppo.Config(out=str(tmp_path / "ppo"), init=sft_folder, reward=(reward_folder,), **words))
     metrics, _ = results(tmp_path / "ppo")
     assert metrics[2]["kl_k3"] == pytest.approx(0, abs=1e-4) and metrics[1]["value_loss"] != metrics[0]["value_loss"]
+    assert axis.get_xlabel() == "round"
+
+
+def test_a_look_at_the_reference_computes_no_entropy(sft_folder, monkeypatch):
+    policy, tokenizer = load_pretrained(sft_folder)
+    batch = data.collate([(tokenizer.encode("A film"), tokenizer.encode(" that works."))])
+    asked, ordinary = [], kernels.token_logprobs
+    monkeypatch.setattr(
+        kernels, "token_logprobs", lambda *a, **more: asked.append(more.get("entropy", False)) or ordinary(*a, **more)
+    )
+    learner = train_ppo.Learner(policy, None, 0.1)
+    _, looked = train_ppo.look(learner, policy, batch, [batch.inputs.shape[1]], train_ppo.Config())
+    found, _, _ = learner(*batch, 1.0)
+    assert asked == [False, True] and torch.equal(looked, found)
 
 
 @pytest.mark.parametrize("kind", ["network", "head"])
@@ -281,7 +299,7 @@ def test_a_prompts_padding_changes_nothing(sft_folder, kind):
         torch.testing.assert_close(a[0][mask], b[0, :n][mask], atol=1e-5, rtol=1e-5)
 
 
-def test_what_micro_batches_accumulate_is_the_minibatchs_gradient(sft_folder, reward_folder, tmp_path):
+def test_what_micro_batches_accumulate_is_the_minibatchs_gradient(sft_folder, reward_folder, tmp_path, no_picture):
     """The first round's losses do not depend on how many responses are in memory at once."""
     rows = {}
     for micro in (2, 16):
@@ -296,14 +314,12 @@ def test_killed_and_resumed_it_ends_the_same(sft_folder, reward_folder, left_alo
     words = flags(out=tmp_path / "run", init=sft_folder, reward=reward_folder, kl_target=1.0, resume=True, **SMALL)
     metrics, moments = tmp_path / "run" / "metrics.jsonl", random.Random(0)
     for kill in range(3):
-        process = start("train_ppo.py", *words)
-        while process.poll() is None and (not metrics.exists() or metrics.read_text().count("\n") < 2 * kill):
+        script = Fork(tmp_path / "log", "train_ppo.py", *words)
+        while script.is_alive() and (not metrics.exists() or metrics.read_text().count("\n") < 2 * kill):
             time.sleep(0.005)
         time.sleep(moments.uniform(0, 0.3))
-        process.kill()
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
-    finish(start("train_ppo.py", *words))
+        assert script.kill() == -signal.SIGKILL
+    Fork(tmp_path / "log", "train_ppo.py", *words).succeed()
     assert results(tmp_path / "run") == results(left_alone)
 
 
@@ -367,7 +383,7 @@ def test_a_critic_starts_from_the_reward_model(sft_folder):
     assert train_ppo.new_critic(train_ppo.Config(advantage="rloo"), policy, [reward_model]) is None
 
 
-def test_the_triton_path_gives_the_same_curve(tmp_path, monkeypatch):
+def test_the_triton_path_gives_the_same_curve(tmp_path, monkeypatch, no_picture):
     """Without a GPU through Triton's interpreter, which is slow: few steps of a very small model."""
     torch.manual_seed(0)
     tokenizer = Tokenizer.train(["a film and its plot"], 270)
@@ -427,6 +443,8 @@ def test_real_prompts_are_answered_and_cut(real_data, tmp_path, capsys):
         ({"lam": 1.5}, "--lam must be from 0 to 1"),
         ({"gamma": 0.0}, "--gamma must be above 0"),
         ({"clip": 0.0}, "--clip must be above 0"),
+        ({"clip": 1.5}, "--clip must be below 1"),
+        ({"reward": ()}, "--reward: name at least one reward model"),
         ({"iterations": 0}, "--iterations must be at least 1"),
         ({"rm_pairs": 5}, "--rm-pairs must be at least 20"),
         ({"data": "nowhere.jsonl"}, "no such file"),
@@ -461,6 +479,19 @@ def test_reward_models_that_do_not_fit_are_refused(sft_folder, reward_folder, tm
     refuse(tmp_path / "huge", "gives a score that is no finite number")
     refuse(reward_folder, "which writes no text", init=reward_folder)
     refuse(reward_folder, "--doubt needs a --reward with several heads", doubt=1.0)
+
+
+def test_a_reward_flag_without_a_value_is_not_an_absent_one():
+    assert tyro.cli(train_ppo.Config, args=[]).reward is None
+    assert tyro.cli(train_ppo.Config, args=["--reward"]).reward == ()
+    assert tyro.cli(train_ppo.Config, args=["--reward", "true"]).reward == ("true",)
+
+
+@pytest.mark.parametrize("iterations, warmup", [(1, 0), (2, 1), (3, 2), (40, 2)])
+def test_the_warm_up_leaves_rounds_for_the_policy_unless_asked(iterations, warmup):
+    config = train_ppo.Config(iterations=iterations)
+    config.check()
+    assert config.resolved().value_warmup == warmup
 
 
 @pytest.mark.parametrize("advantage", ["rloo", "grpo"])
@@ -520,7 +551,8 @@ def test_overwrite_spares_the_reward_model(left_alone, sft_folder, capsys):
 
 
 def test_several_processes_are_refused(tmp_path):
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    process = start("train_ppo.py", "--out", str(tmp_path / "out"), "--device", "cpu", launcher=launcher)
-    _, errors = process.communicate()
-    assert process.returncode != 0 and "runs as one process" in errors and not (tmp_path / "out").exists()
+    both = two_processes(tmp_path, "train_ppo.py", *flags(out=tmp_path / "out", device="cpu"))
+    (code, output), (other_code, _) = (script.finish() for script in both)
+    # the first says why; the other may instead find that the first has gone while the two were still meeting
+    assert code == 2 and other_code in (1, 2) and "runs as one process" in output and "Traceback" not in output
+    assert not (tmp_path / "out").exists()

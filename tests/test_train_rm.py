@@ -11,7 +11,7 @@ import helpers
 import numpy as np
 import pytest
 import torch
-from helpers import finish, flags, lines, results, start
+from helpers import Fork, finish, flags, lines, results, start, two_processes
 
 import train_rm
 from nanopref import data, evaluate, reviews, run
@@ -107,13 +107,14 @@ def test_it_learns_what_people_reward(sft_folder, tmp_path):
         rows.append({"prompt": x, "chosen": best, "rejected": worst})
     (tmp_path / "pairs.jsonl").write_bytes(lines(*rows))
     settings = SMALL | {"data": str(tmp_path / "pairs.jsonl"), "lr": 1e-3, "init": sft_folder, "micro_batch": 16}
+    settings |= {"eval_every": 100, "save_every": 100}
     train_rm.train(train_rm.Config(out=str(tmp_path / "rm"), **settings))
     _, report = results(tmp_path / "rm")
     assert report["held_out"]["accuracy"] > 0.75
     assert "rank_correlation" not in report  # the file's true reward is not ours to know
 
 
-def test_it_learns_from_texts_with_labels(sft_folder, tmp_path):
+def test_it_learns_from_texts_with_labels(sft_folder, tmp_path, no_picture):
     """Texts of good reviews and of bad ones: passages it has not seen are told apart."""
     rng = random.Random(0)
     rows = []
@@ -146,7 +147,7 @@ def test_several_heads_differ_and_say_how_much(sft_folder, tmp_path, capsys):
     assert report["doubt"] > 0.01 and "doubt" in capsys.readouterr().out
 
 
-def test_a_margin_is_asked_for(sft_folder, tmp_path):
+def test_a_margin_is_asked_for(sft_folder, tmp_path, no_picture):
     """The first loss, at equal weights, is that of r_w - r_l - m."""
     rows = [{"prompt": f"film {i}", "chosen": f" good {i}", "rejected": " bad", "margin": i % 3} for i in range(40)]
     (tmp_path / "pairs.jsonl").write_bytes(lines(*rows))
@@ -172,19 +173,18 @@ def test_killed_and_resumed_it_ends_the_same(sft_folder, left_alone, tmp_path):
     words = flags(out=tmp_path / "run", init=sft_folder, resume=True, **SMALL)
     metrics, moments = tmp_path / "run" / "metrics.jsonl", random.Random(0)
     for kill in range(3):
-        process = start("train_rm.py", *words)
-        while process.poll() is None and (not metrics.exists() or metrics.read_text().count("\n") < 5 * kill + 1):
+        script = Fork(tmp_path / "log", "train_rm.py", *words)
+        while script.is_alive() and (not metrics.exists() or metrics.read_text().count("\n") < 5 * kill + 1):
             time.sleep(0.005)
         time.sleep(moments.uniform(0, 0.2))
-        process.kill()
-        process.communicate()
-    finish(start("train_rm.py", *words))
+        script.kill()
+    Fork(tmp_path / "log", "train_rm.py", *words).succeed()
     assert results(tmp_path / "run") == results(left_alone)
 
 
 def test_two_processes_give_the_losses_of_one(sft_folder, left_alone, tmp_path):
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    finish(start("train_rm.py", *flags(out=tmp_path / "run", init=sft_folder, **SMALL), launcher=launcher))
+    for script in two_processes(tmp_path, "train_rm.py", *flags(out=tmp_path / "run", init=sft_folder, **SMALL)):
+        script.succeed()
     one, two = results(left_alone)[0], results(tmp_path / "run")[0]
     for a, b in zip(one, two, strict=True):
         assert a == pytest.approx(b, rel=1e-2, abs=1e-3)  # float32 sums in another order, through 12 steps of AdamW
