@@ -186,16 +186,16 @@ def test_bands_and_blocks_of_rows_and_columns(monkeypatch, together):
     check(*problem(580, 530, 64, torch.float32, ignored=0.7))  # the last bands then hold no token that counts
 
 
-TILINGS = [
-    {"ROWS": 128, "COLUMNS": 256, "STEP": 32, "num_warps": 8},
-    {"ROWS": 256, "COLUMNS": 128, "STEP": 32, "num_warps": 8, "GROUP": 2},
-    {"ROWS": 64, "COLUMNS": 256, "STEP": 64, "num_warps": 4, "SPAN": 256},
-]
+TILINGS = {  # with the width, whose tiles of 256 columns need a mask but for 256, and how often blocks are visited
+    "128x256": ({"ROWS": 128, "COLUMNS": 256, "STEP": 32, "num_warps": 8}, 128, True),
+    "256x128": ({"ROWS": 256, "COLUMNS": 128, "STEP": 32, "num_warps": 8, "GROUP": 2}, 33, True),
+    "64x256": ({"ROWS": 64, "COLUMNS": 256, "STEP": 64, "num_warps": 4, "SPAN": 256}, 256, False),
+}
 
 
-@pytest.mark.parametrize("changes", TILINGS, ids=lambda x: f"{x['ROWS']}x{x['COLUMNS']}")
-@pytest.mark.parametrize("together, d", [(True, 128), (False, 256), (True, 33)])  # 256 columns need a mask but for 256
-def test_other_tilings(monkeypatch, changes, together, d):
+@pytest.mark.parametrize("name", TILINGS)
+def test_other_tilings(monkeypatch, name):
+    changes, d, together = TILINGS[name]
     small_budgets(monkeypatch, together, 2, d)
     tile(monkeypatch, **changes)
     runs = [check(*problem(580, 531, d, torch.bfloat16)) for _ in range(2 if d == 128 else 1)]

@@ -50,7 +50,7 @@ def test_only_response_tokens_count_where_there_is_a_prompt(small_model, tmp_pat
     model, tokenizer = load_pretrained(small_model)
     rows, _ = data.split(data.read_responses(config.data)[0])
     total = count = 0
-    for prompt, response, _ in rows:
+    for prompt, response, *_ in rows:
         x, y = tokenizer.encode(prompt), [*tokenizer.encode(response), tokenizer.end_of_text]
         logp = model(torch.tensor([x + y])).log_softmax(-1)[0]
         total += sum(logp[len(x) - 1 + i, t].item() for i, t in enumerate(y))

@@ -141,7 +141,7 @@ def test_a_reward_model_compares_the_answers(file, sft_folder, judge, tmp_path, 
     (tmp_path / "texts.jsonl").write_bytes(lines(*({"text": text, "label": i % 2} for i, text in enumerate(texts))))
     rows = [{"prompt": reviews.sample_prompt(rng), "chosen": "this", "rejected": "that"} for _ in range(60)]
     (tmp_path / "pairs.jsonl").write_bytes(lines(*rows))
-    settings = SMALL | {"init": sft_folder, "reward": str(judge), "epochs": 1, "eval_every": 99}
+    settings = SMALL | {"init": sft_folder, "reward": str(judge), "epochs": 1, "eval_every": 99, "save_every": 99}
     data_file = str(tmp_path / file) if file else ""
     train_dpo.train(train_dpo.Config(out=str(tmp_path / "run"), data=data_file, **settings))
     model, tokenizer = load_pretrained(judge, kind=ScalarGPT)

@@ -124,6 +124,7 @@ def test_it_learns_from_texts_with_labels(sft_folder, tmp_path, no_picture):
         rows.append({"text": " ".join(answers[:10]), "label": int(good)})
     (tmp_path / "texts.jsonl").write_bytes(lines(*rows))
     settings = SMALL | {"data": str(tmp_path / "texts.jsonl"), "lr": 1e-3, "init": sft_folder, "micro_batch": 16}
+    settings |= {"eval_every": 99, "save_every": 99}
     train_rm.train(train_rm.Config(out=str(tmp_path / "rm"), **settings))
     _, report = results(tmp_path / "rm")
     assert report["held_out"]["pairs"] >= 16 and report["held_out"]["accuracy"] > 0.75
