@@ -27,7 +27,7 @@ from safetensors.torch import save
 import kernels
 from nanopref import data, evaluate, feedback, reviews, run, sft
 from nanopref.data import Pair
-from nanopref.model import load_pretrained, save_pretrained
+from nanopref.model import find_model, load_pretrained, save_pretrained
 from nanopref.run import Run, UserError, require, say
 
 
@@ -42,7 +42,8 @@ class Config(run.Options):
     sft_steps: int | None = None
     """steps of a new SFT model (default: its own); `python -m nanopref.sft --help` has the rest"""
     data: str = ""
-    """pairs in JSON Lines (prompt, chosen, rejected; or two whole dialogues); default: sampled from the model"""
+    """pairs in JSON Lines (prompt, chosen, rejected; or two whole dialogues), with --reward also labelled texts, of
+    which the prompts are taken; default: pairs are sampled from the model"""
     reward: str = ""
     """a reward model (train_rm.py), which compares new answers of the model to the prompts of --data, or of the task"""
     pairs: int = 4096
@@ -64,7 +65,7 @@ class Config(run.Options):
     micro_batch: int = 16
     """pairs in memory at once; more steps of this size are accumulated"""
     lr: float | None = None
-    """peak learning rate; default: 7e-4 on the built-in task, 1e-4 on a file, 5e-6 for a file with --init"""
+    """peak learning rate; default: 7e-4 on the built-in task, 1e-4 on a file, 5e-6 with --init or --reward too"""
     warmup: int = 10
     """steps of linear warm-up"""
     weight_decay: float = 0.0
@@ -123,8 +124,10 @@ def train(config: Config) -> None:
         pairs, held_out_pairs = data.split(pairs)  # the same tenth that SFT holds out
     if config.init:
         policy, tokenizer = load_pretrained(config.init)
+        policy.to(device)
     reward_model = None
     if config.reward:
+        find_model(config.reward)  # so that a missing folder is called that
         require(config.init, "--reward: name the policy that it was trained for with --init")
         reward_model = evaluate.load_reward_model(config.reward, policy, tokenizer)
     this.begin()

@@ -225,6 +225,8 @@ def train(config: Config) -> None:
     room = context - config.max_new_tokens
     require(room > 0, f"--max-new-tokens {config.max_new_tokens} leaves no room for a prompt in a context of {context}")
     prompts, new_prompts = read_prompts(config)
+    if config.data and not config.reward:
+        data.read_comparisons(config.data)  # what a reward model will be trained on
     this.begin()
 
     # 1. π_SFT, where the policy starts and what it is held to; and the reward model.

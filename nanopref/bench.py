@@ -393,6 +393,9 @@ def main(config: Config) -> None:
     require(300 <= config.vocab_size <= 54000, f"--vocab-size must be 300 to 54000, not {config.vocab_size}")
     require(config.tokens >= 32, f"--tokens must be at least 32, not {config.tokens}")
     require(config.steps > WARM_UP, f"--steps must be more than the {WARM_UP} that do not count, not {config.steps}")
+    run.require_at_least_one(config, "batch_size", "micro_batch", "prompts", "new_tokens")
+    require(config.batch_size % config.micro_batch == 0, "--batch-size must be a multiple of --micro-batch")
+    require(config.new_tokens <= config.tokens - config.tokens // 8, "--new-tokens: more than fit behind the prompts")
     run.start("cuda" if CUDA else "cpu", 0)
     about = {"card": card(), "threads": torch.get_num_threads(), "flags": asdict(config)}
     about["command"] = shlex.join(["python", "-m", "nanopref.bench", *sys.argv[1:]])

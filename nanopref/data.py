@@ -143,6 +143,18 @@ def read_pairs(path: str | Path) -> tuple[list[Pair], Counter]:
     return pairs, notes
 
 
+def kind_of(path: str | Path) -> str:
+    """What a file's first row says that it holds: pairs, dialogues, labels, text or responses. UserError if nothing."""
+    first = next(read_rows(path), None)
+    if first is None:
+        raise UserError(f"{path}: holds no row")
+    if "chosen" in first[1]:
+        return "pairs" if "prompt" in first[1] else "dialogues"
+    if "text" in first[1]:
+        return "labels" if "label" in first[1] else "text"
+    return "responses"
+
+
 def split_dialogues(chosen: str, rejected: str) -> Pair | None:
     """Two whole dialogues -> what they share up to the answer in which they part, and the rest of each."""
     prompt = os.path.commonprefix([chosen, rejected])  # noqa: RUF071, which takes the two for paths
@@ -160,15 +172,13 @@ def read_responses(path: str | Path) -> tuple[list[Response], Counter]:
     Rows may be text, prompt and response, or pairs, whose chosen side counts: of two dialogues the whole of it. Texts
     with a label become passages, the good and the bad, which is what a reward model will judge.
     """
-    first = next(read_rows(path), None)
-    if first is None:
-        raise UserError(f"{path}: holds no row")
-    if "chosen" in first[1]:
+    kind = kind_of(path)
+    if kind in ("pairs", "dialogues"):
         pairs, notes = read_pairs(path)
-        return [Response(pair.prompt, pair.chosen, whole="prompt" not in first[1]) for pair in pairs], notes
-    if "label" in first[1]:
+        return [Response(pair.prompt, pair.chosen, whole=kind == "dialogues") for pair in pairs], notes
+    if kind == "labels":
         return read_passages(path)
-    if "text" in first[1]:
+    if kind == "text":
         found = [Response("", _field(where, row, "text"), whole=True) for where, row in read_rows(path)]
     else:
         fields = ("prompt", "response")
@@ -180,18 +190,17 @@ def read_responses(path: str | Path) -> tuple[list[Response], Counter]:
 
 
 def read_passages(path: str | Path) -> tuple[list[Response], Counter]:
-    """`passages` of a file of texts, with the labels of those that have one, and how many texts were too short."""
+    """`passages` of a file of labelled texts, each with its text's label, and how many texts were too short."""
     found, notes = [], Counter()
     for where, row in read_rows(path):
         text, label = _field(where, row, "text"), row.get("label")
-        if label not in (None, 0, 1):
+        if label not in (0, 1):
             raise UserError(f"{where}: 'label' must be 1 (good) or 0 (bad), found {label!r}")
-        good = None if label is None else bool(label)
-        cut = [Response(*parts, source=text, good=good) for parts in passages(text)]
+        cut = [Response(*parts, source=text, good=bool(label)) for parts in passages(text)]
         notes[f"texts dropped: no sentence ends after its first {PASSAGE} words"] += not cut
         found += cut
     if not found:
-        raise UserError(f"{path}: holds no text of {PASSAGE} words")
+        raise UserError(f"{path}: holds no text in which a sentence ends after its first {PASSAGE} words")
     return found, +notes
 
 
@@ -211,14 +220,14 @@ def read_comparisons(path: str | Path) -> tuple[list[Pair], list[Pair], Counter]
 
     (for training, held out, how many rows were dropped and why). Raises UserError for a row that does not fit.
     """
-    if not _has(path, "label"):
+    if kind_of(path) != "labels":
         pairs, notes = read_pairs(path)
         return *split(pairs), notes
     rows, notes = read_passages(path)
     parts = []
     for part in split(rows):
         random.Random(0).shuffle(part)  # or all passages of a text would meet those of one other
-        good, bad = ([row for row in part if row.good is which] for which in (True, False))
+        good, bad = ([row for row in part if row.good == which] for which in (True, False))
         if not (good and bad):
             raise UserError(f"{path}: needs good and bad texts (label 1 and 0), to train on and to hold out")
         met = zip(good, bad, strict=False)  # what one side has more of is left over
@@ -228,14 +237,14 @@ def read_comparisons(path: str | Path) -> tuple[list[Pair], list[Pair], Counter]
 
 
 def read_prompts(path: str | Path) -> tuple[list[str], list[str]]:
-    """(for training, held out): the prompts of a file's pairs, or the openings of its texts' passages, each once."""
-    rows = read_passages(path)[0] if _has(path, "text") else read_pairs(path)[0]
-    return tuple(list(dict.fromkeys(row.prompt for row in part)) for part in split(rows))
-
-
-def _has(path: str | Path, field: str) -> bool:
-    """Whether a file's first row has this field."""
-    return field in next(read_rows(path), ("", {}))[1]
+    """(for training, held out): the prompts of a file's pairs, or of its labelled texts' passages, each once."""
+    rows = read_passages(path)[0] if kind_of(path) == "labels" else read_pairs(path)[0]
+    training, held_out = (dict.fromkeys(row.prompt for row in part) for part in split(rows))
+    # passages of two texts may begin alike
+    training, held_out = list(training), [prompt for prompt in held_out if prompt not in training]
+    if not held_out:
+        raise UserError(f"{path}: holds too few different prompts: there is none to hold out")
+    return training, held_out
 
 
 def write_pairs(pairs: Sequence[Pair]) -> str:

@@ -404,6 +404,7 @@ def new_prompts(file: str, n: int, seed: int) -> list[str]:
 def main(config: Config) -> None:
     run.check_seed(config.seed)
     run.require_at_least_one(config, "prompts", "max_new_tokens")
+    run.require(len(config.policy) > 0, "--policy: name at least one policy")
     device = run.start(config.device, config.seed)
     prompts = new_prompts(config.data, config.prompts, config.seed)
     true_reward = None if config.data else reviews.true_reward
@@ -411,6 +412,8 @@ def main(config: Config) -> None:
     reference, tokenizer = models[config.reference]
     for name, (_, other) in models.items():
         run.require(other == tokenizer, f"{name} and {config.reference} have different tokenizers")
+        same = models[name][0].config.block_size == reference.config.block_size
+        run.require(same, f"{name} and {config.reference} have contexts of different length")
     reference.to(device)
     judge = load_reward_model(config.reward, reference, tokenizer) if config.reward else None
     for name in config.policy:

@@ -79,6 +79,8 @@ def scores(model: ScalarGPT, tokenizer: Tokenizer, answers: Sequence[Response]) 
 
 def made_from(reward_model: str) -> str:
     """The policy from which a run of train_rm.py made a reward model, where its folder says so; else nothing."""
+    if not reward_model:  # which as a path would be the folder one stands in
+        return ""
     with suppress(OSError, ValueError, KeyError, TypeError):
         flags = json.loads((Path(reward_model) / "config.json").read_text())["flags"]
         init = Path(flags["init"] or Path(reward_model) / "sft")

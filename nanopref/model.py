@@ -148,7 +148,7 @@ class GPT(nn.Module):
 
         With a cache, `tokens` continue each row where its cache ends, and `cache.lengths` grows by T. A caller that
         padded a row on the right sets its length back to the real one: the padding's entries are overwritten later
-        and never seen. Raises ValueError where a row would outgrow the context or the cache.
+        and never seen. Raises ValueError where a row would outgrow the context or the cache (not with `cache.seen`).
         """
         T = tokens.shape[1]
         if cache is None:

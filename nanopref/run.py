@@ -342,7 +342,7 @@ class Run:
         else:
             # what changes nothing in the results may change
             free = {"resume", "overwrite", "out", "device", "kernels", "save_every"}
-            changed = [k for k in flags if k not in free and flags[k] != before.get(k)]
+            changed = [k for k in flags if k not in free and k in before and flags[k] != before[k]]
             was = ", ".join(f"--{k.replace('_', '-')} {before.get(k)}" for k in changed)
             require(
                 not changed, f"--resume: the run in {self.folder} was started with {was}; use the same, or --overwrite"
@@ -364,6 +364,8 @@ class Run:
                 say(f"nothing to resume in {self.folder}: starting from the beginning")
             self.folder.mkdir(parents=True, exist_ok=True)
             lock(self.folder)
+            if (self.folder / "config.json").exists():
+                self._check_old_run()  # another process may have begun and ended since the first look
             for left in self.folder.rglob(f".*{PARTIAL}"):  # by a process that was killed while it wrote
                 left.unlink()
             versions = {name: version(name) for name in ("torch", "triton", "numpy", "tiktoken", "safetensors")}

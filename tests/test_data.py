@@ -469,6 +469,25 @@ def test_every_stage_holds_out_the_same_texts(write):
     assert {row.response for row in split(read_responses(streamed)[0])[1]} == held_out  # with no labels, too
 
 
+def test_other_fields_do_not_change_what_a_file_holds(write):
+    """Pairs with a text or a label beside them are pairs, and responses with a label are responses."""
+    rows = [{"prompt": f"p{i}", "chosen": "c", "rejected": "r", "text": "t", "label": 1} for i in range(20)]
+    path = write(jsonl(*rows))
+    assert len(read_comparisons(path)[0]) == 18 and read_comparisons(path)[0] == split(read_pairs(path)[0])[0]
+    assert set(read_prompts(path)[1]) == {pair.prompt for pair in split(read_pairs(path)[0])[1]}
+    assert read_responses(path)[0] == [Response(f"p{i}", "c") for i in range(20)]
+    path = write(jsonl({"prompt": "p", "response": "r", "label": 1}))
+    assert read_responses(path)[0] == [Response("p", "r")]
+
+
+def test_held_out_prompts_are_no_training_prompts(write):
+    """Passages of two texts may begin alike."""
+    rows = [{"text": f"{'same ' * 12}{'w ' * 20}{i}.", "label": i % 2} for i in range(30)]
+    assert "none to hold out" in refusal(read_prompts, write(jsonl(*rows)))
+    training, held_out = read_prompts(write(jsonl(*rows, *labelled(40))))
+    assert held_out and not set(training) & set(held_out)
+
+
 def test_a_good_passage_meets_a_bad_one(write):
     path = write(b"".join(json.dumps(row).encode() + b"\n" for row in labelled(41)))
     training, tested, notes = read_comparisons(path)
@@ -489,7 +508,9 @@ def test_texts_that_cannot_be_learnt_from_are_refused(write):
         return write(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
 
     assert "'label' must be 1 (good) or 0 (bad)" in refusal(read_comparisons, content({"text": "a", "label": "good"}))
-    assert "holds no text of 32 words" in refusal(read_comparisons, content({"text": "a.", "label": 1}))
+    assert "no text in which a sentence ends after its first 32 words" in refusal(
+        read_comparisons, content({"text": "a.", "label": 1})
+    )
     one_sided = content(*({**row, "label": 1} for row in labelled(20)))
     assert "needs good and bad texts" in refusal(read_comparisons, one_sided)
     assert "a text, no pair" in refusal(read_pairs, content(*labelled(20)))

@@ -158,11 +158,14 @@ def test_a_reward_model_compares_the_answers(file, sft_folder, judge, tmp_path, 
     assert "score" in capsys.readouterr().out
 
 
-def test_the_reward_models_own_policy_is_where_to_begin(sft_folder, judge, tmp_path, capsys):
+def test_the_reward_models_own_policy_is_where_to_begin(sft_folder, judge, tmp_path, capsys, monkeypatch):
+    refused(capsys, tmp_path / "out", "nowhere: no model folder there", reward="out/nowhere")
     refused(capsys, tmp_path / "out", "name the policy that it was trained for with --init", reward=str(judge))
     (judge / "config.json").write_text(json.dumps({"flags": {"init": sft_folder}}))  # as train_rm.py leaves it
     settings = train_dpo.Config(reward=str(judge)).resolved()
     assert settings.init == sft_folder and (settings.annotators, settings.noise) == (1, 0.0)
+    monkeypatch.chdir(judge)  # and only where a reward model was named
+    assert train_dpo.Config().resolved().init == ""
 
 
 def test_the_triton_path_gives_the_same_curve(tmp_path, no_picture):
@@ -217,7 +220,7 @@ BAD_FILES = {
     "empty chosen": (lines({**GOOD, "chosen": " "}), "'chosen' is empty"),
     "both equal": (lines({**GOOD, "rejected": " b"}), "are equal"),
     "invalid UTF-8": (lines(GOOD) + b'{"prompt": "\xff"}\n', "line 2: not valid UTF-8"),
-    "no pair": (b"\n\n", "holds no usable pair"),
+    "no pair": (b"\n\n", "holds no row"),
     "one prompt": (lines(GOOD, {**GOOD, "chosen": "d"}), "hold only one prompt"),
 }
 
