@@ -81,6 +81,7 @@ def test_a_shared_prompt_gives_what_two_rows_give():
 
 
 def test_a_small_run_leaves_tables_and_files(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("transformers")
     monkeypatch.setitem(sys.modules, "trl", None)
     monkeypatch.setattr(bench, "LENGTHS", ("ragged",))
     monkeypatch.setattr(bench, "limits", lambda: {"matmul_TFLOP_per_second": 0.5, "copy_GB_per_second": 8.0})
