@@ -42,8 +42,7 @@ class Config(run.Options):
     sft_steps: int | None = None
     """steps of a new SFT model (default: its own); `python -m nanopref.sft --help` has the rest"""
     data: str = ""
-    """pairs in JSON Lines (prompt, chosen, rejected; or two whole dialogues), with --reward also labelled texts, of
-    which the prompts are taken; default: pairs are sampled from the model"""
+    """JSON Lines: pairs (prompt, chosen, rejected; or dialogues), or labelled texts for --reward; default: sampled"""
     reward: str = ""
     """a reward model (train_rm.py), which compares new answers of the model to the prompts of --data, or of the task"""
     pairs: int = 4096
@@ -135,7 +134,7 @@ def train(config: Config) -> None:
     # 1. π_SFT: where the policy starts, and the reference that it is held to.
     if not config.init:
         policy, tokenizer = load_pretrained(sft.first(config, this))
-    policy.to(device)
+        policy.to(device)
 
     # 2. Pairs y_w ≻ y_l: two responses of π_SFT to each prompt, and a label.
     if sampled:

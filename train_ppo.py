@@ -42,8 +42,7 @@ class Config(run.Options):
     sft_steps: int | None = None
     """steps of a new SFT model (default: its own); `python -m nanopref.sft --help` has the rest"""
     data: str = ""
-    """pairs or labelled texts, as for train_rm.py: their prompts or openings are answered, and a new reward model is
-    trained on them; default: film reviews"""
+    """what train_rm.py takes: prompts to answer, and what a new reward model is trained on; default: film reviews"""
     reward: tuple[str, ...] | None = None
     """reward models: run folders, or `true` for the built-in task's own; default: one is trained first, in OUT/rm"""
     reward_weights: tuple[float, ...] = ()

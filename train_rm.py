@@ -32,8 +32,7 @@ class Config(run.Options):
     sft_steps: int | None = None
     """steps of that SFT model (default: its own); `python -m nanopref.sft --help` has the rest"""
     data: str = ""
-    """pairs in JSON Lines (prompt, chosen, rejected; or two whole dialogues), or labelled texts (text, label: 1 or 0),
-    whose good passages are to score higher than the bad; default: pairs sampled from the model"""
+    """JSON Lines: pairs (prompt, chosen, rejected; or dialogues), or labelled texts (text, label); default: sampled"""
     pairs: int = 8192
     """built-in task: pairs to sample"""
     annotators: int = 3
