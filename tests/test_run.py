@@ -187,3 +187,12 @@ def test_the_report_holds_the_peak_of_gpu_memory_where_there_is_a_gpu(tmp_path, 
         Run(Options(out=str(tmp_path))).report({"kl": 1.0})
         assert json.loads((tmp_path / "report.json").read_text()) == {"kl": 1.0, **found, "seconds": {}}
         (tmp_path / "report.json").unlink()
+
+
+def test_a_run_that_came_and_went_between_two_looks_is_left_alone(tmp_path):
+    late = Run(Options(out=str(tmp_path / "run"), seed=1))  # the folder is not there yet
+    Run(Options(out=str(tmp_path / "run"))).begin()
+    before = (tmp_path / "run" / "config.json").read_text()
+    with pytest.raises(UserError, match="holds a run"):
+        late.begin()
+    assert (tmp_path / "run" / "config.json").read_text() == before
