@@ -550,6 +550,13 @@ def test_overwrite_spares_the_reward_model(left_alone, sft_folder, capsys):
     (left_alone / "rm").rmdir()
 
 
+def test_labels_of_one_kind_are_refused_before_anything_is_trained(tmp_path, capsys):
+    rows = [{"text": f"w{i} " * 40 + "end.", "label": 1} for i in range(30)]
+    (tmp_path / "texts.jsonl").write_bytes(helpers.lines(*rows))
+    config = train_ppo.Config(out=str(tmp_path / "out"), data=str(tmp_path / "texts.jsonl"), device="cpu")
+    helpers.refused(train_ppo.train, config, "needs good and bad texts", capsys)
+
+
 def test_several_processes_are_refused(tmp_path):
     both = two_processes(tmp_path, "train_ppo.py", *flags(out=tmp_path / "out", device="cpu"))
     (code, output), (other_code, _) = (script.finish() for script in both)
