@@ -295,13 +295,14 @@ def encode_pairs(pairs: Sequence[Pair], tokenizer: Tokenizer, block_size: int) -
     block_size; and what was cut."""
     encoded, notes = [], Counter()
     for pair in pairs:
-        prompts = [encode_prompt(tokenizer, prompt) for prompt in pair.prompts]
-        answers = [[*tokenizer.encode(answer), tokenizer.end_of_text] for answer in (pair.chosen, pair.rejected)]
-        if prompts[0] == prompts[1]:
-            x, *answers = _fit(prompts[0], answers, block_size, notes)
-            encoded.append(tuple((x, y) for y in answers))
+        prompt = encode_prompt(tokenizer, pair.prompt)
+        chosen, rejected = ([*tokenizer.encode(x), tokenizer.end_of_text] for x in (pair.chosen, pair.rejected))
+        if pair.rejected_prompt is None:  # what one prompt loses, both answers miss
+            prompt, chosen, rejected = _fit(prompt, [chosen, rejected], block_size, notes)
+            encoded.append(((prompt, chosen), (prompt, rejected)))
         else:
-            encoded.append(tuple(_fit(x, [y], block_size, notes) for x, y in zip(prompts, answers, strict=True)))
+            other = encode_prompt(tokenizer, pair.rejected_prompt)
+            encoded.append((_fit(prompt, [chosen], block_size, notes), _fit(other, [rejected], block_size, notes)))
     return encoded, +notes
 
 

@@ -163,9 +163,9 @@ def float32_logits(hidden: Tensor, unembedding: Tensor) -> Tensor:
 
     Autocast would round them to bfloat16, and then π_old would not be the π_θ that the kernels compute.
     """
-    if hidden.is_cuda and hidden.dtype == torch.bfloat16:
-        return torch.mm(hidden, unembedding.t(), out_dtype=torch.float32)
     with torch.autocast(hidden.device.type, enabled=False):
+        if hidden.is_cuda and hidden.dtype == torch.bfloat16:
+            return torch.mm(hidden, unembedding.t(), out_dtype=torch.float32)
         return F.linear(hidden.float(), unembedding.float())
 
 
