@@ -1,523 +1,304 @@
 """RLHF with PPO (Ziegler et al. 2019; Stiennon et al. 2020), from nothing to a report: `python train_ppo.py`
 
-Without --data: film reviews (nanopref/reviews.py). A small GPT learns to write them, simulated people compare its
+Without --data: film reviews (nanopref/data/reviews.py). A small GPT learns to write them, simulated people compare its
 answers, a reward model learns from them (train_rm.py), and PPO moves the GPT towards high scores and a critic towards
 knowing them in advance, while each nat of KL from where it began costs β. With --data: your pairs and their prompts.
 """
 
-import nanopref  # noqa: F401  (first, because it sets how torch's threads wait, which torch reads when it is loaded)
+import nanopref  # noqa: F401, I001  (first, because it sets how torch's threads wait, which torch reads when loaded)
 
-# isort: split
 import copy
-import functools
-import math
-import random
-import shlex
 import time
 from collections import Counter
-from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-import tyro
-from torch import Tensor, nn
+from torch import Tensor
 
 import kernels
-import train_rm
-from kernels.reference import IGNORE, masked_mean
-from nanopref import data, evaluate, feedback, losses, reviews, run, sft
-from nanopref.generate import check_sampling, generate, response_text
-from nanopref.model import GPT, ScalarGPT, find_model, load_pretrained, save_pretrained
-from nanopref.run import Run, require, say
+from kernels.reference import masked_mean
+from nanopref import models
+from nanopref.data.formats import read_comparisons
+from nanopref.data.groups import Batch, Encoded, micro_batches
+from nanopref.data.tokenizer import Tokenizer
+from nanopref.evaluation.compare import compare, new_prompts
+from nanopref.evaluation.report import PPO_CURVES, conclude
+from nanopref.feedback import rewards
+from nanopref.feedback.collect import training_prompts
+from nanopref.generate import Answer, pack, respond, room_for_prompt
+from nanopref.learning import advantages as estimate
+from nanopref.models.actor_critic import Learner, new_critic
+from nanopref.models.gpt2 import GPT
+from nanopref.running import flags, parallel
+from nanopref.running.flags import FeedbackFlags, RunFlags, SamplingFlags, StartFlags, StepFlags, flag, require
+from nanopref.running.folder import Run
+from nanopref.running.parallel import say
+from nanopref.sft import ensure_sft
+from train_rm import ensure_reward_model
 
 
 @dataclass
-class Config(run.Options):
-    """Train a GPT with PPO against a reward model: on the built-in film reviews, or on a file."""
+class Config(SamplingFlags, StepFlags, FeedbackFlags, StartFlags, RunFlags):
+    """Train a GPT with PPO against a reward model: on the built-in film reviews, or on a file.
+
+    Example: python train_ppo.py --reward out/rm --kl-target 6 --out out/mine
+    """
 
     out: str = "out/ppo"
-    """the run's folder: models, metrics, report, and the state to resume from"""
-    init: str = ""
-    """the policy to start from, also the reference; default: what --reward was made from, else a new SFT model"""
-    sft_steps: int | None = None
-    """steps of a new SFT model (default: its own); `python -m nanopref.sft --help` has the rest"""
-    data: str = ""
-    """what train_rm.py takes: prompts to answer, and what a new reward model is trained on; default: film reviews"""
-    reward: tuple[str, ...] | None = None
-    """reward models: run folders, or `true` for the built-in task's own; default: one is trained first, in OUT/rm"""
-    reward_weights: tuple[float, ...] = ()
-    """a weight for each --reward, whose weighted scores are added; default: 1 each"""
-    rm_pairs: int = 6144
-    """built-in task: pairs for that new reward model; `python train_rm.py --help` has the rest"""
-    doubt: float = 0.0
-    """subtract this many times the spread of a reward model's heads from its score"""
-    missing_end: float = 1.0
-    """subtract this from the score of a response that does not end"""
-    advantage: Literal["gae", "rloo", "grpo"] = "gae"
-    """gae: from a critic; rloo and grpo: from the other responses to the same prompt, without one"""
-    group: int | None = None
-    """responses to each prompt; default: 1 for gae, 4 for rloo and grpo"""
-    critic: Literal["network", "head"] = "network"
-    """the critic: a network that starts from the reward model, or a scalar head on the policy"""
-    iterations: int = 40
-    """rounds of answering and learning"""
-    batch_size: int = 128
-    """responses a round"""
-    epochs: int = 2
-    """passes over them"""
-    minibatch: int = 32
-    """responses an optimiser step"""
-    micro_batch: int = 16
-    """responses in memory at once; more steps of this size are accumulated"""
-    lr: float | None = None
-    """the policy's at first, then falling to 0; default: 3e-4 on the built-in task, 1e-4 on a file, 1e-5 with --init"""
-    critic_lr: float | None = None
-    """the critic's; default: that of the policy"""
-    value_weight: float = 0.5
-    """weight of the critic's loss, which matters for --critic head and for the gradient's norm"""
-    value_warmup: int | None = None
-    """gae: rounds in which only the critic learns; default: 2, but always fewer than --iterations"""
-    beta: float = 0.1
-    """price of a nat of KL from the reference, in units of score; with --kl-target its first value"""
-    kl_target: float | None = None
-    """change beta from round to round so that the KL comes to this many nats; default: beta is fixed"""
-    kl_horizon: int = 1000
-    """responses after which a KL that is 20% too high has raised beta by 20%"""
-    max_kl: float = 100.0
-    """stop when the KL is beyond this many nats: the policy has collapsed"""
-    temperature: float = 1.0
-    """in sampling and in every log-prob"""
-    gamma: float = 1.0
-    """discount a token"""
-    lam: float = 0.95
-    """GAE's λ: lower trusts the critic more"""
-    clip: float = 0.2
-    """the ratio π_θ/π_old is of use within 1 ± this"""
-    value_clip: float = 0.2
-    """the critic's values move by this much a round, in units of score"""
-    early_stop_kl: float | None = None
-    """end a round's passes early when π_θ is this many nats a token from π_old; default: never"""
-    entropy: float = 0.0
-    """weight of the entropy bonus"""
-    whiten_rewards: bool = False
-    """bring the rewards of a round's tokens to variance 1, but leave their mean"""
-    whiten_advantages: bool | None = None
-    """bring the advantages of a round to mean 0 and variance 1; default: for gae, as the others compare in a group"""
-    grad_clip: float = 1.0
-    """largest norm of the gradient"""
-    save_every: int = 5
-    """rounds between two saves of the state that --resume continues from, and of the policy if its KL is in bounds"""
-    eval_prompts: int = 512
-    """prompts that policy and reference answer for the report"""
-    max_new_tokens: int = 64
-    """longest response that is sampled"""
-
-    def check(self) -> None:
-        super().check()
-        counts = ("sft_steps", "group", "iterations", "batch_size", "epochs", "minibatch", "micro_batch", "kl_horizon")
-        run.require_at_least_one(self, *counts, "eval_prompts", "max_new_tokens")
-        names = ("lr", "critic_lr", "kl_target", "max_kl", "clip", "value_clip", "early_stop_kl", "grad_clip")
-        run.require_positive(self, *names)
-        run.require_not_negative(self, "beta", "doubt", "missing_end", "value_weight", "value_warmup", "entropy")
-        require(self.clip < 1, f"--clip must be below 1, so that 1 - clip is a ratio, not {self.clip}")
-        require(self.reward != (), "--reward: name at least one reward model, or leave the flag out")
-        check_sampling(self.max_new_tokens, self.temperature, 0, 1.0)
-        require(self.temperature > 0, "--temperature must be above 0: a greedy policy has nothing to learn from")
-        require(self.rm_pairs >= 20, f"--rm-pairs must be at least 20, not {self.rm_pairs}")
-        require(0 < self.gamma <= 1, f"--gamma must be above 0 and at most 1, not {self.gamma}")
-        require(0 <= self.lam <= 1, f"--lam must be from 0 to 1, not {self.lam}")
-        reward = self.reward or ()
-        require(
-            len(self.reward_weights) in (0, len(reward)),
-            f"--reward-weights: {len(self.reward_weights)} weights for {len(reward)} reward models",
-        )
-        require(all(map(math.isfinite, self.reward_weights)), "--reward-weights must be finite numbers")
-        require("true" not in reward or not self.data, "--reward true: only the built-in task knows its own")
-        require(
-            self.advantage == "gae" or self.group is None or self.group > 1,
-            f"--advantage {self.advantage} compares the responses to one prompt, so --group must be at least 2",
-        )
-        group = self.resolved().group
-        require(self.batch_size % group == 0, f"--batch-size {self.batch_size} is no multiple of --group {group}")
-        require(
-            self.resolved().value_warmup < self.iterations,
-            f"--value-warmup {self.value_warmup} leaves none of {self.iterations} --iterations for the policy",
-        )
-        require(self.beta > 0 or not self.kl_target, "--kl-target multiplies --beta, which must not be 0 then")
-        require(not self.doubt or reward, "--doubt needs a --reward with several heads (train_rm.py --heads)")
-
-    def resolved(self) -> "Config":
-        """The defaults that depend on other flags, filled in."""
-        reward = self.reward or ()
-        init = self.init or next(filter(None, map(feedback.made_from, reward)), "")
-        lr = self.lr or ((1e-5 if init else 1e-4) if self.data else 3e-4)
-        warmup = min(2, self.iterations - 1) if self.value_warmup is None else self.value_warmup
-        return replace(
-            self,
-            init=init,
-            reward=reward,
-            lr=lr,
-            critic_lr=self.critic_lr or lr,
-            value_warmup=warmup if self.advantage == "gae" else 0,
-            group=self.group or (1 if self.advantage == "gae" else 4),
-            # over the round, RLOO's baseline would see its own sample after all, and GRPO's would be scaled twice
-            whiten_advantages=self.advantage == "gae" if self.whiten_advantages is None else self.whiten_advantages,
-            reward_weights=self.reward_weights or (1.0,) * max(1, len(reward)),
-        )
-
-
-class Learner(nn.Module):
-    """All that learns, and β, which may adapt: what --resume must find again."""
-
-    def __init__(self, policy: GPT, critic: ScalarGPT | None, beta: float):
-        super().__init__()
-        self.policy, self.critic = policy, critic
-        self.register_buffer("beta", torch.tensor(beta, dtype=torch.float64))
-
-    def forward(self, inputs: Tensor, targets: Tensor, mask: Tensor, temperature: float) -> tuple[Tensor, ...]:
-        """log π_θ(targets), entropy, and V before each target: each [B, T], float32."""
-        with run.autocast(inputs.device):
-            hidden = self.policy.hidden(inputs)
-            logprobs, entropies = token_logprobs(self.policy, hidden, targets, mask, temperature, entropy=True)
-        return logprobs, entropies, self.values(inputs, hidden)
-
-    def values(self, inputs: Tensor, hidden: Tensor | None = None) -> Tensor:
-        """V [B, T], float32; 0 without a critic. `hidden` saves a critic that is a head on the policy a second look."""
-        if self.critic is None:
-            return torch.zeros(inputs.shape, device=inputs.device)
-        with run.autocast(inputs.device):
-            if hidden is None or self.critic.transformer is not self.policy:
-                hidden = self.critic.transformer.hidden(inputs)
-            return self.critic.score(hidden)[..., 0].float()
+    reward: tuple[str, ...] | None = flag(
+        None, "reward models, or `true` (the task's own); default: one is trained first"
+    )
+    reward_weights: tuple[float, ...] = flag((), "a weight for each --reward, whose scores are added; default: 1 each")
+    doubt: float = flag(0.0, "subtract this many times the spread of a reward model's heads from its score", least=0)
+    missing_end: float = flag(1.0, "subtract this from the score of a response that does not end", least=0)
+    advantage: str = flag("gae", "from a critic, or the other responses to the prompt", among=("gae", "rloo", "grpo"))
+    group: int | None = flag(None, "responses to each prompt", least=1, gae=1, groups=4)
+    critic: str = flag("network", "of the reward model's size, or a head on the policy", among=("network", "head"))
+    pairs: int = 6144
+    iterations: int = flag(32, "rounds of answering and learning", least=1)
+    batch_size: int = flag(128, "responses a round", least=1)
+    epochs: int = flag(2, "passes over them", least=1)
+    minibatch: int = flag(32, "responses an optimiser step", least=1)
+    lr: float | None = flag(None, "the policy's, falling to 0", above=0, task=4e-4, file=1e-4, pretrained=1e-5)
+    critic_lr: float | None = flag(None, "the critic's; default: that of the policy", above=0)
+    value_weight: float = flag(0.5, "weight of the critic's loss, which matters for --critic head", least=0)
+    value_warmup: int | None = flag(None, "rounds in which only the critic learns", least=0, gae=2, groups=0)
+    beta: float = flag(0.1, "price of a nat of KL, in units of score; with --kl-target its first value", least=0)
+    kl_target: float | None = flag(None, "change beta so that the KL comes to this many nats; default: fixed", above=0)
+    kl_horizon: int = flag(1000, "responses after which a KL 20% too high has raised beta by 20%", least=1)
+    max_kl: float = flag(100.0, "stop when the KL is beyond this many nats: the policy has collapsed", above=0)
+    temperature: float = flag(1.0, "in sampling and in every log-prob", above=0)
+    gamma: float = flag(1.0, "discount a token", above=0, most=1)
+    lam: float = flag(0.95, "GAE's λ: lower trusts the critic more", least=0, most=1)
+    clip: float = flag(0.2, "the ratio π_θ/π_old is of use within 1 ± this", above=0, below=1)
+    value_clip: float = flag(0.2, "the critic's values move by this much a round, in units of score", above=0)
+    early_stop_kl: float | None = flag(None, "end a round's passes at this many nats a token from π_old", above=0)
+    entropy: float = flag(0.0, "weight of the entropy bonus", least=0)
+    whiten_rewards: bool = flag(False, "divide the rewards of a round's tokens by their deviation")
+    whiten_advantages: bool | None = flag(None, "bring a round's to mean 0 and variance 1", gae=True, groups=False)
 
 
 class Rollout(NamedTuple):
-    """A round's responses, each [B, T], laid out as data.Batch: what stands at t is about targets[:, t]."""
+    """A round's responses and what is known of them before anything is learnt; tensors [B, T] as in Batch."""
 
-    inputs: Tensor
-    targets: Tensor
-    mask: Tensor
+    answers: list[Answer]
+    encoded: Encoded
+    batch: Batch
     logprobs: Tensor  # log π_old, as the sampler knew it
-    values: Tensor
-    advantages: Tensor
-    returns: Tensor
-
-    def take(self, rows: list[int], length: int) -> "Rollout":
-        """These rows and the first columns."""
-        return Rollout(*(x[rows, :length] for x in self))
+    ref_logprobs: Tensor  # log π_ref
+    values: Tensor  # V before each token
+    sampling_seconds: float
 
 
 def train(config: Config) -> None:
     # What can be wrong is found before anything is written.
-    config.check()
-    config = config.resolved()
-    this = Run(config)
-    device = run.start(config.device, config.seed)
-    require(run.world_size() == 1, "train_ppo.py runs as one process: start it without torchrun")
-    if config.init:
-        policy, tokenizer = load_pretrained(config.init)
-        load_reward_models(config, config.reward, policy, tokenizer)
+    flags.check(config)
+    device = parallel.start(config.device, config.seed)
+    require(parallel.world_size() == 1, "train_ppo.py runs as one process: start it without torchrun")
+    names = config.reward or ()
+    config.init = config.init or next(filter(None, map(rewards.made_from, names)), "")
+    policy, tokenizer, origin = models.load_init(config.init)
+    config = resolve(config, origin)
+    run = Run(config)
+    if policy is not None:
+        rewards.load(names, config.reward_weights, config.doubt, policy.to(device), tokenizer)
     else:
-        folders = [find_model(name) for name in config.reward if name != "true"]
+        folders = [models.find(name) for name in names if name != "true"]
         require(not folders, "--reward: name the policy that it was trained for with --init")
-    context = policy.config.block_size if config.init else sft.Config(data=config.data).resolved().block_size
-    room = context - config.max_new_tokens
-    require(room > 0, f"--max-new-tokens {config.max_new_tokens} leaves no room for a prompt in a context of {context}")
-    prompts, new_prompts = read_prompts(config)
-    if config.data and not config.reward:
-        data.read_comparisons(config.data)  # what a reward model will be trained on
-    this.begin()
+    if config.data and not names:
+        read_comparisons(config.data, labels=True)  # what a reward model will be trained on
+    asked = config.batch_size // config.group  # prompts a round
+    prompts = training_prompts(config.data, config.iterations * asked, f"ppo {config.seed}")
+    held_out_prompts = new_prompts(config.data, config.eval_prompts, config.seed)
+    run.begin()
 
-    # 1. π_SFT, where the policy starts and what it is held to; and the reward model.
-    if not config.init:
-        policy, tokenizer = load_pretrained(sft.first(config, this))
-    names = config.reward or (first_reward_model(config, this),)
-    reward_models = load_reward_models(config, names, policy.to(device), tokenizer)
+    # 1. π_SFT, where the policy starts and what it is held to; and who judges.
+    if policy is None:
+        policy, tokenizer = models.load(ensure_sft(run))
+    names = names or (ensure_reward_model(run),)
+    reward, judges = rewards.load(names, config.reward_weights, config.doubt, policy.to(device), tokenizer)
     reference = copy.deepcopy(policy).eval()
-    encoded = [data.encode_prompt(tokenizer, prompt) for prompt in prompts]
-    notes = Counter({"prompts cut on the left to fit the context": sum(len(prompt) > room for prompt in encoded)})
-    prompts = [prompt[-room:] for prompt in encoded]
 
     # 2. What learns. No dropout: it would make π_θ another policy at each look (Huang et al. 2023).
-    learner = Learner(policy, new_critic(config, policy, reward_models), config.beta).to(device).eval()
+    critic = new_critic(config.critic, policy, judges) if config.advantage == "gae" else None
+    learner = Learner(policy, critic, config.beta).to(device).eval()
     shared = set(policy.parameters())
-    groups = [
-        {"params": list(policy.parameters()), "peak": config.lr},
-        {"params": [p for p in learner.parameters() if p not in shared], "peak": config.critic_lr},
-    ]
+    parts = [list(policy.parameters()), [p for p in learner.parameters() if p not in shared]]
+    parts = [part for part in parts if part]  # each with a gradient clip of its own
+    groups = [{"params": p, "peak": lr} for p, lr in zip(parts, (config.lr, config.critic_lr), strict=False)]
     # ε = 1e-5 as in PPO2: with 1e-8 weights that hardly have a gradient move by all of lr (Huang et al. 2022, detail 3)
-    optimizer = torch.optim.Adam([group for group in groups if group["params"]], eps=1e-5, fused=True)
-    start = this.load(learner, optimizer)
-    batches = run.batches(len(prompts), config.batch_size // config.group, config.iterations, config.seed, start)
+    optimizer = torch.optim.Adam(groups, eps=1e-5, fused=True)
+    room = room_for_prompt(policy, config.max_new_tokens)
+    notes = Counter({"prompts cut on the left": sum(len(tokenizer.encode(prompt)) > room for prompt in prompts)})
+    notes["prompts a round more than there are, so that some come twice"] = max(0, asked - len(prompts))
     say(f"PPO: {config.iterations} rounds of {config.batch_size} responses to {len(prompts):,} prompts")
     for note, count in (+notes).items():
         say(f"  {count:,} {note}")
 
-    with this.stage("ppo"), kernels.use(config.kernels):
-        for step, rows in this.steps(batches, config.iterations, learner, optimizer, "PPO"):
-            # 3. Responses of the policy as it is now, and what the reward model thinks of them.
+    with run.stage("ppo"):
+        for step, rows in run.steps("PPO", len(prompts), asked, config.iterations, learner, optimizer):
+            # 3. Rollout: responses y ~ π_old, the policy as it is now.
             began = time.monotonic()
             queries = [prompts[i] for i in rows for _ in range(config.group)]
-            with run.autocast(device):
-                samples = generate(
-                    policy,
-                    queries,
-                    config.max_new_tokens,
-                    end_of_text=tokenizer.end_of_text,
-                    temperature=config.temperature,
-                    generator=run.generator(config.seed, f"round {step}", device),
-                )
-            responses = [(x, sample.tokens) for x, sample in zip(queries, samples, strict=True)]
-            batch = data.collate(responses).to(device)
-            mask = batch.mask
-            old_logprobs = torch.zeros_like(mask)
-            old_logprobs[mask.bool()] = torch.tensor([p for s in samples for p in s.logprobs], device=device)
-            rolled_out = time.monotonic()
+            rollout = roll_out(learner, reference, tokenizer, queries, step, config)
+            mask, n = rollout.batch.mask, len(rollout.answers)
+            kl = estimate.kl_k1(rollout.logprobs, rollout.ref_logprobs, mask)  # of each response
+            stop_if_collapsed(run, kl.mean().item(), all(answer.text == "" for answer in rollout.answers))
+            if step == run.last_saved:
+                models.save(policy, tokenizer, run.folder / "model")  # what a later collapse leaves
 
-            scores = score(config, reward_models, responses, tokenizer).to(device)
-            unended = torch.tensor([y[-1] != tokenizer.end_of_text for _, y in responses], device=device)
-            lengths = [len(x) + len(y) - 1 for x, y in responses]
-            values, ref_logprobs = look(learner, reference, batch, lengths, config)
-            kl = losses.kl_k1(old_logprobs, ref_logprobs, mask).mean().item()
-            stop_if_collapsed(config, this, kl, all(y == [tokenizer.end_of_text] for _, y in responses))
-            if step % config.save_every == 0:
-                save_pretrained(policy, tokenizer, this.folder / "model")  # what a later collapse leaves
-
-            # 4. A reward at each token, -β (log π_θ - log π_ref), and at the last one the score (Stiennon et al. 2020),
-            # less a penalty where it is not the end (Huang et al. 2024, the EOS trick). How much better than expected
-            # was each token?
-            scored = scores - config.missing_end * unended
-            rewards = losses.token_rewards(scored, old_logprobs, ref_logprobs, mask, learner.beta.float())
+            # 4. Rewards: r_t = -β (log π_θ - log π_ref)_t + [t = T] r(x, y) (Stiennon et al. 2020), less a penalty
+            # where T is not the end (Huang et al. 2024, the EOS trick).
+            scores = reward(rollout.answers).to(device)
+            unended = torch.tensor([not answer.ended for answer in rollout.answers], device=device)
+            scored, beta = scores - config.missing_end * unended, learner.beta.float()
+            token_rewards = estimate.token_rewards(scored, rollout.logprobs, rollout.ref_logprobs, mask, beta)
             if config.whiten_rewards:  # Ziegler et al. 2019's code
-                rewards = losses.whiten(rewards, mask, shift_mean=False)
-            advantages, returns = estimate_advantages(config, rewards, values, mask)
-            if config.whiten_advantages:  # Huang et al. 2022, detail 7, but over the round
-                advantages = losses.whiten(advantages, mask)
-            rollout = Rollout(*batch, old_logprobs, values, advantages, returns)
+                token_rewards = estimate.whiten(token_rewards, mask, shift_mean=False)
 
-            # 5. Several passes of minibatches with the clipped losses (Schulman et al. 2017, algorithm 1).
+            # 5. Advantages: how much better than expected was each token? And returns: what V should have been.
+            advantages, returns = estimate.ADVANTAGES[config.advantage](
+                token_rewards, rollout.values, mask, gamma=config.gamma, lam=config.lam, group=config.group
+            )
+            if config.whiten_advantages:  # Huang et al. 2022, detail 7, but over the round
+                advantages = estimate.whiten(advantages, mask)
+
+            # 6. Update: several passes of minibatches with the clipped losses.
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * (1 - step / config.iterations)  # Huang et al. 2022, detail 4
-            shuffle = run.generator(config.seed, f"minibatches {step}")
-            order = [torch.randperm(len(responses), generator=shuffle) for _ in range(config.epochs)]
-            totals = torch.zeros(7, device=device)
-            done = learned = 0
-            for minibatch in [m for epoch in order for m in epoch.split(config.minibatch)]:
-                tokens = mask[minibatch].sum()
-                approx_kl = torch.zeros((), device=device)
-                for piece in data.micro_batches(minibatch.tolist(), lengths, config.micro_batch):
-                    now = rollout.take(piece, max(lengths[i] for i in piece))
-                    share = now.mask.sum() / tokens  # a mean over the minibatch's tokens, not over this piece's
-                    logprobs, entropies, values = learner(now.inputs, now.targets, now.mask, config.temperature)
-                    policy_loss, policy_stats = kernels.ppo_clip_loss(
-                        logprobs, now.logprobs, now.advantages, now.mask, clip=config.clip
-                    )
-                    value_loss, value_stats = kernels.clipped_value_loss(
-                        values, now.values, now.returns, now.mask, clip=config.value_clip
-                    )
-                    entropy = masked_mean(entropies, now.mask)
-                    loss = policy_loss + config.value_weight * value_loss - config.entropy * entropy
-                    (share * loss).backward()  # Schulman et al. 2017, eq. 9
-                    approx_kl += share * policy_stats["approx_kl"]
-                    stats = [policy_loss, value_loss, entropy, policy_stats["clip_fraction"]]
-                    stats += [value_stats["clip_fraction"], policy_stats["approx_kl"]]
-                    totals[:6] += share * torch.stack(stats).detach()
-                if step < config.value_warmup:  # advantages from a bad critic would undo the policy (Zheng et al. 2023)
-                    policy.zero_grad()
-                norm = nn.utils.clip_grad_norm_(learner.parameters(), config.grad_clip)  # Huang et al. 2022, detail 11
-                this.stop_if_not_finite(step, norm, learner, optimizer)
-                optimizer.step()
-                optimizer.zero_grad()
-                totals[6] += norm
-                done, learned = done + 1, learned + sum(len(samples[i].tokens) for i in minibatch)
-                if config.early_stop_kl and approx_kl > config.early_stop_kl:
-                    break
+            metrics = update(run, learner, parts, rollout, advantages, returns, step)
 
-            # 6. What happened; and a β for the next round (Ziegler et al. 2019, section 2.2).
-            measured = ("policy_loss", "value_loss", "entropy", "clip_fraction", "value_clip_fraction", "approx_kl")
-            metrics = dict(zip((*measured, "grad_norm"), (totals / done).tolist(), strict=True))
-            tokens, finished = sum(len(sample.tokens) for sample in samples), time.monotonic()
+            # 7. What happened; and a β for the next round (Ziegler et al. 2019, section 2.2).
+            tokens, learning = int(mask.sum()), time.monotonic() - began - rollout.sampling_seconds
+            passes = metrics["minibatches"] * config.minibatch / n
             metrics |= {
                 "score": scores.mean().item(),
-                "kl": kl,
-                "kl_k3": losses.kl_k3(old_logprobs, ref_logprobs, mask).mean().item(),
+                "kl": kl.mean().item(),
+                "kl_k3": estimate.kl_k3(rollout.logprobs, rollout.ref_logprobs, mask).mean().item(),
                 "beta": learner.beta.item(),
-                "explained_variance": losses.explained_variance(rollout.values, returns, mask).item(),
-                "response_length": tokens / len(responses),
+                "explained_variance": estimate.explained_variance(rollout.values, returns, mask).item(),
+                "response_length": tokens / n,
                 "unended": unended.float().mean().item(),
-                "minibatches": done,
-                "rollout_tokens_per_second": tokens / (rolled_out - began),
-                "learning_tokens_per_second": learned / (finished - rolled_out),
+                "rollout_tokens_per_second": tokens / rollout.sampling_seconds,
+                "learning_tokens_per_second": tokens * passes / learning,
             }
             if not config.data:
-                texts = [response_text(y, tokenizer) for _, y in responses]
-                metrics["true_reward"] = sum(map(reviews.true_reward, texts)) / len(texts)
+                metrics["true_reward"] = rewards.true_reward(rollout.answers).mean().item()
             if config.kl_target:
-                adapted = losses.adapt_kl_coefficient(
-                    metrics["beta"], kl, config.kl_target, len(responses), config.kl_horizon
-                )
-                learner.beta.fill_(adapted)
-            this.log(step + 1, metrics)
+                settings = config.kl_target, n, config.kl_horizon
+                learner.beta.fill_(estimate.adapt_kl_coefficient(metrics["beta"], metrics["kl"], *settings))
+            run.log(metrics)
 
-    # 7. What came of it: policy and reference answer the same new prompts.
-    with this.stage("evaluation"), kernels.use(config.kernels):
-        result, answers = evaluate.compare(
-            policy,
-            reference,
-            tokenizer,
-            new_prompts,
-            config.max_new_tokens,
-            config.seed,
-            true_reward=None if config.data else reviews.true_reward,
-            score=lambda responses: score(config, reward_models, responses, tokenizer).tolist(),
-            temperature=config.temperature,
-        )
-    stop_if_collapsed(config, this, result["kl"], not any(answer["policy"] for answer in answers))
-    save_pretrained(policy, tokenizer, this.folder / "model")
+    # 8. What came of it: policy and reference answer the same new prompts.
+    with run.stage("evaluation"):
+        result, answers = compare(
+            policy, reference, tokenizer, held_out_prompts, max_new_tokens=config.max_new_tokens, seed=config.seed,
+            sample_batch=config.sample_batch, true=not config.data, score=reward, temperature=config.temperature,
+        )  # fmt: skip
+    stop_if_collapsed(run, result["kl"], not any(answer["policy"] for answer in answers))
+    models.save(policy, tokenizer, run.folder / "model")
     if learner.critic is not None:
-        save_pretrained(learner.critic, tokenizer, this.folder / "critic")
-    report(config, this, result | {"data": dict(notes)}, answers)
-
-
-def token_logprobs(model: GPT, hidden: Tensor, targets: Tensor, mask: Tensor, temperature: float, entropy=False):
-    """log π(targets) at the mask's tokens [B, T], 0 elsewhere; with `entropy` a pair, the entropies too."""
-    counted = targets.where(mask.bool(), IGNORE)
-    shaped = hidden.flatten(0, 1), model.unembedding, counted.flatten()
-    results = kernels.token_logprobs(*shaped, temperature=temperature, entropy=entropy)
-    return tuple(x.view_as(targets) for x in results) if entropy else results.view_as(targets)
+        models.save(learner.critic, tokenizer, run.folder / "critic")
+    conclude(run, result | {"data": dict(+notes)}, answers, PPO_CURVES, xlabel="round")
 
 
 @torch.no_grad()
-def look(learner: Learner, reference: GPT, batch: data.Batch, lengths: list[int], config: Config):
-    """The critic's values and log π_ref, each [B, T]."""
-    values, ref_logprobs = torch.zeros_like(batch.mask), torch.zeros_like(batch.mask)
-    for piece in data.micro_batches(list(range(len(lengths))), lengths, 4 * config.micro_batch):
-        length = max(lengths[i] for i in piece)
-        inputs, targets, mask = (x[piece, :length] for x in batch)
-        values[piece, :length] = learner.values(inputs)
-        with run.autocast(inputs.device):
-            hidden = reference.hidden(inputs)
-            ref_logprobs[piece, :length] = token_logprobs(reference, hidden, targets, mask, config.temperature)
-    return values, ref_logprobs
+def roll_out(
+    learner: Learner, reference: GPT, tokenizer: Tokenizer, queries: list[str], step: int, config: Config
+) -> Rollout:
+    """The policy answers each query: its log-probs as they were sampled, the reference's, and the critic's values."""
+    began = time.monotonic()
+    answers = respond(
+        learner.policy, tokenizer, queries, max_new_tokens=config.max_new_tokens, batch_size=config.sample_batch,
+        seed=config.seed, stream=f"round {step}", temperature=config.temperature,
+    )  # fmt: skip
+    seconds, encoded = time.monotonic() - began, pack(answers)
+    whole = encoded.collate(range(len(answers))).to(learner.policy.device)
+    logprobs, ref_logprobs, values = (torch.zeros_like(whole.mask) for _ in range(3))
+    logprobs[whole.mask.bool()] = torch.tensor([p for a in answers for p in a.logprobs], device=logprobs.device)
+    for piece in micro_batches(range(len(answers)), encoded.lengths(), 4 * config.micro_batch):
+        batch = encoded.collate(piece).to(learner.policy.device)
+        T = batch.mask.shape[1]
+        values[piece, :T] = learner.values(batch)
+        with parallel.autocast(values.device):
+            ref_logprobs[piece, :T] = reference(batch.inputs, batch.targets, batch.mask, config.temperature)
+    return Rollout(answers, encoded, whole, logprobs, ref_logprobs, values, seconds)
 
 
-def estimate_advantages(config: Config, rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Advantages, and the critic's targets, each [B, T]."""
-    if config.advantage == "gae":
-        return losses.gae(rewards, values, mask, gamma=config.gamma, lam=config.lam)
-    # the whole response is one action, whose return is its score less β times its KL
-    compare = {"rloo": losses.rloo_advantages, "grpo": losses.grpo_advantages}[config.advantage]
-    return compare(rewards.sum(1), config.group)[:, None] * mask, torch.zeros_like(mask)
+def update(
+    run: Run, learner: Learner, parts: list, rollout: Rollout, advantages: Tensor, returns: Tensor, step: int
+) -> dict[str, float]:
+    """PPO's update (Schulman et al. 2017, algorithm 1): several passes over the round in minibatches. The means of what
+    was measured on the way."""
+    config, mask, lengths = run.config, rollout.batch.mask, rollout.encoded.lengths()
+    shuffle = parallel.generator(config.seed, f"minibatches {step}")
+    order = [torch.randperm(len(lengths), generator=shuffle) for _ in range(config.epochs)]
+    totals, done = torch.zeros(6 + len(parts), device=mask.device), 0
+    for minibatch in [m for epoch in order for m in epoch.split(config.minibatch)]:
+        sums = torch.zeros(6, device=mask.device)
+        for piece in micro_batches(minibatch.tolist(), lengths, config.micro_batch):
+            batch = rollout.encoded.collate(piece).to(mask.device)
+            T = batch.mask.shape[1]
+            logprobs, entropies, values = learner(batch, config.temperature)
+            policy_loss, policy_stats = kernels.ppo_clip_loss(  # eq. 7: -min(ρA, clip(ρ, 1 ± ε) A), ρ = π_θ/π_old
+                logprobs, rollout.logprobs[piece, :T], advantages[piece, :T], batch.mask, clip=config.clip
+            )
+            value_loss, value_stats = kernels.clipped_value_loss(  # ½ max((V - R)², (clip(V, V_old ± ε) - R)²)
+                values, rollout.values[piece, :T], returns[piece, :T], batch.mask, clip=config.value_clip
+            )
+            entropy = masked_mean(entropies, batch.mask)
+            loss = policy_loss + config.value_weight * value_loss - config.entropy * entropy  # eq. 9
+            share = batch.mask.sum() / mask[minibatch].sum()  # a mean over all tokens of the minibatch
+            (share * loss).backward()
+            stats = [policy_loss, value_loss, entropy, policy_stats["approx_kl"]]
+            stats += [policy_stats["clip_fraction"], value_stats["clip_fraction"]]
+            sums += share * torch.stack(stats).detach()
+        if step < config.value_warmup:  # advantages from a bad critic would undo the policy (Zheng et al. 2023)
+            learner.policy.zero_grad()
+        norms = run.update(sums[0] + sums[1], config.grad_clip, *parts)  # Huang et al. 2022, detail 11
+        totals, done = totals + torch.cat([sums, torch.tensor(norms, device=mask.device)]), done + 1
+        if config.early_stop_kl and sums[3] > config.early_stop_kl:
+            break
+    names = ("policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction", "value_clip_fraction")
+    names += ("grad_norm", "critic_grad_norm")[: len(parts)]
+    return dict(zip(names, (totals / done).tolist(), strict=True)) | {"minibatches": done}
 
 
-def score(config: Config, reward_models: list, responses: list, tokenizer) -> Tensor:
-    """The weighted sum of the rewards of (prompt, response) tokens [N]. Raises UserError where one is not finite."""
-    total = torch.zeros(len(responses))
-    for weight, model in zip(config.reward_weights, reward_models, strict=True):
-        if model is None:
-            rewards = torch.tensor([reviews.true_reward(response_text(y, tokenizer)) for _, y in responses])
-        else:
-            heads = evaluate.response_scores(model, responses)
-            rewards = heads.mean(1) - config.doubt * heads.std(1, correction=0)
-        total += weight * rewards
-    require(bool(total.isfinite().all()), "the weighted scores of --reward are no finite numbers")
-    return total
-
-
-def stop_if_collapsed(config: Config, this: Run, kl: float, empty: bool) -> None:
+def stop_if_collapsed(run: Run, kl: float, empty: bool) -> None:
     """Raise UserError where nothing good can follow."""
-    good = this.folder / "model"
+    good = run.folder / "model"
     hint = "start again with a higher --beta or a lower --lr, in another --out"
     hint += f" (the last good policy is in {good})" if good.exists() else ""
     require(not empty, f"the policy has collapsed: every response is empty; {hint}")
-    require(kl <= config.max_kl, f"the policy has collapsed: its KL of {kl:.3g} nats is beyond --max-kl; {hint}")
+    require(kl <= run.config.max_kl, f"the policy has collapsed: its KL of {kl:.3g} nats is beyond --max-kl; {hint}")
 
 
 # ---- before the loop -------------------------------------------------------------------------------------------------
 
 
-def read_prompts(config: Config) -> tuple[list[str], list[str]]:
-    """Prompts to learn from, and others for the report."""
-    if config.data:
-        prompts, _ = data.read_prompts(config.data)
-    else:
-        rng = random.Random(f"ppo {config.seed}")
-        prompts = [reviews.sample_prompt(rng) for _ in range(config.iterations * config.batch_size // config.group)]
-    return prompts, evaluate.new_prompts(config.data, config.eval_prompts, config.seed)
-
-
-def first_reward_model(config: Config, this: Run) -> str:
-    """The reward model of a run without --reward, in OUT/rm: trained now if it is not there yet."""
-    folder = this.folder / "rm"
-    if not (folder / "report.json").exists():
-        say(f"no --reward: a reward model first, in {folder}")
-        names = ("data", "seed", "device", "kernels", "resume", "max_new_tokens")
-        same = {name: getattr(config, name) for name in names}
-        small = {"lr": 1e-4} if config.data and not config.init else {}  # what train_rm.py takes for a model of its own
-        init = config.init or str(this.folder / "sft")
-        train_rm.train(train_rm.Config(out=str(folder), init=init, pairs=config.rm_pairs, **same, **small))
-    this.add_seconds(folder, "reward model")
-    return str(folder)
-
-
-def load_reward_models(config: Config, names: tuple[str, ...], policy: GPT, tokenizer) -> list[ScalarGPT | None]:
-    """The model in each folder, None for the task's true reward. Raises UserError where one does not fit the policy."""
-    models = [None if name == "true" else evaluate.load_reward_model(name, policy, tokenizer) for name in names]
-    several = any(model is not None and len(model.score.weight) > 1 for model in models)
-    require(not config.doubt or several, "--doubt needs a --reward with several heads (train_rm.py --heads)")
-    return models
-
-
-def new_critic(config: Config, policy: GPT, reward_models: list[ScalarGPT | None]) -> ScalarGPT | None:
-    """A network that starts from the reward model, which knows what a response is worth (Stiennon et al. 2020); or from
-    the policy with a head that says 0; or such a head on the policy itself; or none."""
-    if config.advantage != "gae":
-        return None
-    knows = next((model for model in reward_models if model is not None), None)
-    if config.critic == "network" and knows is not None:
-        critic = copy.deepcopy(knows)
-        critic.score.weight = nn.Parameter(critic.score.weight.detach().mean(0, keepdim=True))
-        critic.score.out_features = 1
-        return critic
-    critic = ScalarGPT(copy.deepcopy(policy) if config.critic == "network" else policy)
-    nn.init.zeros_(critic.score.weight)
-    return critic
-
-
-def report(config: Config, this: Run, result: dict, answers: list[dict]) -> None:
-    """Write report.json and report.png, print the table and three prompts with both answers."""
-    metrics = this.metrics()
-    rewards = {"score": "score"}
-    if true := result.get("true_reward"):
-        # in one unit: what the reward model believes and what is so part where the policy games it
-        for row in metrics:
-            row["true_reward_std"] = (row["true_reward"] - true["reference"]) / (true["reference_std"] or 1.0)
-        rewards["true_reward_std"] = "true reward, in reference std"
-    curves = functools.partial(evaluate.curves, metrics, xlabel="round")
-    panels = [
-        curves(rewards, "reward"),
-        curves({"kl": "k1", "kl_k3": "k3"}, "KL to the reference, nats a response"),
-        curves({"entropy": "π_θ"}, "entropy, nats a token"),
-        curves({"clip_fraction": "policy", "value_clip_fraction": "value"}, "share clipped"),
-        curves({"value_loss": "value"}, "value loss"),
-        curves({"explained_variance": "critic"}, "explained variance of the returns"),
-        curves({"response_length": "tokens"}, "response length"),
-        curves({"unended": "share"}, "responses without end-of-text"),
-        curves({"approx_kl": "π_old, π_θ"}, "KL within a round, nats a token"),
-        curves({"beta": "β"}, "β"),
-        curves({"rollout_tokens_per_second": "rollout", "learning_tokens_per_second": "learning"}, "tokens a second"),
-    ]
-    if true:
-        after = {name: [row[f"{name}_true_reward"] for row in answers] for name in ("reference", "policy")}
-        panels.append(evaluate.histograms(after, "true reward, before and after", "true reward"))
-    evaluate.plot(panels, this.folder / "report.png")
-    this.report({**result, "samples": answers[:3]})
-    evaluate.print_samples(answers[:3])
-    say(f"\n{evaluate.comparison_table(result)}\n\n{evaluate.seconds_line(this.seconds)}")
-    say(f"model, metrics, report.json and report.png are in {this.folder}; try it:")
-    prompt = "your prompt" if config.data else answers[0]["prompt"]
-    say(f"  python -m nanopref.generate --model {shlex.quote(str(this.folder))} --prompt {shlex.quote(prompt)}")
+def resolve(config: Config, origin: str) -> Config:
+    """The defaults that depend on other flags filled in, and flags that do not go together refused."""
+    names, weights, compares = config.reward or (), len(config.reward_weights), config.advantage != "gae"
+    early = config.value_warmup is None  # a default that leaves a round for the policy
+    config = flags.resolve(config, "groups" if compares else "gae", origin)
+    config.value_warmup = min(config.value_warmup, config.iterations - 1) if early else config.value_warmup
+    config.critic_lr = config.critic_lr or config.lr
+    config.reward_weights = config.reward_weights or (1.0,) * max(1, len(names))
+    for holds, message in (
+        (config.reward != (), "--reward: name at least one reward model, or leave the flag out"),
+        (weights in (0, len(names)), f"--reward-weights: {weights} weights for {len(names)} reward models"),
+        ("true" not in names or not config.data, "--reward true: only the built-in task knows its own"),
+        (not config.doubt or names, "--doubt needs a --reward with several heads (train_rm.py --heads)"),
+        (not compares or config.group > 1, f"--advantage {config.advantage} compares, so --group must be at least 2"),
+        (config.batch_size % config.group == 0, f"--batch-size must be a multiple of --group {config.group}"),
+        (config.value_warmup < config.iterations, "--value-warmup leaves none of the --iterations for the policy"),
+        (config.beta > 0 or not config.kl_target, "--kl-target multiplies --beta, which must not be 0 then"),
+    ):
+        require(holds, message)
+    flags.require_odd(config.annotators)
+    return config
 
 
 if __name__ == "__main__":
-    run.main(train, tyro.cli(Config, description=__doc__))
+    flags.main(train, Config)

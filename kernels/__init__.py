@@ -74,9 +74,9 @@ def token_logprobs(
     A target of -100 gives 0 and no gradient. Differentiable in `hidden` and `weight`.
     Raises ValueError for shapes, dtypes, devices, targets or a temperature that do not fit.
     """
+    hidden, weight = reference.autocast(hidden, weight)
     _check_head(hidden, weight, targets, temperature, "hidden [N, D], weight [V, D] and targets [N]", 1)
     if _with_triton(hidden):
-        hidden, weight = _autocast(hidden, weight)
         logprobs, entropies, _ = logprob.token_logprobs(hidden[None], weight, targets[None], temperature)
         return (logprobs[0], entropies[0]) if entropy else logprobs[0]
     return reference.token_logprobs(hidden, weight, targets, temperature=temperature, entropy=entropy)
@@ -92,9 +92,10 @@ def sequence_logprobs(
     """
     if mask.shape != targets.shape or mask.device != targets.device:
         raise ValueError(f"kernels: mask {_say(mask)} must have the shape and device of targets {_say(targets)}")
-    _check_head(hidden, weight, targets.where(mask.bool(), 0), temperature, _SEQUENCE, 2)
+    hidden, weight = reference.autocast(hidden, weight)
+    want = "hidden [B, T, D], weight [V, D] and targets [B, T]"
+    _check_head(hidden, weight, targets.where(mask.bool(), 0), temperature, want, 2)
     if _with_triton(hidden):
-        hidden, weight = _autocast(hidden, weight)
         targets = targets.where(mask.bool(), IGNORE)
         return logprob.token_logprobs(hidden, weight, targets, temperature)[0].sum(-1)
     return reference.sequence_logprobs(hidden, weight, targets, mask, temperature=temperature)
@@ -112,8 +113,8 @@ def dpo_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Four sequence log-probs, each [B] -> losses [B], chosen_rewards [B], rejected_rewards [B].
 
-    The rewards are implicit rewards β·log(π_θ/π_ref) and carry no gradient. `loss` is "sigmoid", "hinge" or "ipo".
-    Raises ValueError for arguments that do not fit.
+    The rewards are implicit rewards β·log(π_θ/π_ref) and carry no gradient. `loss` is a row of
+    `reference.MARGIN_LOSSES`, which says what each is. Raises ValueError for arguments that do not fit.
     """
     _check_alike(
         1,
@@ -126,10 +127,10 @@ def dpo_loss(
         raise ValueError(f"kernels: beta must be above 0, not {beta}")
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"kernels: label_smoothing must be at least 0 and below 0.5, not {label_smoothing}")
-    if label_smoothing and loss != "sigmoid":
-        raise ValueError(f"kernels: label_smoothing belongs to the sigmoid loss, not to {loss!r}")
-    if loss not in reference.DPO_LOSSES:
-        raise ValueError(f"kernels: loss must be one of {', '.join(reference.DPO_LOSSES)}, not {loss!r}")
+    if loss not in reference.MARGIN_LOSSES:
+        raise ValueError(f"kernels: loss must be one of {', '.join(reference.MARGIN_LOSSES)}, not {loss!r}")
+    if label_smoothing and loss not in reference.SMOOTHED:
+        raise ValueError(f"kernels: label_smoothing belongs to {', '.join(reference.SMOOTHED)}, not to {loss!r}")
     if _with_triton(policy_chosen):
         losses, chosen, rejected, _ = dpo.dpo_loss(
             policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta, label_smoothing, loss
@@ -176,15 +177,6 @@ def clipped_value_loss(
     return reference.clipped_value_loss(values, old_values, returns, mask, clip=clip)
 
 
-_SEQUENCE = "hidden [B, T, D], weight [V, D] and targets [B, T]"
-
-
-def _autocast(*tensors: Tensor) -> Iterator[Tensor]:
-    """What autocast does before a matmul."""
-    kind = tensors[0].device.type
-    return (x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x for x in tensors)
-
-
 def _say(x: Tensor) -> str:
     return f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')} on {x.device}"
 
@@ -199,10 +191,7 @@ def _check_head(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: fl
         or hidden.shape[-1] != weight.shape[1]
     ):
         raise ValueError(f"kernels: needs {want}; got {got}")
-    # under autocast the matmul brings both to one dtype, as F.linear does everywhere else
-    if hidden.dtype not in DTYPES or (
-        weight.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type)
-    ):
+    if hidden.dtype not in DTYPES or weight.dtype != hidden.dtype:
         raise ValueError(f"kernels: hidden and weight must share a floating dtype; got {got}")
     if targets.dtype != torch.int64:
         raise ValueError(f"kernels: targets must be int64; got {got}")

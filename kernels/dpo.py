@@ -1,15 +1,10 @@
 """DPO's losses on the margin of a pair, as one Triton launch forward and one backward.
 
-With h = log π_θ(y_w)/π_ref(y_w) - log π_θ(y_l)/π_ref(y_l), one number a pair:
-
-    "sigmoid"  l = -(1-ε) log σ(βh) - ε log σ(-βh)   l' = -β (σ(-βh) - ε)    Rafailov et al. 2023, eq. 7; Mitchell 2023
-    "hinge"    l = max(0, 1 - βh)                    l' = -β where βh < 1    Zhao et al. 2023 (SLiC-HF), eq. 2
-    "ipo"      l = (h - 1/2β)²                       l' = 2 (h - 1/2β)       Azar et al. 2023, eq. 17
-
-h enters with +1 from the chosen and -1 from the rejected response, so the slope l' is all the backward needs: the
-forward stores it, the backward multiplies it by what comes from above. For B float32 pairs the forward moves 32·B bytes
-(four vectors in, losses, two rewards and slope out) and the backward 16·B, the least there is.
-Another loss of the same margin is one more branch of `_margin_loss`.
+With h = log π_θ(y_w)/π_ref(y_w) - log π_θ(y_l)/π_ref(y_l), one number a pair, the losses l(h) are the rows of
+`reference.MARGIN_LOSSES` and the branches of `_margin_loss`, which has the slope l' beside each. h enters with +1 from
+the chosen and -1 from the rejected response, so the slope is all the backward needs: the forward stores it, the
+backward multiplies it by what comes from above. For B float32 pairs the forward moves 32·B bytes (four vectors in,
+losses, two rewards and slope out) and the backward 16·B, the least there is.
 """
 
 import torch
@@ -29,22 +24,24 @@ def _log1p(u):
 
 @triton.jit
 def _margin_loss(h, beta, label_smoothing, LOSS: tl.constexpr):
-    """Loss and slope dl/dh."""
+    """Loss l and slope dl/dh, a branch for each row of `reference.MARGIN_LOSSES`. NaN compares as False."""
     x = beta * h
-    if LOSS == "sigmoid":
+    if LOSS == "sigmoid":  # l' = -β (σ(-x) - ε)
         u = tl.exp(-tl.abs(x))
         softplus = _log1p(u)  # -log σ(|x|); the other sign adds |x|
         loss = (1 - label_smoothing) * (softplus + tl.maximum(-x, 0.0)) + label_smoothing * (
             softplus + tl.maximum(x, 0.0)
         )
         slope = -beta * (tl.where(x >= 0, u, 1.0) / (1.0 + u) - label_smoothing)
-    elif LOSS == "hinge":
-        loss = tl.maximum(1 - x, 0.0)
-        slope = tl.where(x < 1, -beta, 0.0)
-    elif LOSS == "ipo":
+    elif LOSS == "hinge":  # l' = -β where x < 1
+        loss = tl.where(x >= 1, 0.0, 1 - x)
+        slope = tl.where(x >= 1, 0.0, -beta)
+    elif LOSS == "ipo":  # l' = 2 (h - 1/2β)
         distance = h - 0.5 / beta
         loss = distance * distance
         slope = 2 * distance
+    else:
+        tl.static_assert(False, "a row of reference.MARGIN_LOSSES has no branch here")
     return loss, slope
 
 

@@ -57,7 +57,7 @@ def operators() -> Iterator[str]:
             yield short + what
             head(160, d, 2500, dtype)
         x = torch.zeros(64, dtype=dtype)
-        for loss in kernels.reference.DPO_LOSSES:
+        for loss in kernels.reference.MARGIN_LOSSES:
             yield f"{short} {loss}"
             slopes = dpo.dpo_loss(x, x, x, x, 0.1, 0.0, loss)[3]
         yield short
@@ -106,8 +106,10 @@ def compile_one(name: str, call: str, source: ASTSource, options: dict) -> dict:
     row = {"target": name, "kernel": f"{file}.{source.fn.__name__}", "call": call}
     try:
         built = triton.compile(source, target=target, options=options)
-    except Exception as error:  # whatever the compiler raises is the finding
-        return row | {"fault": f"does not compile: {str(error)[:200]}"}
+    except Exception as error:  # whatever the compiler raises is the finding; the first cause's last line says why
+        while error.__cause__:
+            error = error.__cause__
+        return row | {"fault": f"does not compile: {(str(error).strip() or repr(error)).splitlines()[-1][:200]}"}
     code = built.asm["ptx" if "ptx" in built.asm else "amdgcn"]
     cores = sorted({match[1] or match[2] for match in TENSOR_CORES.finditer(code)})
     row |= {"shared": built.metadata.shared, "shared_limit": limit, "tensor_cores": cores}

@@ -216,7 +216,8 @@ def _merge(head, targets, spans, logprobs, entropy, lse, first, band, number):
     bits = tl.log2(total)
     # differences first, so that large logits cost no digits; the target's x was summed in another order than the
     # spans', and where p is almost 1 its rounding must not make a log-prob positive
-    tl.store(logprobs + token, tl.minimum((x * head.scale - top - bits) * LN2, 0.0), mask=inside)
+    logp = tl.minimum((x * head.scale - top - bits) * LN2, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(logprobs + token, logp, mask=inside)
     tl.store(entropy + token, (bits - moment / total) * LN2, mask=inside)
     tl.store(lse + token, top + bits, mask=inside)
 

@@ -45,7 +45,9 @@ def _value(value, old, target, clip):
     error, clipped = value - target, old + tl.minimum(tl.maximum(moved, -clip), clip) - target
     # inside the range both terms are the same but for the rounding of v_old + (v - v_old), which is no clipping
     cut = (clipped * clipped > error * error) & (tl.abs(moved) > clip)
-    return 0.5 * tl.where(cut, clipped * clipped, error * error), tl.where(cut, 0.0, error), cut, tl.zeros_like(value)
+    # an old value that is NaN is not beyond the range, and not inside it either
+    square = tl.where(cut | (clipped != clipped), clipped * clipped, error * error)
+    return 0.5 * square, tl.where(cut, 0.0, error), cut, tl.zeros_like(value)
 
 
 @triton.jit

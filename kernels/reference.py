@@ -5,12 +5,28 @@ float32; float64 inputs stay float64, and that is the reference every other impl
 The public functions, which check their arguments and choose an implementation, are in `kernels/__init__.py`.
 """
 
+import inspect
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE = -100  # a target that counts for nothing: log-prob 0, no gradient
-DPO_LOSSES = ("sigmoid", "hinge", "ipo")
+
+# The losses of a pair: functions of h, its margin of log-ratios, of β, and of label_smoothing ε, the chance that its
+# label is flipped; a row without a use for ε does not name it. Each row has a branch in `kernels/dpo.py`.
+MARGIN_LOSSES: dict[str, Callable[[Tensor, float, float], Tensor]] = {
+    # -log σ(βh): Rafailov et al. 2023 (DPO), eq. 7; with ε conservative DPO, Mitchell 2023
+    "sigmoid": lambda h, beta, label_smoothing: (
+        -(1 - label_smoothing) * F.logsigmoid(beta * h) - label_smoothing * F.logsigmoid(-beta * h)
+    ),
+    # max(0, 1 - βh): Zhao et al. 2023 (SLiC-HF), eq. 2, with DPO's log-ratios
+    "hinge": lambda h, beta, _: F.relu(1 - beta * h),
+    # (h - 1/2β)²: Azar et al. 2023 (IPO), eq. 17
+    "ipo": lambda h, beta, _: (h - 1 / (2 * beta)) ** 2,
+}
+SMOOTHED = tuple(name for name, f in MARGIN_LOSSES.items() if "label_smoothing" in inspect.signature(f).parameters)
 
 
 def upcast(x: Tensor) -> Tensor:
@@ -24,21 +40,42 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, x, 0.0).sum() / mask.sum().clamp(min=1)
 
 
+def autocast(*factors: Tensor) -> list[Tensor]:
+    """The factors of a product as autocast rounds them: to its dtype, but for float64. Without autocast as they are."""
+    kind = factors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return list(factors)
+    dtype = torch.get_autocast_dtype(kind)
+    return [x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in factors]
+
+
+def logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """hidden [..., D], weight [V, D] -> hidden · weightᵀ [..., V], summed and returned in float32 (float64 stays).
+
+    Autocast rounds the two factors but not their product: around -80, bfloat16 numbers are half a nat apart.
+    """
+    hidden, weight = autocast(hidden, weight)
+    with torch.autocast(hidden.device.type, enabled=False):
+        halves = hidden.dtype == weight.dtype and hidden.dtype in (torch.float16, torch.bfloat16)
+        differentiable = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+        if hidden.is_cuda and hidden.dim() == 2 and halves and not differentiable:
+            return torch.mm(hidden, weight.t(), out_dtype=torch.float32)  # needs no float32 copies, has no derivative
+        return F.linear(upcast(hidden), upcast(weight))
+
+
 def token_logprobs(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float = 1.0, entropy: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
     """log π(target) for each token, with π = softmax(hidden · weightᵀ / temperature).
 
     hidden [N, D], weight [V, D], targets [N] -> logprobs [N], and with `entropy` also H(π) [N] in nats.
-    A target of -100 gives 0 for both.
+    A target of -100 gives 0 for both, and its hidden state is not read.
     """
-    logits = upcast(F.linear(hidden, weight)) / temperature
-    if not entropy:
-        return -F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none")
-    counts = targets != IGNORE
-    logp = logits.log_softmax(-1)
-    chosen = logp.gather(-1, targets.clamp(min=0)[:, None])[:, 0]
-    return torch.where(counts, chosen, 0.0), torch.where(counts, -(logp.exp() * logp).sum(-1), 0.0)
+    (rows,) = (targets != IGNORE).nonzero(as_tuple=True)  # only these tokens meet the vocabulary
+    logp = (logits(hidden[rows], weight) / temperature).log_softmax(-1)
+    zeros = logp.new_zeros(len(targets))
+    logprobs = zeros.index_add(0, rows, logp.gather(-1, targets[rows, None])[:, 0])
+    return (logprobs, zeros.index_add(0, rows, -(logp.exp() * logp).sum(-1))) if entropy else logprobs
 
 
 def sequence_logprobs(
@@ -48,9 +85,9 @@ def sequence_logprobs(
 
     hidden [B, T, D], weight [V, D], targets [B, T], mask [B, T] -> logprobs [B]. hidden[:, t] predicts targets[:, t].
     """
-    rows, columns = mask.nonzero(as_tuple=True)  # only these tokens meet the vocabulary
-    logprobs = token_logprobs(hidden[rows, columns], weight, targets[rows, columns], temperature=temperature)
-    return logprobs.new_zeros(len(mask)).index_add(0, rows, logprobs)
+    targets = targets.where(mask.bool(), IGNORE)
+    logprobs = token_logprobs(hidden.flatten(0, 1), weight, targets.flatten(), temperature=temperature)
+    return logprobs.view(targets.shape).sum(-1)
 
 
 def dpo_loss(
@@ -63,24 +100,14 @@ def dpo_loss(
     label_smoothing: float = 0.0,
     loss: str = "sigmoid",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses on the margin h = log π_θ(y_w)/π_ref(y_w) - log π_θ(y_l)/π_ref(y_l), one a pair.
+    """Losses on the margin h = log π_θ(y_w)/π_ref(y_w) - log π_θ(y_l)/π_ref(y_l), one a pair: see MARGIN_LOSSES.
 
     Four sequence log-probs, each [B] -> losses [B], chosen_rewards [B], rejected_rewards [B]. Gradients go from the
     losses to the policy's log-probs only.
-    "sigmoid": -log σ(βh), Rafailov et al. 2023, eq. 7; `label_smoothing` ε is the chance that a label is flipped
-               (Mitchell 2023, conservative DPO): -(1-ε) log σ(βh) - ε log σ(-βh).
-    "hinge":   max(0, 1 - βh), Zhao et al. 2023 (SLiC-HF), eq. 2, with DPO's log-ratios.
-    "ipo":     (h - 1/2β)², Azar et al. 2023, eq. 17.
     """
     chosen = upcast(policy_chosen) - upcast(reference_chosen.detach())
     rejected = upcast(policy_rejected) - upcast(reference_rejected.detach())
-    h = chosen - rejected
-    if loss == "sigmoid":
-        losses = -(1 - label_smoothing) * F.logsigmoid(beta * h) - label_smoothing * F.logsigmoid(-beta * h)
-    elif loss == "hinge":
-        losses = F.relu(1 - beta * h)
-    elif loss == "ipo":
-        losses = (h - 1 / (2 * beta)) ** 2
+    losses = MARGIN_LOSSES[loss](chosen - rejected, beta, label_smoothing)
     return losses, beta * chosen.detach(), beta * rejected.detach()
 
 
@@ -123,4 +150,5 @@ def clipped_value_loss(
     # inside the range both terms are the same but for the rounding of v_old + (v - v_old), which is no clipping
     cut = (moved.abs() > clip) & (clipped > unclipped)
     stats = {"clip_fraction": masked_mean(cut.to(values.dtype), mask).detach()}
-    return 0.5 * masked_mean(torch.where(cut, clipped, unclipped), mask), stats
+    # an old value that is NaN is not beyond the range, and not inside it either
+    return 0.5 * masked_mean(torch.where(cut | clipped.isnan(), clipped, unclipped), mask), stats

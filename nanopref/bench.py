@@ -27,23 +27,25 @@ from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Literal
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-import kernels
 import kernels.bench
-from nanopref import data, evaluate, run
-from nanopref.data import Pair, Row
+from nanopref import models
+from nanopref.data.formats import read
+from nanopref.data.groups import Encoded, Group, encode, split, write_groups
+from nanopref.data.tokenizer import Tokenizer
+from nanopref.evaluation.report import table
 from nanopref.generate import generate
-from nanopref.model import GPT, GPTConfig, load_pretrained, preset, save_pretrained
-from nanopref.run import require, say
-from nanopref.tokenizer import Tokenizer
+from nanopref.models.gpt2 import GPT, PRESETS, GPTConfig, preset
+from nanopref.running import flags, optim, parallel
+from nanopref.running.flags import flag, require
+from nanopref.running.folder import version, write_atomic
+from nanopref.running.parallel import say
 
 ROOT = Path(__file__).parent.parent
 CUDA = torch.cuda.is_available()
@@ -56,28 +58,21 @@ DATA_SHEET = {"NVIDIA H200": 989.5, "NVIDIA H100 80GB HBM3": 989.5, "NVIDIA H100
 
 @dataclass
 class Config:
-    """Time whole DPO steps and whole rollouts beside TRL's and transformers', on the same model and data."""
+    """Time whole DPO steps and whole rollouts beside TRL's and transformers', on the same model and data.
 
-    only: Literal["all", "step", "parts", "rollouts"] = "all"
-    """one of the measurements, or all"""
-    preset: str = "gpt2" if CUDA else "tiny"
-    """the model's size"""
-    vocab_size: int = 50257 if CUDA else 4096
-    """its vocabulary, at most 54000"""
-    tokens: int = 1024 if CUDA else 128
-    """prompt and answer together, half each; also the context"""
-    batch_size: int = 64 if CUDA else 16
-    """pairs a step"""
-    micro_batch: int = 16 if CUDA else 4
-    """pairs in memory at once, of which a whole number makes a step"""
-    steps: int = 15 if CUDA else 10
-    """DPO steps, of which the first three do not count"""
-    prompts: int = 256 if CUDA else 32
-    """rollouts: prompts answered as one batch, each an eighth of --tokens long"""
-    new_tokens: int = 256 if CUDA else 32
-    """rollouts: tokens sampled for each, at most the rest of --tokens"""
-    out: str = "kernels/results"
-    """folder for the results"""
+    Example: python -m nanopref.bench --only rollouts --preset gpt2-medium
+    """
+
+    only: str = flag("all", "one of the measurements, or all", among=("all", "step", "parts", "rollouts"))
+    preset: str = flag("gpt2" if CUDA else "tiny", "the model's size", among=tuple(PRESETS))
+    vocab_size: int = flag(50257 if CUDA else 4096, "its vocabulary", least=300, most=54000)
+    tokens: int = flag(1024 if CUDA else 128, "prompt and answer together, half each; also the context", least=32)
+    batch_size: int = flag(64 if CUDA else 16, "pairs a step", least=1)
+    micro_batch: int = flag(16 if CUDA else 4, "pairs in memory at once, of which a whole number is a step", least=1)
+    steps: int = flag(15 if CUDA else 10, f"DPO steps, of which the first {WARM_UP} do not count", above=WARM_UP)
+    prompts: int = flag(256 if CUDA else 32, "of the rollouts, one batch, each an eighth of --tokens long", least=1)
+    new_tokens: int = flag(256 if CUDA else 32, "sampled behind each, at most the rest of --tokens", least=1)
+    out: str = flag("kernels/results", "folder for the results")
 
 
 # ---- what is measured on ---------------------------------------------------------------------------------------------
@@ -98,8 +93,8 @@ def synthetic_tokenizer(vocab_size: int) -> Tokenizer:
     return Tokenizer(ranks)
 
 
-def random_pairs(tokenizer: Tokenizer, n: int, tokens: int, ragged: bool) -> list[Pair]:
-    """`n` pairs to train on and what `data.split` holds out beside them.
+def random_pairs(tokenizer: Tokenizer, n: int, tokens: int, ragged: bool) -> list[Group]:
+    """`n` pairs to train on and what `split` holds out beside them.
 
     Prompts, and answers with their end-of-text, have tokens/2 tokens; ragged ones from an eighth of that to that.
     """
@@ -111,13 +106,13 @@ def random_pairs(tokenizer: Tokenizer, n: int, tokens: int, ragged: bool) -> lis
         return "".join(rng.choices(letters, k=length - end))
 
     total = next(m for m in itertools.count(n) if m - max(1, round(m / 10)) == n)
-    return [Pair(text(0), text(1), text(1)) for _ in range(total)]
+    return [Group(text(0), (text(1), text(1))) for _ in range(total)]
 
 
 # ---- what must be done, and how fast this machine could do it --------------------------------------------------------
 
 
-def dpo_flops(c: GPTConfig, pairs: Sequence[tuple[Row, Row]]) -> int:
+def dpo_flops(c: GPTConfig, pairs: Encoded) -> int:
     """Floating-point operations of DPO on these pairs: a forward pass, and twice that for the backward pass.
 
     Forward: 2 for each weight that a token is multiplied by (Kaplan et al. 2020, §2.1), 12·L·D² in the blocks for each
@@ -126,9 +121,9 @@ def dpo_flops(c: GPTConfig, pairs: Sequence[tuple[Row, Row]]) -> int:
     The reference, which is evaluated once before, and what is computed a second time to save memory are not counted.
     """
     forward = 0
-    for prompt, answer in itertools.chain(*pairs):
-        T = len(prompt) + len(answer) - 1  # the last token is no input
-        forward += 2 * T * 12 * c.n_layer * c.n_embd**2 + 2 * len(answer) * c.vocab_size * c.n_embd
+    for tokens, answer in zip(pairs.row_lengths.tolist(), pairs.response_lengths.tolist(), strict=True):
+        T = tokens - 1  # the last token is no input
+        forward += 2 * T * 12 * c.n_layer * c.n_embd**2 + 2 * answer * c.vocab_size * c.n_embd
         forward += 4 * c.n_layer * c.n_embd * T * (T + 1) // 2
     return 3 * forward
 
@@ -178,10 +173,10 @@ def limits() -> dict[str, float]:
 
 def own_steps(config: Config, folder: Path, pairs: Path) -> dict:
     """train_dpo.py in a process of its own -> tokens a second at each step, and on a GPU its peak memory."""
-    flags = {"init": folder / "model", "data": pairs, "out": folder / "run", "epochs": 1, "eval_every": config.steps}
-    flags |= {"batch_size": config.batch_size, "micro_batch": config.micro_batch, "save_every": config.steps}
-    flags |= {"eval_prompts": 1, "max_new_tokens": 1, "device": "cuda" if CUDA else "cpu"}
-    words = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    setting = {"init": folder / "model", "data": pairs, "out": folder / "run", "epochs": 1, "eval_every": config.steps}
+    setting |= {"batch_size": config.batch_size, "micro_batch": config.micro_batch, "save_seconds": 1e6}
+    setting |= {"eval_prompts": 1, "max_new_tokens": 1, "device": "cuda" if CUDA else "cpu"}
+    words = [word for name, value in setting.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     command = [sys.executable, str(ROOT / "train_dpo.py"), *words, "--overwrite"]
     done = subprocess.run(command, capture_output=True, text=True)
     require(done.returncode == 0, f"{shlex.join(command)} failed: {done.stderr[-2000:]}")
@@ -208,7 +203,7 @@ def trl_steps(config: Config, folder: Path, pairs: Path, checkpointing: bool) ->
             counts[-1].append(inputs["attention_mask"].sum())
             return super().compute_loss(model, inputs, *arguments, **options)
 
-    rows = data.split(data.read_pairs(pairs)[0])[0]
+    groups = split(read(pairs)[1])[0]
     settings = {"gradient_checkpointing": checkpointing, "precompute_ref_log_probs": True, "bf16": CUDA}
     settings |= {"per_device_train_batch_size": config.micro_batch, "max_length": config.tokens, "use_cpu": not CUDA}
     settings |= {"gradient_accumulation_steps": config.batch_size // config.micro_batch, "num_train_epochs": 1}
@@ -218,7 +213,7 @@ def trl_steps(config: Config, folder: Path, pairs: Path, checkpointing: bool) ->
             str(folder / "model"),
             args=trl.DPOConfig(str(folder / "trl"), dataloader_pin_memory=CUDA, **settings),
             train_dataset=datasets.Dataset.from_list(
-                [{"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected} for pair in rows]
+                [dict(zip(("prompt", "chosen", "rejected"), (g.prompt, *g.responses), strict=True)) for g in groups]
             ),
             processing_class=transformers.AutoTokenizer.from_pretrained(folder / "model"),
             callbacks=[Clock()],
@@ -233,14 +228,14 @@ def trl_steps(config: Config, folder: Path, pairs: Path, checkpointing: bool) ->
 
 def step(config: Config, folder: Path, limit: dict) -> Iterator[dict]:
     """Tokens a second (prompts' and answers', not padding) and memory of DPO: ours, TRL's, TRL's by its defaults."""
-    gpt, tokenizer = load_pretrained(folder / "model")
+    gpt, tokenizer = models.load(folder / "model")
     sheet = next((rate for name, rate in DATA_SHEET.items() if card().startswith(name)), None)
     for kind in LENGTHS:
         path = folder / f"{kind}.jsonl"
         made = random_pairs(tokenizer, config.steps * config.batch_size, config.tokens, kind == "ragged")
-        path.write_text(data.write_pairs(made), encoding="utf-8")
-        pairs, _ = data.encode_pairs(data.split(made)[0], tokenizer, config.tokens)
-        tokens = sum(len(x) + len(y) for x, y in itertools.chain(*pairs))
+        path.write_text(write_groups(made), encoding="utf-8")
+        pairs, _ = encode(split(made)[0], tokenizer, config.tokens)
+        tokens = int(pairs.row_lengths.sum())
         for who, checkpointing in (("train_dpo.py", None), ("TRL", False), ("TRL, checkpointing (its default)", True)):
             row = {"lengths": kind, "who": who}
             if checkpointing is None:
@@ -280,21 +275,21 @@ def shared_prompt(prompt: int, answer: int) -> Callable[..., Tensor]:
 def parts(config: Config, folder: Path, limit: dict) -> Iterator[dict]:
     """Milliseconds of forward + backward of a micro-batch, and of what follows the last of them."""
     device = torch.device("cuda" if CUDA else "cpu")
-    gpt = load_pretrained(folder / "model")[0].to(device)
+    gpt = models.load(folder / "model")[0].to(device)
     B, T, P = config.micro_batch, config.tokens - 1, config.tokens // 2  # the last token is no input
     wide = GPT(replace(gpt.config, block_size=2 * T - P)).to(device)  # its positions serve for timing only
     tokens, shared = (torch.randint(config.vocab_size, s, device=device) for s in ((2 * B, T), (B, 2 * T - P)))
     mask = (torch.arange(T, device=device) >= P).expand(2 * B, T).float()
-    optimizer = run.adamw(gpt, 1e-6)
+    optimizer = optim.adamw(gpt, 1e-6)
 
     def trunk(gpt: GPT, tokens: Tensor) -> None:
-        with run.autocast(device):
+        with parallel.autocast(device):
             hidden = gpt.hidden(tokens)
         hidden.float().sum().backward()
 
     def trunk_and_head() -> None:
-        with run.autocast(device):
-            logprobs = kernels.sequence_logprobs(gpt.hidden(tokens), gpt.unembedding, tokens, mask)
+        with parallel.autocast(device):
+            logprobs = gpt(tokens, tokens, mask)
         logprobs.sum().backward()
 
     def row(part: str, how: str, call: Callable[[], object]) -> dict:
@@ -322,12 +317,12 @@ def parts(config: Config, folder: Path, limit: dict) -> Iterator[dict]:
 def rollouts(config: Config, folder: Path, limit: dict) -> Iterator[dict]:
     """Tokens sampled a second: ours, transformers' with either cache, and what reading the memory would allow."""
     device, dtype = (torch.device("cuda"), torch.bfloat16) if CUDA else (torch.device("cpu"), torch.float32)
-    gpt = load_pretrained(folder / "model")[0].to(device).eval()
+    gpt = models.load(folder / "model")[0].to(device).eval()
     prompts = torch.randint(config.vocab_size - 1, (config.prompts, config.tokens // 8), device=device)
     total = config.prompts * config.new_tokens
 
     def own() -> None:
-        with run.autocast(device):
+        with parallel.autocast(device):
             samples = generate(gpt, prompts.tolist(), config.new_tokens, end_of_text=-1)  # which is never drawn
         assert sum(len(sample.tokens) for sample in samples) == total
 
@@ -386,20 +381,17 @@ def show(rows: Sequence[dict]) -> str:
     """Rows as a table, with a column for every name that one of them has."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     cells = [tuple(cell(row.get(name, "")) for name in names) for row in rows]
-    return evaluate.table(cells, tuple(name.replace("_per_", "/").replace("_", " ") for name in names))
+    return table(cells, tuple(name.replace("_per_", "/").replace("_", " ") for name in names))
 
 
 def main(config: Config) -> None:
-    require(300 <= config.vocab_size <= 54000, f"--vocab-size must be 300 to 54000, not {config.vocab_size}")
-    require(config.tokens >= 32, f"--tokens must be at least 32, not {config.tokens}")
-    require(config.steps > WARM_UP, f"--steps must be more than the {WARM_UP} that do not count, not {config.steps}")
-    run.require_at_least_one(config, "batch_size", "micro_batch", "prompts", "new_tokens")
+    flags.check(config)
     require(config.batch_size % config.micro_batch == 0, "--batch-size must be a multiple of --micro-batch")
     require(config.new_tokens <= config.tokens - config.tokens // 8, "--new-tokens: more than fit behind the prompts")
-    run.start("cuda" if CUDA else "cpu", 0)
+    parallel.start("cuda" if CUDA else "cpu", 0)
     about = {"card": card(), "threads": torch.get_num_threads(), "flags": asdict(config)}
     about["command"] = shlex.join(["python", "-m", "nanopref.bench", *sys.argv[1:]])
-    about["versions"] = {name: run.version(name) for name in ("torch", "triton", "transformers", "trl")}
+    about["versions"] = {name: version(name) for name in ("torch", "triton", "transformers", "trl")}
     if (ROOT / ".git").exists() and shutil.which("git"):
         git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         about["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
@@ -409,7 +401,7 @@ def main(config: Config) -> None:
     with TemporaryDirectory() as name:
         folder = Path(name)
         sizes = preset(config.preset, vocab_size=config.vocab_size, block_size=config.tokens)
-        save_pretrained(GPT(sizes), synthetic_tokenizer(config.vocab_size), folder / "model")
+        models.save(GPT(sizes), synthetic_tokenizer(config.vocab_size), folder / "model")
         for measure in (step, parts, rollouts):
             if config.only not in ("all", measure.__name__):
                 continue
@@ -418,9 +410,9 @@ def main(config: Config) -> None:
             for row in measure(config, folder, about["limits"]):
                 rows.append(row)
                 say(" ", "  ".join(map(cell, row.values())))
-                run.write_atomic(path, json.dumps({**about, "rows": rows}, indent=1) + "\n")  # a cut run leaves these
+                write_atomic(path, json.dumps({**about, "rows": rows}, indent=1) + "\n")  # a cut run leaves these
             say(f"\n{show(rows)}\n\n{path}\n")
 
 
 if __name__ == "__main__":
-    run.main(main, tyro.cli(Config, description=__doc__))
+    flags.main(main, Config)

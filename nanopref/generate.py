@@ -1,4 +1,4 @@
-"""Sampling from a GPT with a KV cache: `python -m nanopref.generate --model out/dpo --prompt "Last night I saw"`.
+"""Sampling from a GPT with a KV cache: `python -m nanopref.generate`
 
 Each row of a batch keeps its own place in the cache, so prompts of different lengths need no padding that could be
 seen. On a CPU, rows that have finished leave the batch. On a GPU the step from one token to the next is recorded once,
@@ -13,16 +13,28 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import Tensor
 
-from nanopref import run
-from nanopref.data import encode_prompt, pad
-from nanopref.model import GPT, KVCache, load_pretrained
-from nanopref.run import UserError, progress
-from nanopref.tokenizer import Tokenizer
+from kernels.reference import logits as float32_logits
+from nanopref import models
+from nanopref.data.groups import Encoded, encode_prompt, pad
+from nanopref.data.tokenizer import Tokenizer
+from nanopref.models.gpt2 import GPT
+from nanopref.models.inference import evaluating
+from nanopref.running import flags, parallel
+from nanopref.running.flags import flag, require
 
 CHUNK = 64  # columns by which a static step's view of the cache grows; each time a CUDA graph is recorded anew
+
+
+class Answer(NamedTuple):
+    """What a policy said to a prompt."""
+
+    prompt: list[int]
+    tokens: list[int]  # end-of-text included where it was reached
+    logprobs: list[float]  # of each token, as it was drawn
+    text: str
+    ended: bool
 
 
 class Sample(NamedTuple):
@@ -103,16 +115,18 @@ def generate(
     longest, device, B = check_room(prompts, model), model.device, len(prompts)
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     room = min(longest + max_new_tokens, model.config.block_size)
-    max_new_tokens = min(max_new_tokens, room - min(map(len, prompts)))
+    asked, max_new_tokens = max_new_tokens, min(max_new_tokens, room - min(map(len, prompts)))
     dtype = torch.bfloat16 if torch.is_autocast_enabled(device.type) else torch.float32
     static = device.type == "cuda" if static is None else static
-    cache = KVCache(model.config, B, _whole(room) if static else room, device=device, dtype=dtype)
+    cache = model.new_cache(B, _whole(room) if static else room, dtype=dtype)
     hidden = model.hidden(pad(prompts).to(device), cache)
     hidden = hidden[torch.arange(B, device=device), lengths - 1]
     cache.lengths = lengths  # what the padding wrote behind a shorter prompt is overwritten by its response
 
-    # all that chance decides, drawn at once: a row's response does not depend on which others are still going
-    uniform = torch.rand(max_new_tokens, B, generator=generator, device=device, dtype=torch.float64)
+    # all that chance decides, drawn at once and a row after the other: a response depends neither on which others are
+    # still going nor on how many are sampled at once
+    source = generator.device if generator else device
+    uniform = torch.rand(B, asked, generator=generator, device=source, dtype=torch.float64).t().to(device)
     tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
     logprobs = torch.zeros(B, max_new_tokens, device=device)
     counts = torch.zeros(B, dtype=torch.long, device=device)
@@ -158,17 +172,6 @@ def generate(
     ]
 
 
-def float32_logits(hidden: Tensor, unembedding: Tensor) -> Tensor:
-    """hidden [B, D], unembedding [V, D] -> logits [B, V] in float32, whatever the dtype of the two.
-
-    Autocast would round them to bfloat16, and then π_old would not be the π_θ that the kernels compute.
-    """
-    with torch.autocast(hidden.device.type, enabled=False):
-        if hidden.is_cuda and hidden.dtype == torch.bfloat16:
-            return torch.mm(hidden, unembedding.t(), out_dtype=torch.float32)
-        return F.linear(hidden.float(), unembedding.float())
-
-
 def _whole(columns: int) -> int:
     """Rounded up to whole chunks of the cache."""
     return -(-columns // CHUNK) * CHUNK
@@ -185,39 +188,65 @@ def record(step: Callable[[], None]) -> Callable[[], None]:
 def check_room(prompts: Sequence[list[int]], model: GPT) -> int:
     """The length of the longest prompt; UserError where it leaves no room to respond."""
     longest, context = max(map(len, prompts)), model.config.block_size
-    if longest >= context:
-        raise UserError(f"a prompt of {longest} tokens leaves no room to respond in a context of {context}")
+    message = f"a prompt of {longest} tokens leaves no room to respond in a context of {context}"
+    require(longest < context, message)
     return longest
 
 
 def check_sampling(max_new_tokens: int, temperature: float, top_k: int, top_p: float) -> None:
     """Raise UserError for settings that no distribution has."""
-    if max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens must be at least 1, not {max_new_tokens}")
-    if temperature != 0 and not 1e-6 <= temperature < float("inf"):  # below, logits overflow float32
-        raise UserError(f"--temperature must be 0 (greedy) or at least 1e-6, not {temperature}")
-    if top_k < 0:
-        raise UserError(f"--top-k must be 0 (all tokens) or above, not {top_k}")
-    if not 0 < top_p <= 1:
-        raise UserError(f"--top-p must be above 0 and at most 1, not {top_p}")
+    require(max_new_tokens >= 1, f"--max-new-tokens must be at least 1, not {max_new_tokens}")
+    usual = temperature == 0 or 1e-6 <= temperature < math.inf  # below, logits overflow float32
+    require(usual, f"--temperature must be 0 (greedy) or at least 1e-6, not {temperature}")
+    require(top_k >= 0, f"--top-k must be 0 (all tokens) or above, not {top_k}")
+    require(0 < top_p <= 1, f"--top-p must be above 0 and at most 1, not {top_p}")
 
 
-def generate_all(
+def room_for_prompt(model: GPT, max_new_tokens: int) -> int:
+    """How many tokens of a prompt are kept: all that leaves `max_new_tokens`, and at least half the context."""
+    return max(model.config.block_size - max_new_tokens, model.config.block_size // 2)
+
+
+def respond(
     model: GPT,
-    prompts: Sequence[list[int]],
-    max_new_tokens: int,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
     *,
+    max_new_tokens: int,
+    seed: int,
+    stream: str,
     batch_size: int = 256,
-    description: str = "sampling",
-    **kwargs,
-) -> list[Sample]:
-    """`generate` over any number of prompts, a batch at a time, with a progress bar."""
-    samples = []
-    with progress(description, len(prompts)) as bar:
+    temperature: float = 1.0,
+) -> list[Answer]:
+    """An answer to each prompt, `batch_size` at once, with a progress bar; dropout is off.
+
+    `stream` names the random stream: the same seed and stream give the same answers. A prompt that is longer than
+    `room_for_prompt` loses its beginning.
+    """
+    room = room_for_prompt(model, max_new_tokens)
+    encoded = [encode_prompt(tokenizer, prompt)[-room:] for prompt in prompts]
+    end = tokenizer.end_of_text
+    generator = parallel.generator(seed, stream)  # of the CPU, whose draws go on from batch to batch
+    samples: list[Sample] = []
+    with (
+        evaluating(model),
+        parallel.autocast(model.device),
+        parallel.progress("sampling", len(prompts), "response") as bar,
+    ):
         for i in range(0, len(prompts), batch_size):
-            samples += generate(model, prompts[i : i + batch_size], max_new_tokens, **kwargs)
-            bar.update(min(batch_size, len(prompts) - i))
-    return samples
+            part = encoded[i : i + batch_size]
+            setting = {"end_of_text": end, "temperature": temperature, "generator": generator}
+            samples += generate(model, part, max_new_tokens, **setting)
+            bar.update(len(part))
+    return [
+        Answer(x, *sample, response_text(sample.tokens, tokenizer), sample.tokens[-1] == end)
+        for x, sample in zip(encoded, samples, strict=True)
+    ]
+
+
+def pack(answers: Sequence[Answer]) -> Encoded:
+    """Answers as groups of one."""
+    return Encoded.pack([[(answer.prompt, answer.tokens)] for answer in answers])
 
 
 def response_text(response: list[int], tokenizer: Tokenizer) -> str:
@@ -227,31 +256,26 @@ def response_text(response: list[int], tokenizer: Tokenizer) -> str:
 
 @dataclass
 class Config:
-    """Let a trained model finish a prompt, printing as it samples."""
+    """Let a trained model finish a prompt, printing as it samples.
 
-    prompt: str
-    """what the response should follow"""
-    model: str = "out/dpo"
-    """a run folder, a Hugging Face GPT-2 folder, or a name on the hub"""
-    max_new_tokens: int = 200
-    """stop here if the response has not ended by itself"""
-    temperature: float = 1.0
-    """below 1 more cautious, above 1 wilder, 0 always the most likely token"""
-    top_k: int = 0
-    """sample from the k most likely tokens only (0: all)"""
-    top_p: float = 1.0
-    """sample from the most likely tokens that hold this much probability"""
-    seed: int = 0
-    """another seed, another response"""
-    device: str = "auto"
-    """auto, cpu or cuda"""
+    Example: python -m nanopref.generate --model out/dpo --prompt "Last night I watched Paper Crown,"
+    """
+
+    prompt: str = flag("", "what the response should follow")
+    model: str = flag("out/dpo", "a run folder, a Hugging Face folder, or a name on the hub")
+    max_new_tokens: int = flag(200, "stop here if the response has not ended by itself", least=1)
+    temperature: float = flag(1.0, "below 1 more cautious, above 1 wilder, 0 always the most likely token", least=0)
+    top_k: int = flag(0, "sample from the k most likely tokens only (0: all)", least=0)
+    top_p: float = flag(1.0, "sample from the most likely tokens that hold this much probability", above=0, most=1)
+    seed: int = flag(0, "another seed, another response", least=0, below=2**32)
+    device: str = flag("auto", "auto, cpu or cuda")
 
 
 def main(config: Config) -> None:
-    run.check_seed(config.seed)
+    flags.check(config)
     check_sampling(config.max_new_tokens, config.temperature, config.top_k, config.top_p)
-    device = run.start(config.device, config.seed)
-    model, tokenizer = load_pretrained(config.model)
+    device = parallel.start(config.device, config.seed)
+    model, tokenizer = models.load(config.model)
     prompt = encode_prompt(tokenizer, config.prompt)
     check_room([prompt], model)
     text = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end inside a character
@@ -261,7 +285,7 @@ def main(config: Config) -> None:
             print(text.decode(tokenizer.decode_bytes([token])), end="", flush=True)
 
     print(config.prompt, end="", flush=True)
-    with run.autocast(device):
+    with parallel.autocast(device):
         generate(
             model.to(device).eval(),
             [prompt],
@@ -270,11 +294,11 @@ def main(config: Config) -> None:
             temperature=config.temperature,
             top_k=config.top_k,
             top_p=config.top_p,
-            generator=run.generator(config.seed, "generate", device),
+            generator=parallel.generator(config.seed, "generate", device),
             on_token=show,
         )
     print(text.decode(b"", final=True))
 
 
 if __name__ == "__main__":
-    run.main(main, tyro.cli(Config, description=__doc__))
+    flags.main(main, Config)

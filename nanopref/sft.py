@@ -1,211 +1,179 @@
-"""Supervised fine-tuning: make the responses of a data set likely. `python -m nanopref.sft`
-
-Without --data it learns to write the film reviews of the built-in task; with it, any text, prompts with responses, or
-the chosen side of preference pairs. A model starts from nothing, with a tokenizer trained on the same data, or from
---init.
-"""
+"""Supervised fine-tuning: make the responses of a data set likely. `python -m nanopref.sft`"""
 
 import math
 import random
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import tyro
+from torch import Tensor
 
-import kernels
-from nanopref import data, evaluate, reviews, run
-from nanopref.generate import response_text
-from nanopref.model import GPT, PRESETS, load_pretrained, preset, save_pretrained
-from nanopref.run import Run, require, say
-from nanopref.tokenizer import Tokenizer
+from nanopref import models
+from nanopref.data import reviews
+from nanopref.data.formats import read_to_imitate
+from nanopref.data.groups import Encoded, Group, encode, micro_batches, split
+from nanopref.data.tokenizer import Tokenizer
+from nanopref.evaluation import report
+from nanopref.generate import respond
+from nanopref.models.gpt2 import GPT, PRESETS, preset
+from nanopref.models.inference import evaluating
+from nanopref.running import flags, optim, parallel
+from nanopref.running.flags import LearningFlags, RunFlags, flag, require
+from nanopref.running.folder import Run
+from nanopref.running.parallel import say
 
 
 @dataclass
-class Config(run.Options):
-    """Supervised fine-tuning of a GPT, on the built-in film reviews or on a file."""
+class Config(LearningFlags, RunFlags):
+    """Supervised fine-tuning of a GPT: from nothing with a tokenizer of its own, or from --init; on the film reviews of
+    the built-in task, or on a file of text, of prompts and responses, or of preferences, whose best side it learns.
+
+    Example: python -m nanopref.sft --data text.jsonl.gz --preset small --out out/mine
+    """
 
     out: str = "out/sft"
-    """the run's folder: model, metrics, report, and the state to resume from"""
-    data: str = ""
-    """JSON Lines (.gz or not) with text, prompt/response or chosen/rejected; default: the built-in film reviews"""
-    init: str = ""
-    """start from this model (a folder, or a name on the hub) instead of from nothing"""
-    preset: str = "tiny"
-    """size of a model that starts from nothing: tiny, small, gpt2, gpt2-medium, gpt2-large, gpt2-xl"""
-    vocab_size: int | None = None
-    """tokens of a tokenizer trained here; default: 1024 on the built-in task, 4096 on a file"""
-    block_size: int | None = None
-    """longest sequence in tokens; default: 96 on the built-in task, 256 on a file, that of --init"""
-    steps: int | None = None
-    """optimiser steps; default: 800 on the built-in task, 500 on a file"""
+    data: str = flag("", "JSON Lines (.gz or not): text, prompt/completion, or preferences; default: film reviews")
+    init: str = flag("", "start from this model (a folder, or a name on the hub) instead of from nothing")
+    preset: str = flag("tiny", "size of a model that starts from nothing", among=tuple(PRESETS))
+    vocab_size: int | None = flag(None, "tokens of a tokenizer trained here", least=257, task=1024, file=4096)
+    block_size: int | None = flag(
+        None, "longest sequence in tokens; with --init the model's", least=2, task=96, file=256
+    )
+    steps: int | None = flag(None, "optimiser steps", least=1, task=480, file=500)
+    dropout: float = flag(0.0, "on embeddings, attention and residuals", least=0, below=1)
     batch_size: int = 16
-    """sequences a step, over all processes"""
-    micro_batch: int = 16
-    """sequences in memory at once; more steps of this size are accumulated"""
-    lr: float | None = None
-    """peak learning rate; default: 3e-3 on the built-in task, 1e-3 on a file, 5e-5 from --init"""
+    lr: float | None = flag(None, "peak learning rate", above=0, task=4e-3, file=1e-3, pretrained=5e-5)
     warmup: int = 20
-    """steps of linear warm-up"""
     weight_decay: float = 0.1
-    """AdamW's, on matrices"""
-    dropout: float = 0.0
-    """on embeddings, attention and residuals"""
-    grad_clip: float = 1.0
-    """largest norm of the gradient"""
     eval_every: int = 100
-    """steps between two looks at the held-out tenth (the first 256 sequences of it; all at the end)"""
-
-    def check(self) -> None:
-        super().check()
-        run.require_at_least_one(self, "steps", "batch_size", "micro_batch", "eval_every")
-        run.require_positive(self, "lr", "grad_clip")
-        run.require_not_negative(self, "warmup", "weight_decay")
-        require(not (self.init and self.vocab_size), "--vocab-size is for a model that starts from nothing, not --init")
-        require(0 <= self.dropout < 1, f"--dropout must be at least 0 and below 1, not {self.dropout}")
-        require(self.init or self.preset in PRESETS, f"--preset {self.preset}: choose one of {', '.join(PRESETS)}")
-        require(
-            self.vocab_size is None or self.vocab_size >= 257, "--vocab-size must be at least 257: 256 bytes and one"
-        )
-        require(self.block_size is None or self.block_size >= 2, "--block-size must be at least 2")
-
-    def resolved(self) -> "Config":
-        """The defaults that depend on other flags, filled in."""
-        task = {"vocab_size": 1024, "block_size": 96, "steps": 800, "lr": 3e-3}
-        file = {"vocab_size": 4096, "block_size": 256, "steps": 500, "lr": 1e-3}
-        defaults = file if self.data else task
-        if self.init:
-            defaults |= {"vocab_size": None, "block_size": None, "lr": 5e-5}  # the checkpoint's own sizes
-        return replace(self, **{k: v for k, v in defaults.items() if getattr(self, k) is None})
 
 
 def train(config: Config) -> None:
     """Run the whole stage. Raises UserError before anything is written where flags, data or checkpoint do not fit."""
-    config.check()
-    config = config.resolved()
-    this = Run(config)
-    device = run.start(config.device, config.seed)
-    rows, notes = data.read_responses(config.data) if config.data else (sample_reviews(config), Counter())
-    model, tokenizer = load_pretrained(config.init, dropout=config.dropout) if config.init else (None, None)
-    require(
-        model is None or config.block_size is None or config.block_size <= model.config.block_size,
-        f"--block-size {config.block_size} is more than the context of {config.init}",
-    )
-    rows, held_out_rows = data.split(rows)
-    this.begin()
+    flags.check(config)
+    require(not (config.init and config.vocab_size), "--vocab-size is for a model that starts from nothing, not --init")
+    model, tokenizer = models.load(config.init, dropout=config.dropout) if config.init else (None, None)
+    pretrained = model is not None and not model.config.from_scratch
+    given = config.vocab_size, config.block_size
+    config = flags.resolve(config, "pretrained" if pretrained else "")
+    if model is not None:  # which has sizes of its own
+        config.vocab_size, config.block_size = given
+        fits = (config.block_size or 0) <= model.config.block_size
+        require(fits, f"--block-size {config.block_size} is more than the context of {config.init}")
+    run = Run(config)
+    device = parallel.start(config.device, config.seed)
+    groups, notes = read_to_imitate(config.data) if config.data else (sample_reviews(config), Counter())
+    train_groups, held_out_groups = split(groups)
+    run.begin()
 
-    with this.stage("tokenizer"):
-        if model is None:
-            folder = this.folder / "model"
-            if run.rank() == 0 and not (folder / "tokenizer.json").exists():
-                folder.mkdir(exist_ok=True)
-                texts = (row.prompt + row.response for row in rows)
-                Tokenizer.train(texts, config.vocab_size).save(folder)
-            run.barrier()
-            tokenizer = Tokenizer.load(folder)
-            sizes = {"vocab_size": tokenizer.vocab_size, "block_size": config.block_size, "dropout": config.dropout}
-            torch.manual_seed(config.seed)
-            model = GPT(preset(config.preset, **sizes))
+    if model is None:
+        with run.stage("tokenizer"):
+            tokenizer = ensure_tokenizer(run.folder / "model", train_groups, config.vocab_size)
+        torch.manual_seed(config.seed)
+        sizes = {"vocab_size": tokenizer.vocab_size, "block_size": config.block_size, "dropout": config.dropout}
+        model = GPT(preset(config.preset, **sizes))
     model.to(device)
     block_size = config.block_size or model.config.block_size
-    train_rows, cut = data.encode_responses(rows, tokenizer, block_size)
-    held_out, cut_held_out = data.encode_responses(held_out_rows, tokenizer, block_size)
+    data, cut = encode(train_groups, tokenizer, block_size)
+    held_out, cut_held_out = encode(held_out_groups, tokenizer, block_size)
     notes += cut + cut_held_out
-    tokens = sum(len(response) for _, response in train_rows)
-    parameters = sum(p.numel() for p in model.parameters())
-    say(
-        f"SFT: {len(train_rows):,} sequences, {tokens:,} tokens that count; a GPT of {parameters / 1e6:.2f}M parameters"
-    )
+    counted, parameters = int(data.response_lengths.sum()), sum(p.numel() for p in model.parameters())
+    say(f"SFT: {len(data):,} sequences, {counted:,} tokens that count; a GPT of {parameters / 1e6:.2f}M parameters")
     for note, count in notes.items():
         say(f"  {count:,} {note}")
 
-    optimizer = run.adamw(model, config.lr, config.weight_decay)
-    lengths = [len(prompt) + len(response) for prompt, response in train_rows]
-    start = this.load(model, optimizer)
-    batches = run.batches(len(train_rows), config.batch_size, config.steps, config.seed, start)
-    with this.stage("sft"), kernels.use(config.kernels):
-        for step, batch in this.steps(batches, config.steps, model, optimizer, "SFT"):
-            lr = run.set_lr(optimizer, config.lr, step, config.steps, config.warmup)
-            count = sum(len(train_rows[i][1]) for i in batch)
-            loss = torch.zeros((), device=device)
-            for piece in data.my_micro_batches(batch, lengths, config.micro_batch):
-                inputs, targets, mask = data.collate([train_rows[i] for i in piece]).to(device)
-                with run.autocast(device):
-                    logprobs = kernels.sequence_logprobs(model.hidden(inputs), model.unembedding, targets, mask)
-                micro_loss = -logprobs.sum() / count  # a mean over the tokens of the whole batch, not of this piece
+    optimizer = optim.OPTIMIZERS[config.optimizer](model, config.lr, config.weight_decay)
+    lengths, size = data.lengths(), optim.batch_size(config.batch_size, len(data))
+    with run.stage("sft"):
+        for step, rows in run.steps("SFT", len(data), size, config.steps, model, optimizer, lengths):
+            lr = optim.set_lr(optimizer, step, config.steps, config.warmup)
+            count, loss = data.response_lengths[rows].sum(), torch.zeros((), device=device)
+            for piece in micro_batches(rows, lengths, config.micro_batch, share=True):
+                micro_loss = -summed_logprobs(model, data, piece) / count  # a mean over the whole batch's tokens
                 micro_loss.backward()
                 loss += micro_loss.detach()
-            run.sum_gradients(model)
-            run.sum_processes(loss)
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-            this.stop_if_not_finite(step, loss + norm, model, optimizer)
-            optimizer.step()
-            optimizer.zero_grad()
+            loss = parallel.sum_processes(loss).item()
+            (norm,) = run.update(loss, config.grad_clip, list(model.parameters()))
 
-            metrics = {"loss": loss.item(), "grad_norm": norm.item(), "lr": lr}
+            metrics = {"loss": loss, "grad_norm": norm, "lr": lr}
             if step + 1 == config.steps:
-                metrics["held_out_loss"] = token_loss(model, held_out)
+                metrics["held_out_loss"] = held_out_loss(model, held_out, len(held_out), config.micro_batch)
             elif (step + 1) % config.eval_every == 0:  # on the way a part is enough
-                metrics["held_out_loss"] = token_loss(model, held_out[:256])
-            this.log(step + 1, metrics)
+                metrics["held_out_loss"] = held_out_loss(model, held_out, 256, config.micro_batch)
+            run.log(metrics)
 
-    if run.rank() == 0:
-        save_pretrained(model, tokenizer, this.folder / "model")
-        report(this, model, tokenizer, held_out_rows, notes)
+    if parallel.rank() == 0:
+        models.save(model, tokenizer, run.folder / "model")
+        conclude(run, model, tokenizer, held_out_groups, notes)
 
 
-def first(config: run.Options, this: Run) -> Path:
+def summed_logprobs(model: GPT, data: Encoded, groups: list[int]) -> Tensor:
+    """Σ log π of the response tokens of these groups, 0-dim."""
+    batch = data.collate(groups).to(model.device)
+    with parallel.autocast(model.device):
+        return model(batch.inputs, batch.targets, batch.mask).sum()
+
+
+@torch.no_grad()
+def held_out_loss(model: GPT, data: Encoded, n: int, micro_batch: int) -> float:
+    """Mean -log π of a response token of the first n groups, in nats; each process takes its share."""
+    groups = range(min(n, len(data)))
+    total = torch.zeros((), device=model.device)
+    with evaluating(model):
+        for piece in micro_batches(groups, data.lengths(), 4 * micro_batch, share=True):
+            total -= summed_logprobs(model, data, piece)
+    return (parallel.sum_processes(total) / data.response_lengths[data.rows(groups)].sum()).item()
+
+
+def ensure_tokenizer(folder: Path, groups: list[Group], vocab_size: int) -> Tokenizer:
+    """The tokenizer in a folder: trained now, on these texts, if there is none yet."""
+    if parallel.rank() == 0 and not (folder / "tokenizer.json").exists():
+        folder.mkdir(exist_ok=True)
+        Tokenizer.train((group.prompt + group.responses[0] for group in groups), vocab_size).save(folder)
+    parallel.barrier()
+    return Tokenizer.load(folder)
+
+
+def ensure_sft(run: Run) -> Path:
     """Where a run without --init begins: an SFT model in OUT/sft, trained now if it is not there yet.
 
-    `config` has the fields data and sft_steps; the seconds that SFT took are added to those of the run.
+    The run's config has the flags data and sft_steps; the seconds that SFT took are added to those of the run.
     """
-    folder = this.folder / "sft"
+    config, folder = run.config, run.folder / "sft"
     if not (folder / "report.json").exists():
         say(f"no --init: supervised fine-tuning first, in {folder}")
-        names = ("data", "seed", "device", "kernels", "resume", "save_every")
+        names = ("data", "seed", "device", "kernels", "resume", "save_seconds", "micro_batch")
         train(Config(out=str(folder), steps=config.sft_steps, **{name: getattr(config, name) for name in names}))
-    run.barrier()
-    this.add_seconds(folder, "sft")
+    parallel.barrier()
+    run.add_seconds(folder, "sft")
     return folder
 
 
-def sample_reviews(config: Config) -> list[data.Response]:
+def sample_reviews(config: Config) -> list[Group]:
     """Reviews of the built-in task, so many that none is seen twice with a tenth of the prompts held out."""
     rng = random.Random(f"reviews {config.seed}")
     prompts = [reviews.sample_prompt(rng) for _ in range(config.steps * config.batch_size * 9 // 8)]
-    return [data.Response(prompt, reviews.sample_response(rng, prompt)) for prompt in prompts]
+    return [Group(prompt, (reviews.sample_response(rng, prompt),)) for prompt in prompts]
 
 
-def token_loss(model: GPT, rows: Sequence[tuple[list[int], list[int]]]) -> float:
-    """Mean -log π of a response token, in nats."""
-    return -evaluate.response_logprobs(model, rows, "held-out loss").sum().item() / sum(len(y) for _, y in rows)
-
-
-def report(this: Run, model: GPT, tokenizer: Tokenizer, held_out, notes: Counter) -> None:
+def conclude(run: Run, model: GPT, tokenizer: Tokenizer, held_out: list[Group], notes: Counter) -> None:
     """Write report.json and report.png, print the losses and three samples."""
-    metrics = this.metrics()
+    metrics = run.metrics()
     loss = metrics[-1]["held_out_loss"]
-    prompts = [row.prompt for row in held_out[:3]]
-    answers = evaluate.respond(model, tokenizer, prompts, min(64, model.config.block_size // 2), 0, "samples")
-    texts = [response_text(response, tokenizer) for _, response in answers]
-    evaluate.plot(
-        [evaluate.curves(metrics, {"loss": "training", "held_out_loss": "held out"}, "SFT loss, nats per token")],
-        this.folder / "report.png",
-    )
-    this.report(
-        {
-            "held_out_loss": loss,
-            "perplexity": math.exp(loss),
-            "data": dict(notes),
-            "samples": [{"prompt": p, "response": r} for p, r in zip(prompts, texts, strict=True)],
-        }
-    )
+    prompts = [group.prompt for group in held_out[:3]]
+    longest = min(64, model.config.block_size // 2)
+    answers = respond(model, tokenizer, prompts, max_new_tokens=longest, seed=0, stream="samples")
+    panel = report.curves(metrics, {"loss": "training", "held_out_loss": "held out"}, "SFT loss, nats per token")
+    report.plot([panel], run.folder / "report.png")
+    samples = [{"prompt": prompt, "response": answer.text} for prompt, answer in zip(prompts, answers, strict=True)]
+    result = {"held_out_loss": loss, "perplexity": math.exp(loss), "data": dict(notes), "samples": samples}
+    run.report(result)
     say(f"SFT: held-out loss {loss:.3f} nats per token (perplexity {math.exp(loss):.2f}); samples:")
-    for prompt, text in zip(prompts, texts, strict=True):
-        say(f"  {' '.join(prompt.split())}→{' '.join(text.split())}"[:300])
+    for sample in samples:
+        say(f"  {' '.join(sample['prompt'].split())}→{' '.join(sample['response'].split())}"[:300])
+    say(f"SFT: {report.model_line(run)}")
 
 
 if __name__ == "__main__":
-    run.main(train, tyro.cli(Config, description=__doc__))
+    flags.main(train, Config)

@@ -17,7 +17,8 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # which must be chosen before anything imports triton
 
-from nanopref import evaluate, sft
+from nanopref import sft
+from nanopref.evaluation import report
 
 settings.register_profile("patient", deadline=None)  # a busy machine is no error
 settings.load_profile("patient")
@@ -61,7 +62,7 @@ def sft_folder(tmp_path_factory) -> str:
 @pytest.fixture
 def no_picture(monkeypatch) -> None:
     """For runs of which only the numbers are looked at: matplotlib takes longer than so small a run."""
-    monkeypatch.setattr(evaluate, "plot", lambda panels, path: None)
+    monkeypatch.setattr(report, "plot", lambda panels, path: None)
 
 
 @pytest.fixture(scope="session")

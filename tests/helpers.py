@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import tyro
 
-from nanopref import run
+from nanopref.running import flags as command_flags
 
 ROOT = Path(__file__).parent.parent
 
@@ -80,7 +79,7 @@ def _run_script(log: Path, script: str, words: tuple[str, ...], environment: dic
         os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
     sys.argv = [script, *words]
     module = importlib.import_module(script.removesuffix(".py"))
-    run.main(module.train, tyro.cli(module.Config, args=words))
+    command_flags.main(module.train, module.Config, words)
 
 
 def results(folder: Path) -> tuple[list[dict], dict]:
@@ -92,13 +91,19 @@ def results(folder: Path) -> tuple[list[dict], dict]:
     return [{k: v for k, v in row.items() if not k.endswith("per_second")} for row in rows], report
 
 
-def refused(train, config, message: str, capsys) -> None:
-    """One sentence, exit code 2, nothing written."""
+def stopped(command, config, capsys) -> str:
+    """What a command says that ends with exit code 2: a line on stderr."""
     with pytest.raises(SystemExit) as stop:
-        run.main(train, config)
+        command_flags.execute(command, config)
     errors = capsys.readouterr().err
     assert stop.value.code == 2
-    assert message in errors and "Traceback" not in errors and errors.count("\n") == 1, errors
+    assert "Traceback" not in errors and errors.count("\n") == 1, errors
+    return errors
+
+
+def refused(command, config, message: str, capsys) -> None:
+    """One sentence, exit code 2, nothing written."""
+    assert message in stopped(command, config, capsys)
     assert not Path(config.out).exists()
 
 

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanopref import bench, data
-from nanopref.data import Pair
-from nanopref.model import GPT, GPTConfig, KVCache
-from nanopref.tokenizer import Tokenizer
+from nanopref import bench
+from nanopref.data.formats import read
+from nanopref.data.groups import Encoded, encode, split, write_groups
+from nanopref.data.tokenizer import Tokenizer
+from nanopref.models.gpt2 import GPT, GPTConfig
 
 
 @pytest.fixture(autouse=True)
@@ -27,17 +28,17 @@ def test_flops_are_those_of_tokens_fed_one_by_one():
     gpt, pairs = GPT(config), [(([1, 2, 3], [4, 5, 6, 7]), ([1, 2, 3], [8, 9])), (([1], [2, 3]), ([1], [4]))]
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         for prompt, answer in itertools.chain(*pairs):
-            cache = KVCache(config, 1, 16)
+            cache = gpt.new_cache(1, 16)
             hidden = [gpt.hidden(torch.tensor([[token]]), cache) for token in (prompt + answer)[:-1]]
             F.linear(torch.cat(hidden[-len(answer) :], 1), gpt.unembedding)
-    assert bench.dpo_flops(config, pairs) == 3 * counter.get_total_flops()
+    assert bench.dpo_flops(config, Encoded.pack(pairs)) == 3 * counter.get_total_flops()
 
 
 def test_counts_by_hand():
     # GPT-2: 84,934,656 weights in the blocks, 38,597,376 in the unembedding; each answer's T is 1023
     forward = 2 * 1023 * 84_934_656 + 2 * 512 * 38_597_376 + 2 * 12 * 768 * 1023 * 1024
     assert forward == 232_608_497_664
-    assert bench.dpo_flops(GPTConfig(), [(([0] * 512, [0] * 512),) * 2]) == 6 * forward
+    assert bench.dpo_flops(GPTConfig(), Encoded.pack([[([0] * 512, [0] * 512)] * 2])) == 6 * forward
     # 48 + 20 weights read by each of 3 passes; then 3 rows of 5 and of 6 tokens, keys and values of width 2
     small = GPTConfig(vocab_size=10, block_size=16, n_layer=1, n_head=1, n_embd=2)
     assert bench.rollout_bytes(small, rows=3, prompt=5, new=3, itemsize=2) == 2 * (3 * 68 + 3 * (5 + 6) * 4)
@@ -47,11 +48,11 @@ def test_counts_by_hand():
 def test_pairs_have_the_lengths_wanted(ragged, tmp_path):
     tokenizer = bench.synthetic_tokenizer(700)
     path = tmp_path / "pairs.jsonl"
-    path.write_text(data.write_pairs(bench.random_pairs(tokenizer, 40, 64, ragged)))
-    train, held_out = data.split(data.read_pairs(path)[0])
+    path.write_text(write_groups(bench.random_pairs(tokenizer, 40, 64, ragged)), encoding="utf-8")
+    train, held_out = split(read(path)[1])
     assert len(train) == 40 and len(held_out) == 4
-    encoded, cut = data.encode_pairs(train + held_out, tokenizer, block_size=64)
-    lengths = {len(part) for pair in encoded for row in pair for part in row}
+    encoded, cut = encode(train + held_out, tokenizer, block_size=64)
+    lengths = {*encoded.prompt_lengths.tolist(), *encoded.response_lengths.tolist()}
     assert not cut
     assert (min(lengths), max(lengths)) == (4, 32) if ragged else lengths == {32}
 
@@ -63,9 +64,9 @@ def test_transformers_reads_the_tokenizer_alike(tmp_path):
     tokenizer.save(tmp_path)
     assert Tokenizer.load(tmp_path) == tokenizer
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    pair: Pair = bench.random_pairs(tokenizer, 1, 512, ragged=False)[0]
-    text = pair.prompt + pair.chosen  # TRL tokenizes the two together
-    assert theirs(text)["input_ids"] == tokenizer.encode(pair.prompt) + tokenizer.encode(pair.chosen)
+    prompt, (chosen, _), *_ = bench.random_pairs(tokenizer, 1, 512, ragged=False)[0]
+    text = prompt + chosen  # TRL tokenizes the two together
+    assert theirs(text)["input_ids"] == tokenizer.encode(prompt) + tokenizer.encode(chosen)
     assert theirs(text + theirs.eos_token)["input_ids"][-1] == tokenizer.end_of_text
     assert len(tokenizer.encode(text)) == 511 and tokenizer.decode(tokenizer.encode(text)) == text
 
@@ -84,6 +85,7 @@ def test_a_small_run_leaves_tables_and_files(tmp_path, capsys, monkeypatch):
     pytest.importorskip("transformers")
     monkeypatch.setitem(sys.modules, "trl", None)
     monkeypatch.setattr(bench, "LENGTHS", ("ragged",))
+    monkeypatch.setattr(bench, "REPEATS", 1)
     monkeypatch.setattr(bench, "limits", lambda: {"matmul_TFLOP_per_second": 0.5, "copy_GB_per_second": 8.0})
     sizes = {"vocab_size": 300, "tokens": 32, "batch_size": 2, "micro_batch": 1, "steps": 5, "prompts": 2}
     bench.main(bench.Config(**sizes, preset="tiny", new_tokens=4, out=str(tmp_path)))

@@ -1,0 +1,1 @@
+"""Files in, groups of tokens out; the tokenizer; the built-in task."""

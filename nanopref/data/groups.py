@@ -1,0 +1,233 @@
+"""One shape for every preference: a group is a prompt, K answers to it, and what was said of them.
+
+A pair has K = 2 answers, the better one first; a ranking K in order; what SFT imitates, or somebody labelled, K = 1.
+Groups of different K may share a batch. In tokens, all rows (a prompt and one answer) stand in one flat tensor.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from nanopref.data.tokenizer import Tokenizer
+from nanopref.running import parallel
+from nanopref.running.flags import UserError
+
+Row = tuple[list[int], list[int]]  # the tokens of a prompt and of an answer to it
+
+
+class Group(NamedTuple):
+    prompt: str
+    responses: tuple[str, ...]  # the best first, where they were compared
+    margin: float = 1.0  # by how much the first is better, on whatever scale the file uses; only reward models ask
+    label: int | None = None  # 1 or 0: whether its one response is good
+    prompts: tuple[str, ...] = ()  # where each response answers another prompt, of which only reward models can learn
+    whole: bool = False  # where K = 1, the prompt is to be learnt too, as in plain text, which has none, or a dialogue
+    source: str = ""  # the text that prompt and response were cut from
+
+    def asked(self) -> tuple[str, ...]:
+        """What each of the responses answers."""
+        return self.prompts or (self.prompt,) * len(self.responses)
+
+
+def write_groups(groups: Sequence[Group]) -> str:
+    """Groups that answer one prompt as JSON Lines: pairs by their names, without margins that say nothing."""
+    lines = []
+    for group in groups:
+        if len(group.responses) == 2:
+            row = dict(zip(("chosen", "rejected"), group.responses, strict=True))
+        else:
+            row = {"responses": group.responses}
+        row |= {} if group.margin == 1 else {"margin": group.margin}
+        lines.append(json.dumps({"prompt": group.prompt, **row}, ensure_ascii=False) + "\n")
+    return "".join(lines)
+
+
+def split(groups: Sequence[Group]) -> tuple[list[Group], list[Group]]:
+    """(for training, held out): a tenth of the prompts, with all their groups, is held out.
+
+    Which tenth depends on the prompts alone (on the texts, where groups are texts or were cut from them), so that no
+    stage and no seed trains on what another holds out. Raises UserError where there are fewer than two prompts.
+    """
+    digests = [hashlib.sha256((g.source or g.prompt or g.responses[0]).encode()).digest() for g in groups]
+    ordered = sorted(set(digests))
+    if len(ordered) < 2:
+        raise UserError("the data hold only one prompt, but one is needed to train on and one to hold out")
+    held_out = set(ordered[: max(1, round(len(ordered) / 10))])
+    chosen = [digest in held_out for digest in digests]
+    return (
+        [group for group, held in zip(groups, chosen, strict=True) if not held],
+        [group for group, held in zip(groups, chosen, strict=True) if held],
+    )
+
+
+# ---- tokens ----------------------------------------------------------------------------------------------------------
+
+
+class Batch(NamedTuple):
+    """Rows of some groups, padded on the right: inputs[:, t] is followed by targets[:, t], which counts where the mask
+    is 1, that is on response tokens alone."""
+
+    tokens: Tensor  # [B, T + 1]
+    mask: Tensor  # [B, T]
+    last: Tensor  # [B]: where in `tokens` each row's last token stands
+    sizes: list[int]  # the rows of each group, whose sum is B
+
+    @property
+    def inputs(self) -> Tensor:
+        return self.tokens[:, :-1]
+
+    @property
+    def targets(self) -> Tensor:
+        return self.tokens[:, 1:]
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(*(x.to(device, non_blocking=True) for x in self[:3]), self.sizes)
+
+
+@dataclass
+class Encoded:
+    """Groups in tokens: N rows of G groups, one after the other."""
+
+    tokens: Tensor  # int32 [all]
+    starts: Tensor  # [N + 1]: where each row begins
+    prompt_lengths: Tensor  # [N]
+    firsts: Tensor  # [G + 1]: the first row of each group
+
+    @classmethod
+    def pack(cls, groups: Sequence[Sequence[Row]]) -> "Encoded":
+        rows = [row for group in groups for row in group]
+        flat = [torch.tensor([*prompt, *answer], dtype=torch.int32) for prompt, answer in rows]
+        starts = torch.tensor([0, *map(len, flat)]).cumsum(0)
+        firsts = torch.tensor([0, *map(len, groups)]).cumsum(0)
+        prompt_lengths = torch.tensor([len(prompt) for prompt, _ in rows], dtype=torch.long)
+        return cls(torch.cat(flat) if flat else torch.empty(0, dtype=torch.int32), starts, prompt_lengths, firsts)
+
+    def __len__(self) -> int:
+        return len(self.firsts) - 1
+
+    @property
+    def row_lengths(self) -> Tensor:
+        return self.starts.diff()
+
+    @property
+    def response_lengths(self) -> Tensor:
+        return self.row_lengths - self.prompt_lengths
+
+    def lengths(self) -> list[int]:
+        """Tokens of the longest row of each group."""
+        rows = self.row_lengths.tolist()
+        return [max(rows[i:j]) for i, j in pairwise(self.firsts.tolist())]
+
+    def rows(self, groups: Sequence[int]) -> list[int]:
+        """The row numbers of these groups."""
+        return [row for g in groups for row in range(self.firsts[g], self.firsts[g + 1])]
+
+    def single_rows(self) -> "Encoded":
+        """The same rows as groups of one."""
+        return replace(self, firsts=torch.arange(len(self.starts)))
+
+    def digest(self) -> str:
+        """What tells these data from others."""
+        fields = self.tokens, self.starts, self.prompt_lengths, self.firsts
+        return hashlib.sha256(b"".join(x.numpy().tobytes() for x in fields)).hexdigest()
+
+    def collate(self, groups: Sequence[int]) -> Batch:
+        """The rows of these groups as one batch."""
+        rows = self.rows(groups)
+        starts, ends = self.starts[rows], self.starts[1:][rows]
+        tokens = pad([self.tokens[i:j] for i, j in zip(starts, ends, strict=True)])
+        place, last = torch.arange(tokens.shape[1] - 1), ends - starts - 1
+        mask = (place >= self.prompt_lengths[rows][:, None] - 1) & (place < last[:, None])
+        sizes = (self.firsts[1:] - self.firsts[:-1])[list(groups)].tolist()
+        return Batch(tokens, mask.float(), last, sizes)
+
+
+def pad(sequences: Sequence[Tensor | list[int]]) -> Tensor:
+    """Sequences of tokens -> int64 [B, T], padded on the right with 0."""
+    return pad_sequence([torch.as_tensor(x, dtype=torch.long) for x in sequences], batch_first=True)
+
+
+def grouped(x: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """One number a row [B], and the rows of each group [G] -> [G, K] with 0 where a group has fewer rows, and a mask
+    [G, K] of where it has one."""
+    there = torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]
+    return pad_sequence(x.split(sizes), batch_first=True), there.to(x.device)
+
+
+def micro_batches(groups: Sequence[int], lengths: Sequence[int], size: int, share: bool = False) -> list[list[int]]:
+    """Cut a batch into pieces of at most `size` groups, alike in length so that little of them is padding.
+
+    With `share` each process takes its part of them; together they cover the batch once.
+    """
+    ordered = sorted(groups, key=lambda i: lengths[i])
+    if not share:
+        return [ordered[i : i + size] for i in range(0, len(ordered), size)]
+    size = min(size, -(-len(ordered) // parallel.world_size()))
+    return micro_batches(ordered, lengths, size)[parallel.rank() :: parallel.world_size()]
+
+
+# ---- from text to tokens ---------------------------------------------------------------------------------------------
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """Tokens of a prompt; an empty one becomes end-of-text, after which anything may begin."""
+    return tokenizer.encode(prompt) or [tokenizer.end_of_text]
+
+
+def encode(groups: Sequence[Group], tokenizer: Tokenizer, block_size: int) -> tuple[Encoded, Counter]:
+    """Tokens of each group's rows, end-of-text behind each response, no row longer than block_size; and what was cut.
+
+    What is to be learnt whole, K = 1, becomes one stream, end-of-text behind each text, that is cut into blocks in
+    which every token but the first counts: groups of K = 1 behind the others.
+    """
+    encoded, stream, notes = [], [], Counter()
+    for group in groups:
+        responses = [[*tokenizer.encode(response), tokenizer.end_of_text] for response in group.responses]
+        if group.whole and len(responses) == 1:
+            stream += tokenizer.encode(group.prompt) + responses[0]
+        elif group.prompts:
+            prompts = (encode_prompt(tokenizer, prompt) for prompt in group.prompts)
+            fitted = (_fit(x, [y], block_size, notes) for x, y in zip(prompts, responses, strict=True))
+            encoded.append([row for rows in fitted for row in rows])
+        else:
+            encoded.append(_fit(encode_prompt(tokenizer, group.prompt), responses, block_size, notes))
+    for i in range(0, len(stream) - 1, block_size - 1):  # a block's last token is the next one's first
+        encoded.append([(stream[i : i + 1], stream[i + 1 : i + block_size])])
+    return Encoded.pack(encoded), +notes
+
+
+def prepare(
+    name: str, groups: Sequence[Group], held_out: Sequence[Group], notes: Counter, tokenizer: Tokenizer, block_size: int
+) -> tuple[Encoded, Encoded]:
+    """`encode` of both parts of a stage's data; what was cut joins `notes`, and all of them are said."""
+    parts = []
+    for part in (groups, held_out):
+        encoded, cut = encode(part, tokenizer, block_size)
+        parts.append(encoded)
+        notes.update(cut)
+    what = "pairs" if all(len(group.responses) == 2 for group in groups) else "groups"
+    parallel.say(f"{name}: {len(parts[0]):,} {what}, {len(parts[1]):,} more held out")
+    for note, count in notes.items():
+        parallel.say(f"  {count:,} {note}")
+    return parts[0], parts[1]
+
+
+def _fit(prompt: list[int], responses: list[list[int]], block_size: int, notes: Counter) -> list[Row]:
+    """Cut a prompt and its responses so that no row is longer than block_size, and count what was cut.
+
+    A prompt that is too long loses its beginning, the same for all responses. A response that fills the context by
+    itself loses its end, and with it the end-of-text, which it does not reach.
+    """
+    notes["answers cut on the right to fit the context"] += sum(len(y) >= block_size for y in responses)
+    responses = [y[: block_size - 1] for y in responses]
+    room = block_size - max(map(len, responses))
+    notes["prompts cut on the left to fit the context"] += len(prompt) > room
+    return [(prompt[-room:], y) for y in responses]

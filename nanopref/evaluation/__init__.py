@@ -1,0 +1,1 @@
+"""How good it is, and how that is shown."""

@@ -1,0 +1,88 @@
+"""How good is a policy? Its answers beside the reference's, to the same prompts.
+
+Where the task has a true reward, both are judged by it. The KL is measured on the policy's own responses,
+KL(π_θ, π_ref) = E_{y ~ π_θ} log π_θ(y|x) - log π_ref(y|x), in nats per response.
+"""
+
+import math
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from nanopref.data import reviews
+from nanopref.data.formats import read_prompts
+from nanopref.data.groups import encode_prompt
+from nanopref.data.tokenizer import Tokenizer
+from nanopref.evaluation.metrics import win_rate
+from nanopref.feedback.rewards import Reward, true_reward
+from nanopref.generate import pack, respond
+from nanopref.models.gpt2 import GPT
+from nanopref.models.inference import response_logprobs
+
+
+def new_prompts(file: str, n: int, seed: int) -> list[str]:
+    """At most n prompts that no stage trains on: of the file's held-out tenth or, without a file, of the built-in task
+    (where one in some hundreds has been trained on, of the many there are)."""
+    if file:
+        return read_prompts(file)[1][:n]
+    rng = random.Random(f"evaluation {seed}")
+    return [reviews.sample_prompt(rng) for _ in range(n)]
+
+
+def compare(
+    policy: GPT,
+    reference: GPT,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    seed: int,
+    sample_batch: int = 256,
+    true: bool = False,
+    score: Reward | None = None,
+    temperature: float = 1.0,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Both models answer all prompts -> (the report's figures, one row a prompt with both answers).
+
+    With `true` the built-in task's reward judges, and says who wins; else `score` does, where there is one. Without
+    either KL and length are what is measured.
+    """
+    setting = {"max_new_tokens": max_new_tokens, "seed": seed, "batch_size": sample_batch, "temperature": temperature}
+    answers = {
+        name: respond(model, tokenizer, prompts, stream=f"{name} answers", **setting)
+        for name, model in (("policy", policy), ("reference", reference))
+    }
+    said = pack(answers["policy"])
+    log_ratio = response_logprobs(policy, said, "policy's log-probs", temperature=temperature)
+    log_ratio -= response_logprobs(reference, said, "reference's log-probs", temperature=temperature)
+    cut = (
+        x != answer.prompt
+        for x, answer in zip((encode_prompt(tokenizer, p) for p in prompts), answers["policy"], strict=True)
+    )
+    report: dict[str, Any] = {
+        "prompts": len(prompts),
+        "prompts_cut": sum(cut),
+        "kl": log_ratio.mean().item(),
+        "kl_standard_error": (log_ratio.std(correction=0) / math.sqrt(len(prompts))).item(),
+        "response_length": {name: float(np.mean([len(a.tokens) for a in said])) for name, said in answers.items()},
+        "ended": {name: float(np.mean([a.ended for a in said])) for name, said in answers.items()},
+    }
+    rows = [
+        {"prompt": prompt, "reference": r.text, "policy": p.text}
+        for prompt, r, p in zip(prompts, answers["reference"], answers["policy"], strict=True)
+    ]
+    rewards: dict[str, list[float]] = {}
+    if score:
+        rewards = {name: score(said).tolist() for name, said in answers.items()}
+        report["score"] = {name: float(np.mean(rewards[name])) for name in rewards}
+    if true:
+        rewards = {name: true_reward(said).tolist() for name, said in answers.items()}
+        report["true_reward"] = {name: float(np.mean(rewards[name])) for name in ("reference", "policy")}
+        report["true_reward"] |= {f"{name}_std": float(np.std(rewards[name])) for name in ("reference", "policy")}
+        for i, row in enumerate(rows):
+            row["reference_true_reward"], row["policy_true_reward"] = rewards["reference"][i], rewards["policy"][i]
+    if rewards:
+        report["win_rate"], report["win_rate_95"] = win_rate(rewards["policy"], rewards["reference"])
+    return report, rows

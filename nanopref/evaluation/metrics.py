@@ -1,0 +1,46 @@
+"""Figures of merit: who wins how often, how sure a model may be, what goes with what."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def is_right(gap):
+    """1 where the better of two is ahead, 1/2 at a tie: a tensor or an array of differences -> one like it."""
+    return (gap > 0) * 1.0 + (gap == 0) * 0.5
+
+
+def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
+    """Spearman's: the correlation of the ranks, equal values sharing theirs; 0 where one of the two is constant."""
+
+    def ranks(values: Sequence[float]) -> np.ndarray:
+        _, place, count = np.unique(values, return_inverse=True, return_counts=True)
+        return (np.cumsum(count) - (count - 1) / 2)[place]
+
+    x, y = ranks(x), ranks(y)
+    return float(np.corrcoef(x, y)[0, 1]) if x.std() and y.std() else 0.0
+
+
+def calibration(gap: np.ndarray, bins: int = 10) -> list[dict[str, float]]:
+    """Pairs by how sure a model is, |gap| apart, which of two is better: what it says, σ(|gap|), and how often it is
+    right. Bins of equally many pairs, the least sure first; `gap` [N] is positive where the model is right."""
+    ordered = np.array(sorted(gap, key=abs), dtype=np.float64)
+    return [
+        {
+            "says": float(np.mean(0.5 * (1 + np.tanh(np.abs(part) / 2)))),
+            "right": float(np.mean(is_right(part))),
+            "pairs": len(part),
+        }
+        for part in np.array_split(ordered, min(bins, len(ordered)))
+    ]
+
+
+def win_rate(policy: Sequence[float], reference: Sequence[float]) -> tuple[float, tuple[float, float]]:
+    """Share of prompts on which the policy's reward is higher, a tie counting half, and Wilson's 95% interval."""
+    policy, reference = np.asarray(policy, dtype=np.float64), np.asarray(reference, dtype=np.float64)
+    n, z = len(policy), 1.959964
+    rate = float(np.mean(is_right(policy - reference)))
+    centre, half = rate + z * z / (2 * n), z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+    low, high = (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+    return rate, (max(low, 0.0), min(high, 1.0))  # rounding may end beyond: 0 of 7 gives -4e-17

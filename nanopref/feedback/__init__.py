@@ -1,0 +1,1 @@
+"""Who judges answers, and preferences from that."""

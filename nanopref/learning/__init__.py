@@ -1,0 +1,1 @@
+"""Objectives, advantages and estimates: plain functions of tensors."""

@@ -1,0 +1,50 @@
+"""Policy and critic, side by side or on one trunk."""
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from nanopref.data.groups import Batch
+from nanopref.models.gpt2 import GPT
+from nanopref.models.scalar import ScalarModel
+from nanopref.running import parallel
+
+
+class Learner(nn.Module):
+    """All that learns, and β, which may adapt: what --resume must find again."""
+
+    def __init__(self, policy: GPT, critic: ScalarModel | None, beta: float):
+        super().__init__()
+        self.policy, self.critic = policy, critic
+        self.register_buffer("beta", torch.tensor(beta, dtype=torch.float64))
+
+    def forward(self, batch: Batch, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+        """log π_θ of the targets, entropy, and V before each target: each [B, T], float32."""
+        with parallel.autocast(batch.tokens.device):
+            hidden = self.policy.hidden(batch.inputs)
+            logprobs, entropies = self.policy.logprobs(hidden, batch.targets, batch.mask, temperature, entropy=True)
+        return logprobs, entropies, self.values(batch, hidden)
+
+    def values(self, batch: Batch, hidden: Tensor | None = None) -> Tensor:
+        """V [B, T], float32; 0 without a critic. `hidden` saves a critic that is a head on the policy a second look."""
+        if self.critic is None:
+            return torch.zeros_like(batch.mask)
+        with parallel.autocast(batch.tokens.device):
+            if hidden is None or self.critic.transformer is not self.policy:
+                hidden = self.critic.transformer.hidden(batch.inputs)
+            return self.critic.read(hidden)[..., 0]
+
+
+def new_critic(kind: str, policy: GPT, reward_models: Sequence[ScalarModel]) -> ScalarModel:
+    """A critic for PPO. "network": one that starts from a reward model, which knows what a response is worth (Stiennon
+    et al. 2020), or without one from the policy with a head that says 0. "head": such a head on the policy itself."""
+    if kind == "network" and reward_models:
+        critic = copy.deepcopy(reward_models[0])
+        critic.score = nn.Linear(critic.config.n_embd, 1, bias=False)
+        critic.score.weight = nn.Parameter(reward_models[0].score.weight.detach().mean(0, keepdim=True))
+        return critic
+    critic = ScalarModel(copy.deepcopy(policy) if kind == "network" else policy)
+    nn.init.zeros_(critic.score.weight)
+    return critic

@@ -1,0 +1,254 @@
+"""GPT-2: its architecture, its configuration and the names of its weights in Hugging Face's format.
+
+Radford et al. 2019: pre-LN blocks, learned positions, tanh-GELU, unembedding tied to the embedding. Parameter names are
+those of `transformers`' GPT2LMHeadModel below `transformer.`; only the Linear weights are stored transposed there
+(Conv1D), so saving and loading is a renaming.
+
+Padding goes to the right of the real tokens: under causal attention nothing real can look at it.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+import kernels
+from kernels.reference import IGNORE
+from nanopref.models.cache import KVCache
+from nanopref.running.flags import require
+
+
+@dataclass
+class GPTConfig:
+    vocab_size: int = 50257
+    block_size: int = 1024  # longest sequence, prompt and response together
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    from_scratch: bool = field(
+        default=False, compare=False
+    )  # made here, which takes larger steps than a pretrained one
+
+
+PRESETS = {  # name: layers, heads, width
+    "tiny": (4, 4, 128),
+    "small": (6, 6, 384),
+    "gpt2": (12, 12, 768),
+    "gpt2-medium": (24, 16, 1024),
+    "gpt2-large": (36, 20, 1280),
+    "gpt2-xl": (48, 25, 1600),
+}
+
+
+def preset(name: str, *, vocab_size: int, block_size: int, dropout: float = 0.0) -> GPTConfig:
+    """The configuration of a size by its name."""
+    require(name in PRESETS, f"there is no model preset {name!r}; choose one of {', '.join(PRESETS)}")
+    return GPTConfig(vocab_size, block_size, *PRESETS[name], dropout, from_scratch=True)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor, cached: tuple[Tensor, ...] | None = None) -> Tensor:
+        B, T, D = x.shape
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, D // self.n_head).permute(2, 0, 3, 1, 4)
+        if cached is None:
+            dropout = self.dropout if self.training else 0.0
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+        else:
+            keys, values, rows, positions, mask = cached
+            keys[rows, :, positions] = k.transpose(1, 2).to(keys.dtype)
+            values[rows, :, positions] = v.transpose(1, 2).to(values.dtype)
+            seen = mask.shape[-1]  # columns that no row has reached yet are left out
+            y = F.scaled_dot_product_attention(q.to(keys.dtype), keys[:, :, :seen], values[:, :, :seen], attn_mask=mask)
+        y = y.transpose(1, 2).reshape(B, T, D)
+        return F.dropout(self.c_proj(y), self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.dropout = config.dropout
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        return F.dropout(x, self.dropout, self.training)
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cached=None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), cached)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        if config.n_embd % config.n_head:
+            raise ValueError(f"the width {config.n_embd} is no multiple of the number of heads {config.n_head}")
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd)
+        for name, p in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(p)
+            elif "ln_" not in name:
+                # GPT-2 §2.3: the residual stream's variance should not grow with depth
+                residual = name.endswith("c_proj.weight")
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
+
+    @property
+    def unembedding(self) -> Tensor:
+        """The matrix [V, D] that turns hidden states into logits; tied to the embedding."""
+        return self.wte.weight
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.h
+
+    @property
+    def device(self) -> torch.device:
+        return self.wte.weight.device
+
+    def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        """tokens [B, T] -> the last hidden states [B, T, D], after the final LayerNorm.
+
+        With a cache, `tokens` continue each row where its cache ends, and `cache.lengths` grows by T. A caller that
+        padded a row on the right sets its length back to the real one: the padding's entries are overwritten later
+        and never seen. Raises ValueError where a row would outgrow the context or the cache (not with `cache.seen`).
+        """
+        T = tokens.shape[1]
+        if cache is None:
+            if T > self.config.block_size:
+                raise ValueError(f"{T} tokens are more than the context of {self.config.block_size}")
+            positions, cached = torch.arange(T, device=tokens.device), None
+        else:
+            positions = cache.lengths[:, None] + torch.arange(T, device=tokens.device)
+            seen = cache.seen or int(positions.max()) + 1
+            if not cache.seen and seen > min(cache.keys.shape[3], self.config.block_size):
+                raise ValueError(f"{seen} tokens are more than the cache or the context holds")
+            unseen = torch.arange(seen, device=tokens.device) > positions[:, None, :, None]
+            mask = torch.zeros(unseen.shape, device=tokens.device, dtype=cache.keys.dtype)
+            mask.masked_fill_(unseen, -torch.inf)  # added to the scores of every layer
+            cached = torch.arange(len(tokens), device=tokens.device)[:, None], positions, mask
+            cache.lengths += T
+        x = F.dropout(self.wte(tokens) + self.wpe(positions), self.config.dropout, self.training)
+        for i, block in enumerate(self.h):
+            x = block(x, cached and (cache.keys[i], cache.values[i], *cached))
+        return self.ln_f(x)
+
+    def logprobs(
+        self, hidden: Tensor, targets: Tensor, mask: Tensor, temperature: float = 1.0, entropy: bool = False
+    ) -> Any:
+        """hidden [B, T, D] -> log π(targets) [B, T] in float32, 0 where the mask is 0; with `entropy` entropies too."""
+        counted = targets.where(mask.bool(), IGNORE).flatten()
+        results = kernels.token_logprobs(
+            hidden.flatten(0, 1), self.unembedding, counted, temperature=temperature, entropy=entropy
+        )
+        return tuple(x.view_as(targets) for x in results) if entropy else results.view_as(targets)
+
+    def forward(
+        self, tokens: Tensor, targets: Tensor, mask: Tensor, temperature: float = 1.0, entropy: bool = False
+    ) -> Any:
+        """tokens, targets, mask [B, T] -> log π(targets[:, t] | tokens[:, :t + 1]) [B, T], nats, float32, 0 where the
+        mask is 0; with `entropy` the pair (log-probs, entropies). What a training step needs is this one call."""
+        return self.logprobs(self.hidden(tokens), targets, mask, temperature, entropy)
+
+    def logits(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        """tokens [B, T] -> logits [B, T, V] in float32, as the log-probs are made from."""
+        return kernels.reference.logits(self.hidden(tokens, cache), self.unembedding)
+
+    def new_cache(self, batch: int, length: int, *, dtype: torch.dtype = torch.float32) -> KVCache:
+        """Room for `batch` rows of `length` tokens, for `hidden` and `logits`."""
+        c = self.config
+        return KVCache(c.n_layer, c.n_head, c.n_embd // c.n_head, batch, length, device=self.device, dtype=dtype)
+
+
+# ---- Hugging Face's format -------------------------------------------------------------------------------------------
+
+ARCHITECTURE = "GPT2"  # of GPT2LMHeadModel and GPT2ForSequenceClassification
+PREFIX = "transformer."
+
+
+def to_settings(c: GPTConfig) -> dict[str, Any]:
+    """What config.json says of a model."""
+    return {
+        "model_type": "gpt2",
+        "activation_function": "gelu_new",
+        "vocab_size": c.vocab_size,
+        "n_positions": c.block_size,
+        "n_ctx": c.block_size,
+        "n_layer": c.n_layer,
+        "n_head": c.n_head,
+        "n_embd": c.n_embd,
+        "attn_pdrop": c.dropout,
+        "embd_pdrop": c.dropout,
+        "resid_pdrop": c.dropout,
+        "layer_norm_epsilon": 1e-5,
+        "tie_word_embeddings": True,
+        "bos_token_id": c.vocab_size - 1,
+        "eos_token_id": c.vocab_size - 1,
+        "nanopref_from_scratch": c.from_scratch,
+    }
+
+
+def from_settings(settings: dict[str, Any], where: str, dropout: float) -> GPTConfig:
+    """The configuration that a config.json describes. KeyError without sizes; UserError, beginning with `where`, for
+    what this GPT-2 cannot be: a checkpoint that says otherwise would run and be wrong."""
+    sizes = [settings[k] for k in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")]
+    whole = all(type(n) is int and n > 0 for n in sizes)
+    require(whole, f"{where}: sizes must be whole numbers above 0, found {sizes}")
+    require(max(sizes) <= 2**31 and sizes[4] % sizes[3] == 0, f"{where}: no GPT-2 has these sizes: {sizes}")
+    expected = {
+        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+        "layer_norm_epsilon": (1e-5,),
+        "n_inner": (None, 4 * sizes[4]),
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "tie_word_embeddings": (True,),
+    }
+    for key, allowed in expected.items():
+        fits = settings.get(key, allowed[0]) in allowed
+        require(fits, f"{where}: {key} is {settings.get(key)!r}, but this GPT-2 has {allowed[0]!r}")
+    return GPTConfig(*sizes, dropout=dropout, from_scratch=settings.get("nanopref_from_scratch") is True)
+
+
+def to_tensors(model: GPT) -> dict[str, Tensor]:
+    """The weights by their names and in their layout there."""
+    tensors = {name: p.t() if _is_conv1d(name) else p for name, p in model.state_dict().items()}
+    return {PREFIX + name: p.contiguous().cpu() for name, p in tensors.items()}
+
+
+def from_tensors(found: dict[str, Tensor], where: str) -> dict[str, Tensor]:
+    """The model's own names and layout. Raises UserError for an unembedding that is not tied."""
+    found = {name.removeprefix(PREFIX): x for name, x in found.items()}
+    # old checkpoints carry their causal masks, and some a copy of the tied unembedding
+    found = {k: x for k, x in found.items() if not k.endswith((".attn.bias", ".attn.masked_bias"))}
+    head = found.pop("lm_head.weight", None)
+    tied = head is None or "wte.weight" not in found or torch.equal(head, found["wte.weight"])
+    require(tied, f"{where}: lm_head.weight is not tied to the embedding, as GPT-2's is")
+    return {name: x.t() if _is_conv1d(name) and x.dim() == 2 else x for name, x in found.items()}
+
+
+def _is_conv1d(name: str) -> bool:
+    return name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))

@@ -1,0 +1,53 @@
+"""What a model says of many answers, without gradient: a batch at a time, with dropout off."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from nanopref.data.groups import Batch, Encoded, micro_batches
+from nanopref.models.gpt2 import GPT
+from nanopref.models.scalar import ScalarModel
+from nanopref.running.parallel import autocast, progress
+
+
+def response_logprobs(
+    model: GPT, encoded: Encoded, description: str = "log-probs", batch_size: int = 64, temperature: float = 1.0
+) -> Tensor:
+    """log π(y|x) of each row [N], on the CPU."""
+    return _by_batches(
+        model, encoded, description, batch_size,
+        lambda batch: model(batch.inputs, batch.targets, batch.mask, temperature).sum(-1),
+    )  # fmt: skip
+
+
+def response_scores(model: ScalarModel, encoded: Encoded, description: str = "scores", batch_size: int = 64) -> Tensor:
+    """What each head says of each row at its last token [N, heads], on the CPU."""
+    return _by_batches(model, encoded, description, batch_size, lambda batch: model(batch.tokens, batch.last))
+
+
+@torch.no_grad()
+def _by_batches(
+    model: nn.Module, encoded: Encoded, description: str, batch_size: int, say: Callable[[Batch], Tensor]
+) -> Tensor:
+    """`say` of all rows; those alike in length share a batch, whatever their groups, so little of it is padding."""
+    results, order, alone = [], [], encoded.single_rows()
+    with evaluating(model), progress(description, len(alone)) as bar:
+        for rows in micro_batches(range(len(alone)), alone.lengths(), batch_size):
+            with autocast(model.device):
+                results.append(say(alone.collate(rows).to(model.device)).float().cpu())
+            order += rows
+            bar.update(len(rows))
+    return torch.cat(results)[torch.tensor(order).argsort()] if results else torch.empty(0)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout is off inside."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

@@ -1,0 +1,59 @@
+"""A model that says a number of each token: a reward model, or a critic."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanopref.models.gpt2 import GPT, GPTConfig
+
+
+class ScalarModel(nn.Module):
+    """A transformer with a scalar head (or several) in place of the unembedding.
+
+    The head is a linear map of the last hidden state without a bias, as in …ForSequenceClassification of
+    `transformers`, which opens the saved folder. What one token says is of the text up to it. The head computes in
+    float32, under autocast too: 8 bits would leave a few hundred different scores.
+    """
+
+    def __init__(self, transformer: GPT, heads: int = 1):
+        super().__init__()
+        self.transformer = transformer
+        self.score = nn.Linear(transformer.config.n_embd, heads, bias=False)
+        # of unit variance at first: the last LayerNorm makes D numbers of variance 1 (Stiennon et al. 2020, appendix B)
+        nn.init.normal_(self.score.weight, std=(transformer.config.n_embd + 1) ** -0.5)
+
+    @property
+    def config(self) -> GPTConfig:
+        return self.transformer.config
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.transformer.blocks
+
+    @property
+    def device(self) -> torch.device:
+        return self.transformer.device
+
+    @property
+    def heads(self) -> int:
+        return len(self.score.weight)
+
+    def forward(self, tokens: Tensor, last: Tensor | None = None) -> Tensor:
+        """tokens [B, T] -> [B, T, heads], or with `last` [B] what the tokens there say: [B, heads]. float32."""
+        hidden = self.transformer.hidden(tokens)
+        return self.read(hidden if last is None else hidden[torch.arange(len(last), device=last.device), last])
+
+    def read(self, hidden: Tensor) -> Tensor:
+        """Hidden states [..., D] -> [..., heads], float32."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(hidden.to(self.score.weight.dtype), self.score.weight)
+
+    @torch.no_grad()
+    def rescale(self, shift: Tensor, scale: Tensor) -> None:
+        """From now on say (what was said - shift) / scale, for shift and scale [heads].
+
+        The head has no bias, so the shift goes into the last LayerNorm's: to say c more, add Wᵀ(WWᵀ)⁻¹c there.
+        """
+        W = self.score.weight.double()
+        self.transformer.ln_f.bias -= (torch.linalg.pinv(W) @ shift.double()).float()
+        self.score.weight /= scale[:, None]

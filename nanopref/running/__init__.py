@@ -1,0 +1,1 @@
+"""Flags, folders, devices, processes, optimisers: what all that can be run shares."""

@@ -1,0 +1,234 @@
+"""Flags: a line each, with its default, what it does and what it may be; and the groups of them that scripts share.
+
+A script's `Config` is a dataclass that inherits the groups it wants and adds its own flags. `main` turns it into a
+command line (tyro does the parsing), checks every range, and makes a sentence and an exit code of what goes wrong.
+"""
+
+import inspect
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields, make_dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import torch.distributed as dist
+import tyro
+
+import kernels
+
+
+class UserError(Exception):
+    """Something the user can mend: one sentence that says what. Commands print it and exit with code 2."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise UserError with this message unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
+# ---- a flag ----------------------------------------------------------------------------------------------------------
+
+BOUNDS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
+    "least": ("at least", lambda value, bound: value >= bound),
+    "above": ("above", lambda value, bound: value > bound),
+    "most": ("at most", lambda value, bound: value <= bound),
+    "below": ("below", lambda value, bound: value < bound),
+}
+SITUATIONS = {  # where a default may differ, and how --help says so
+    "task": "on the built-in task",
+    "file": "with --data",
+    "reward": "with --reward",
+    "gae": "for gae",
+    "groups": "for rloo and grpo",
+    "pretrained": "from a pretrained model",
+}
+
+
+def flag(default: Any, help: str, **rules: Any) -> Any:
+    """A dataclass field that is a flag. `rules` are bounds (least, above, most, below), `among` (a list of choices),
+    and defaults that differ by situation (task, file, reward, pretrained), of which the last that holds is taken."""
+    return field(default=default, metadata={"help": help, **rules})
+
+
+def _rules(config: type | Any, name: str) -> dict[str, Any]:
+    """What was said of a flag where it was first declared: a subclass may change its default alone."""
+    cls = config if isinstance(config, type) else type(config)
+    declared = (base.__dataclass_fields__[name].metadata for base in cls.__mro__ if name in _own(base))
+    return dict(next((metadata for metadata in declared if metadata), {}))
+
+
+def _own(cls: type) -> dict[str, Field]:
+    """The fields that a dataclass itself declares or changes."""
+    return {name: f for name, f in getattr(cls, "__dataclass_fields__", {}).items() if name in cls.__annotations__}
+
+
+def check(config: Any) -> None:
+    """Raise UserError for the first flag that is out of its range, or for kernels that cannot run here."""
+    for f in fields(config):
+        rules, name, value = _rules(config, f.name), f"--{f.name.replace('_', '-')}", getattr(config, f.name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float):
+                require(math.isfinite(number), f"{name} must be a finite number, not {number}")
+            for rule in BOUNDS.keys() & rules.keys() if number is not None else ():
+                words, holds = BOUNDS[rule]
+                require(holds(number, rules[rule]), f"{name} must be {words} {rules[rule]}, not {number}")
+            if choices := rules.get("among"):
+                require(
+                    number is None or number in choices, f"{name} must be one of {', '.join(choices)}, not {number}"
+                )
+    if hasattr(config, "kernels"):
+        try:
+            with kernels.use(config.kernels):
+                pass
+        except RuntimeError as error:
+            raise UserError(f"--kernels {config.kernels}: {error}") from None
+
+
+def require_odd(annotators: int | None) -> None:
+    """Raise UserError where a vote could tie."""
+    odd = annotators is None or annotators % 2 == 1
+    require(odd, f"--annotators must be odd, so that a vote cannot tie, not {annotators}")
+
+
+def resolve(config: Any, *situations: str) -> Any:
+    """The config with each flag that was not given set to its default in these situations, and in those that its own
+    flags data and reward make."""
+    holds = {"file" if config.data else "task", "reward" if getattr(config, "reward", "") else "", *situations}
+    chosen = {}
+    for f in fields(config):
+        defaults = [value for where, value in _rules(config, f.name).items() if where in holds]
+        if getattr(config, f.name) is None and defaults:
+            chosen[f.name] = defaults[-1]
+    return replace(config, **chosen)
+
+
+# ---- the command line ------------------------------------------------------------------------------------------------
+
+
+def parse(Config: type, words: Sequence[str] | None = None) -> Any:
+    """A `Config` from command-line words, with --help in the groups that its classes are."""
+    groups, home = {}, {}
+    for cls in reversed(Config.__mro__):
+        home |= {name: home.get(name, cls) for name in _own(cls)}
+    for cls in (Config, *Config.__mro__):  # its own flags first
+        own = [f for f in fields(Config) if home[f.name] is cls]
+        if own and cls not in groups:
+            group = make_dataclass(cls.__name__, [_for_tyro(Config, f) for f in own])
+            title = Path(inspect.getfile(cls)).stem if cls is Config else cls.__name__.removesuffix("Flags").lower()
+            groups[cls] = (title, Annotated[group, tyro.conf.OmitArgPrefixes])
+    everything = make_dataclass(Config.__name__, groups.values())
+    plain = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
+    found = tyro.cli(everything, description=inspect.getdoc(Config), args=words, config=plain)
+    return Config(
+        **{name: value for title, _ in groups.values() for name, value in vars(getattr(found, title)).items()}
+    )
+
+
+def _for_tyro(Config: type, f: Field) -> tuple:
+    """Name, type and default of a flag, with its help."""
+    rules = _rules(Config, f.name)
+    here = [
+        f"{value} {SITUATIONS[where]}" for where, value in rules.items() if where in SITUATIONS and f.default is None
+    ]
+    default = "" if f.default in ("", None, ()) or isinstance(f.default, bool) else f.default
+    hint = f"(default: {'; '.join(here) or default})" if here or default != "" else ""
+    kind = Literal[tuple(rules["among"])] if "among" in rules else f.type
+    kind = kind | None if f.default is None else kind
+    options = tyro.conf.arg(help=rules.get("help", ""), help_behavior_hint=hint)
+    return (f.name, Annotated[kind, options], *(() if f.default is MISSING else (field(default=f.default),)))
+
+
+def main(command: Callable[[Any], None], Config: type, words: Sequence[str] | None = None) -> None:
+    """Run a command with the flags of its command line."""
+    execute(command, parse(Config, words))
+
+
+def execute(command: Callable[[Any], None], config: Any) -> None:
+    """Run a command: what the user can mend becomes one line and exit code 2, Ctrl-C exit code 130."""
+    code, message = 0, ""
+    try:
+        command(config)
+    except (UserError, OSError) as error:  # a full disk or a folder without permission names itself
+        code, message = 2, f"error: {error}"
+    except KeyboardInterrupt as stop:
+        code, message = 130, f"\nstopped: {stop or 'add --resume to the same command to continue'}"
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        names = [name for name in ("micro_batch", "sample_batch") if hasattr(config, name)]
+        now = " or ".join(f"--{name.replace('_', '-')} (now {getattr(config, name)})" for name in names)
+        hint = f": lower {now}; with --resume the run goes on from its last saved state" if names else ""
+        code, message = 2, f"error: out of memory{hint}"
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if code:
+        if os.environ.get("RANK", "0") == "0":
+            print(message, file=sys.stderr)
+        sys.exit(code)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether PyTorch ran out of memory, which on a CPU it says in words alone."""
+    words = ("can't allocate memory", "not enough memory")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(text in str(error) for text in words)
+
+
+# ---- the groups that scripts share -----------------------------------------------------------------------------------
+
+
+@dataclass
+class RunFlags:
+    out: str = flag("", "the run's folder: model, metrics, report, and the state to resume from")
+    resume: bool = flag(False, "continue the run in --out, however it ended")
+    overwrite: bool = flag(False, "replace the run in --out")
+    seed: int = flag(0, "the same seed gives the same numbers on the same machine", least=0, below=2**32)
+    device: str = flag("auto", "auto (CUDA where there is one), cpu or cuda")
+    kernels: str = flag(
+        "auto", "log-probs and losses: auto is Triton on CUDA, PyTorch elsewhere", among=kernels.BACKENDS
+    )
+    save_seconds: float = flag(60.0, "time between two saves of the state that --resume continues from", least=0)
+
+
+@dataclass
+class StartFlags:
+    init: str = flag("", "the model to start from: a run's folder, a Hugging Face folder, or a name on the hub")
+    sft_steps: int | None = flag(None, "without --init: steps of the new SFT model (default: its own)", least=1)
+
+
+@dataclass
+class FeedbackFlags:
+    data: str = flag("", "preferences: a file of pairs, dialogues or labelled texts (README); default: film reviews")
+    pairs: int = flag(5120, "pairs to sample, where --data holds none", least=20)
+    annotators: int | None = flag(None, "who vote on each sampled pair (odd)", least=1, task=3, reward=1)
+    noise: float | None = flag(None, "how often they err, in units of reward; 0: never", least=0, task=0.5, reward=0.0)
+
+
+@dataclass
+class StepFlags:
+    batch_size: int = flag(64, "groups (pairs, say) a step, over all processes", least=1)
+    micro_batch: int = flag(16, "groups in memory at once; more steps of this size are accumulated", least=1)
+    lr: float | None = flag(None, "peak learning rate", above=0)
+    grad_clip: float = flag(1.0, "largest norm of the gradient", above=0)
+
+
+@dataclass
+class LearningFlags(StepFlags):
+    optimizer: str | None = flag(
+        None, "muon for the blocks' matrices and AdamW for the rest, or AdamW alone", among=("muon", "adamw"),
+        task="muon", file="muon", pretrained="adamw",
+    )  # fmt: skip
+    warmup: int = flag(10, "steps of linear warm-up, after which the rate falls to 0", least=0)
+    weight_decay: float = flag(0.0, "AdamW's, on matrices", least=0)
+    eval_every: int = flag(22, "steps between two looks at (256 of) the held-out tenth; all of it at the end", least=1)
+
+
+@dataclass
+class SamplingFlags:
+    max_new_tokens: int = flag(64, "longest response that is sampled", least=1)
+    sample_batch: int = flag(512, "responses that are sampled at once", least=1)
+    eval_prompts: int = flag(512, "prompts that are answered for the report", least=1)

@@ -1,0 +1,136 @@
+"""Where a run computes: device, precision, random streams, processes, and what they say while they work."""
+
+import os
+import sys
+import time
+from contextlib import nullcontext
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from nanopref.running.flags import UserError, require
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def start(device: str, seed: int) -> torch.device:
+    """Choose the device ("auto": CUDA where there is one), join the other processes under torchrun, seed everything.
+
+    Raises UserError for a device that is unknown or not there.
+    """
+    local_rank = os.environ.get("LOCAL_RANK")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and local_rank is not None:
+        device = f"cuda:{local_rank}"
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UserError(f"--device {device}: there is no such device here; use auto, cpu or cuda") from None
+    require(chosen.type in ("cpu", "cuda"), f"--device {device}: only cpu and cuda are supported")
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+        torch.set_float32_matmul_precision("high")
+    if local_rank is not None and not dist.is_initialized():
+        # the others wait while the first process samples the pairs, which may take hours
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(days=1))
+    torch.manual_seed(seed)
+    return chosen
+
+
+def autocast(device: torch.device):
+    """bfloat16 where tensor cores make it pay; float32 on a CPU."""
+    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+
+
+def generator(seed: int, purpose: str, device: torch.device | str = "cpu") -> torch.Generator:
+    """A random stream of its own for each purpose, so that no stage depends on what another has drawn."""
+    words = np.frombuffer(purpose.encode().ljust(-(-len(purpose.encode()) // 4) * 4), dtype=np.uint32)
+    entropy = np.random.SeedSequence([seed, *words.tolist()]).generate_state(2, np.uint32)
+    return torch.Generator(device).manual_seed(int(entropy[0]) << 31 | int(entropy[1]) >> 1)
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def sum_gradients(parameters: list[nn.Parameter]) -> None:
+    """Add the gradients of all processes, in one message. The loss must already be divided by the whole batch."""
+    if world_size() == 1:
+        return
+    for p in parameters:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    gradients = [p.grad for p in parameters]
+    flat = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(flat)
+    for g, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        g.copy_(summed.view_as(g))
+
+
+def sum_processes(x: Tensor) -> Tensor:
+    """The sum of a tensor over all processes, in place."""
+    if world_size() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+# ---- what the user sees while it works -------------------------------------------------------------------------------
+
+
+def say(*words) -> None:
+    """Print from one process only, and at once."""
+    if rank() == 0:
+        print(*words, flush=True)
+
+
+def progress(description: str, total: int, unit: str = "row"):
+    """A progress bar on stderr for what takes more than two seconds; where that is no terminal, a line every half
+    minute. Both have `update`, `set_postfix` and `close`, and work as a context manager."""
+    if rank() == 0 and not sys.stderr.isatty():
+        return Lines(description, total, unit)
+    hidden = rank() > 0
+    return tqdm(desc=description, total=total, unit=unit, disable=hidden, delay=2, leave=False, dynamic_ncols=True)
+
+
+class Lines:
+    """Progress in a log file."""
+
+    SECONDS = 30.0
+
+    def __init__(self, description: str, total: int, unit: str):
+        self.description, self.total, self.unit, self.n, self.shown = description, total, unit, 0, ""
+        self.began = self.printed = time.monotonic()
+
+    def set_postfix(self, figures: dict[str, str], refresh: bool = False) -> None:
+        self.shown = ", ".join(f"{name} {value}" for name, value in figures.items())
+
+    def update(self, n: int = 1) -> None:
+        self.n += n
+        now = time.monotonic()
+        if now - self.printed >= self.SECONDS:
+            self.printed = now
+            left = tqdm.format_interval((now - self.began) / self.n * (self.total - self.n))
+            line = f"{self.description}: {self.n:,} of {self.total:,} {self.unit}s, {left} left"
+            line += f", {self.shown}" if self.shown else ""
+            print(line, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        pass
+
+    def __enter__(self) -> "Lines":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()

@@ -1,0 +1,102 @@
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanopref.feedback.voting import annotate, best_accuracy, bradley_terry_probability, majority_probability
+
+REWARD = st.floats(allow_nan=False, allow_infinity=False)
+N = 40_000
+
+
+def within_five_sigma(count, p, n):
+    return abs(count - n * p) <= 5 * math.sqrt(n * p * (1 - p)) + 1e-9
+
+
+@given(st.floats(-30, 30), st.floats(-30, 30), st.floats(0.1, 10))
+def test_the_probability_is_bradley_terry(a, b, noise):
+    strength = np.exp([a / noise, b / noise])  # the form of the 1952 paper: π_a / (π_a + π_b)
+    assert bradley_terry_probability([a], [b], noise=noise) == pytest.approx(strength[:1] / strength.sum(), abs=1e-12)
+
+
+@pytest.mark.filterwarnings("error")
+@given(REWARD, REWARD, st.floats(0, 1e300))
+def test_either_is_preferred_and_nothing_overflows(a, b, noise):
+    forth, back = bradley_terry_probability(a, b, noise=noise), bradley_terry_probability(b, a, noise=noise)
+    assert 0 <= forth <= 1
+    assert forth + back == pytest.approx(1, abs=1e-15)
+
+
+@pytest.mark.filterwarnings("error")
+def test_without_noise_the_better_one_always_wins():
+    a, b = np.array([1.0, 0.0, 2.0, 1e308]), np.array([0.0, 1.0, 2.0, -1e308])
+    assert bradley_terry_probability(a, b, noise=0).tolist() == [1, 0, 0.5, 1]
+    assert bradley_terry_probability(a, b, noise=1e-12).tolist() == [1, 0, 0.5, 1]
+    a, b = np.random.default_rng(0).normal(size=(2, 1000))
+    assert (annotate(a, b, noise=0, rng=np.random.default_rng(1)) == (a > b)).all()
+
+
+@pytest.mark.parametrize("annotators", [1, 3, 5])
+@pytest.mark.parametrize("margin, noise", [(1.0, 1.0), (-0.7, 2.0), (0.0, 0.0), (0.3, 0.5)])
+def test_the_labels_have_the_stated_frequency(margin, noise, annotators):
+    labels = annotate(np.full(N, margin), np.zeros(N), noise=noise, annotators=annotators, rng=np.random.default_rng(0))
+    assert labels.dtype == bool and labels.shape == (N,)
+    p = majority_probability(bradley_terry_probability(margin, 0.0, noise=noise), annotators)
+    assert within_five_sigma(labels.sum(), p, N)
+
+
+@given(st.floats(0, 1), st.sampled_from([1, 3, 5, 7]))
+def test_the_majority_against_every_way_to_vote(p, k):
+    votes = itertools.product([0, 1], repeat=k)
+    brute = sum(p ** sum(v) * (1 - p) ** (k - sum(v)) for v in votes if sum(v) > k / 2)
+    assert majority_probability(p, k) == pytest.approx(brute, abs=1e-12)
+    assert majority_probability(p, k) + majority_probability(1 - p, k) == pytest.approx(1, abs=1e-12)
+
+
+@pytest.mark.parametrize("annotators", [1, 3, 9])
+def test_the_best_accuracy_is_that_of_the_oracle(annotators):
+    a, b = np.random.default_rng(0).normal(size=(2, N))
+    labels = annotate(a, b, noise=0.8, annotators=annotators, rng=np.random.default_rng(1))
+    best = best_accuracy(a, b, noise=0.8, annotators=annotators)
+    assert within_five_sigma((labels == (a > b)).sum(), best, N)
+    assert best_accuracy(a, b, noise=0, annotators=annotators) == 1
+    assert best_accuracy(a, a, noise=0.8, annotators=annotators) == 0.5
+
+
+def test_more_annotators_and_less_noise_make_better_labels():
+    a, b = np.random.default_rng(0).normal(size=(2, 1000))
+    by_annotators = [best_accuracy(a, b, noise=1.0, annotators=k) for k in (1, 3, 5, 21)]
+    by_noise = [best_accuracy(a, b, noise=noise) for noise in (10, 3, 1, 0.1)]
+    for accuracies in (by_annotators, by_noise):
+        assert sorted(set(accuracies)) == accuracies
+
+
+def test_the_same_seed_gives_the_same_labels():
+    a, b = np.random.default_rng(0).normal(size=(2, 1000))
+    one, same, other = (annotate(a, b, rng=np.random.default_rng(seed)) for seed in (1, 1, 2))
+    assert (one == same).all() and (one != other).any()
+
+
+@pytest.mark.parametrize(
+    "bad, reason",
+    [
+        ({"noise": -1.0}, "noise must be"),
+        ({"noise": math.nan}, "noise must be"),
+        ({"noise": math.inf}, "noise must be"),
+        ({"annotators": 0}, "odd and at least 1"),
+        ({"annotators": -1}, "odd and at least 1"),
+        ({"annotators": 2}, "odd and at least 1"),
+        ({"reward_a": [math.nan, 0.0]}, "finite"),
+        ({"reward_b": [math.inf, 0.0]}, "finite"),
+        ({"reward_a": [0.0]}, "same shape"),
+    ],
+)
+def test_bad_arguments_are_refused(bad, reason):
+    arguments = {"reward_a": [0.0, 1.0], "reward_b": [1.0, 0.0], "noise": 1.0, "annotators": 1} | bad
+    with pytest.raises(ValueError, match=reason):
+        annotate(**arguments, rng=np.random.default_rng(0))
+    with pytest.raises(ValueError, match=reason):
+        best_accuracy(**arguments)

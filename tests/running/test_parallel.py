@@ -1,0 +1,33 @@
+"""Random streams of their own, and what is seen of a run's progress."""
+
+import sys
+
+import torch
+
+from nanopref.running import parallel
+
+
+def test_random_streams_depend_on_seed_and_purpose_alone():
+    def draw(seed, purpose):
+        return torch.rand(4, generator=parallel.generator(seed, purpose)).tolist()
+
+    assert draw(0, "pairs") == draw(0, "pairs")
+    assert len({tuple(draw(seed, purpose)) for seed in (0, 1, 2) for purpose in ("pairs", "split", "pairs2")}) == 9
+
+
+def test_in_a_log_progress_is_a_line_every_so_often(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(parallel.time, "monotonic", lambda: now[0])
+    with parallel.progress("SFT", 800, "step") as bar:
+        for _ in range(100):
+            now[0] += 1.0
+            bar.set_postfix({"loss": "1.234"})
+            bar.update()
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3 and lines[0] == "SFT: 30 of 800 steps, 12:50 left, loss 1.234", lines
+
+
+def test_a_terminal_gets_a_bar(monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with parallel.progress("SFT", 8, "step") as bar:
+        assert hasattr(bar, "ncols") and not bar.disable
