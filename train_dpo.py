@@ -45,7 +45,11 @@ class Config(SamplingFlags, LearningFlags, FeedbackFlags, StartFlags, RunFlags):
     """
 
     out: str = "out/dpo"
-    loss: str = flag("sigmoid", "sigmoid is DPO's own, hinge SLiC's, ipo IPO's", among=tuple(OBJECTIVES))
+    loss: str = flag(
+        "sigmoid",
+        "sigmoid is DPO's own, hinge SLiC's, ipo IPO's; plackett-luce takes rankings",
+        among=tuple(OBJECTIVES),
+    )
     beta: float | None = flag(None, "pull towards the reference: smaller moves further", above=0, task=0.5, file=0.1)
     label_smoothing: float = flag(0.0, "share of labels taken to be wrong (conservative DPO)", least=0, below=0.5)
     reward: str = flag("", "a reward model (of train_rm.py) compares the answers instead of people")
@@ -68,14 +72,14 @@ def train(config: Config) -> None:
     sampled = bool(config.reward or not config.data)
     if not sampled:
         groups, held_out_groups, notes = read_comparisons(config.data)  # the same tenth that SFT holds out
-        objectives.check_sizes(config.loss, groups + held_out_groups)
+        objectives.check_sizes(config.loss, groups + held_out_groups, ": --loss plackett-luce takes them")
     prompts = new_prompts(config.data, config.eval_prompts, config.seed)
     reward, reward_model = rewards.true_reward, None
     if config.reward:
         models.find(config.reward)  # so that a missing folder is called that
         require(policy is not None, "--reward: name the policy that it was trained for with --init")
         reward_model = rewards.load_model(config.reward, policy.to(device), tokenizer)
-        reward = rewards.model_reward(reward_model)
+        reward = rewards.model_reward(reward_model, batch_size=4 * config.micro_batch)
     run.begin()
 
     # 1. π_SFT: where the policy starts, and the reference that it is held to.
@@ -91,7 +95,8 @@ def train(config: Config) -> None:
 
     # 3. log π_ref of the responses of every group, once. After this no reference model is held.
     with run.stage("reference"):
-        reference = reference_logprobs(run.folder / "reference.safetensors", policy, data, held_out)
+        path = run.folder / "reference.safetensors"
+        reference = reference_logprobs(path, policy, data, held_out, batch_size=4 * config.micro_batch)
         reference, held_out_reference = (x.to(device) for x in reference)
 
     # 4. Descend -log σ(β log π_θ(y_w|x)/π_ref(y_w|x) - β log π_θ(y_l|x)/π_ref(y_l|x)).
@@ -155,14 +160,14 @@ def held_out_metrics(policy: GPT, data: Encoded, reference: Tensor, n: int, conf
     return {"held_out_loss": loss, "held_out_accuracy": accuracy, "held_out_margin": best - worst}
 
 
-def reference_logprobs(path: Path, model: GPT, *parts: Encoded) -> tuple[Tensor, ...]:
+def reference_logprobs(path: Path, model: GPT, *parts: Encoded, batch_size: int = 64) -> tuple[Tensor, ...]:
     """log π_ref(y|x) of each row of each part; kept in a file, so that a resumed run needs no reference model.
 
     Raises UserError where the file was made for other data.
     """
     digest = hashlib.sha256("".join(part.digest() for part in parts).encode()).hexdigest()
     if parallel.rank() == 0 and not path.exists():
-        logprobs = torch.cat([response_logprobs(model, part, "log π_ref") for part in parts])
+        logprobs = torch.cat([response_logprobs(model, part, "log π_ref", batch_size) for part in parts])
         write_atomic(path, save({"logprobs": logprobs}, metadata={"data": digest}))
     parallel.barrier()
     try:
@@ -183,7 +188,8 @@ def report(
     with run.stage("evaluation"):
         result, answers = compare(
             policy, reference.to(policy.device), tokenizer, prompts, max_new_tokens=config.max_new_tokens,
-            seed=config.seed, sample_batch=config.sample_batch, true=not config.data, score=score,
+            seed=config.seed, sample_batch=config.sample_batch, batch_size=4 * config.micro_batch,
+            true=not config.data, score=score,
         )  # fmt: skip
     last = run.metrics()[-1]
     result |= {"held_out": {name: last[f"held_out_{name}"] for name in ("loss", "accuracy", "margin")}, "data": notes}

@@ -11,6 +11,7 @@ import copy
 import time
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -28,6 +29,7 @@ from nanopref.feedback import rewards
 from nanopref.feedback.collect import training_prompts
 from nanopref.generate import Answer, pack, respond, room_for_prompt
 from nanopref.learning import advantages as estimate
+from nanopref.learning.objectives import check_sizes
 from nanopref.models.actor_critic import Learner, new_critic
 from nanopref.models.gpt2 import GPT
 from nanopref.running import flags, parallel
@@ -68,7 +70,7 @@ class Config(SamplingFlags, StepFlags, FeedbackFlags, StartFlags, RunFlags):
     kl_target: float | None = flag(None, "change beta so that the KL comes to this many nats; default: fixed", above=0)
     kl_horizon: int = flag(1000, "responses after which a KL 20% too high has raised beta by 20%", least=1)
     max_kl: float = flag(100.0, "stop when the KL is beyond this many nats: the policy has collapsed", above=0)
-    temperature: float = flag(1.0, "in sampling and in every log-prob", above=0)
+    temperature: float = flag(1.0, "in sampling and in every log-prob", least=1e-6)
     gamma: float = flag(1.0, "discount a token", above=0, most=1)
     lam: float = flag(0.95, "GAE's λ: lower trusts the critic more", least=0, most=1)
     clip: float = flag(0.2, "the ratio π_θ/π_old is of use within 1 ± this", above=0, below=1)
@@ -101,23 +103,26 @@ def train(config: Config) -> None:
     policy, tokenizer, origin = models.load_init(config.init)
     config = resolve(config, origin)
     run = Run(config)
+    load = partial(rewards.load, weights=config.reward_weights, doubt=config.doubt, batch_size=4 * config.micro_batch)
     if policy is not None:
-        rewards.load(names, config.reward_weights, config.doubt, policy.to(device), tokenizer)
+        reward, judges = load(names, policy=policy.to(device), tokenizer=tokenizer)
     else:
         folders = [models.find(name) for name in names if name != "true"]
         require(not folders, "--reward: name the policy that it was trained for with --init")
     if config.data and not names:
-        read_comparisons(config.data, labels=True)  # what a reward model will be trained on
+        train, held_out, _ = read_comparisons(config.data, labels=True)  # what a reward model will be trained on
+        check_sizes("sigmoid", train + held_out)
     asked = config.batch_size // config.group  # prompts a round
     prompts = training_prompts(config.data, config.iterations * asked, f"ppo {config.seed}")
     held_out_prompts = new_prompts(config.data, config.eval_prompts, config.seed)
     run.begin()
 
     # 1. π_SFT, where the policy starts and what it is held to; and who judges.
-    if policy is None:
-        policy, tokenizer = models.load(ensure_sft(run))
-    names = names or (ensure_reward_model(run),)
-    reward, judges = rewards.load(names, config.reward_weights, config.doubt, policy.to(device), tokenizer)
+    if policy is None or not names:
+        if policy is None:
+            policy, tokenizer = models.load(ensure_sft(run))
+        names = names or (ensure_reward_model(run),)
+        reward, judges = load(names, policy=policy.to(device), tokenizer=tokenizer)
     reference = copy.deepcopy(policy).eval()
 
     # 2. What learns. No dropout: it would make π_θ another policy at each look (Huang et al. 2023).
@@ -145,8 +150,8 @@ def train(config: Config) -> None:
             mask, n = rollout.batch.mask, len(rollout.answers)
             kl = estimate.kl_k1(rollout.logprobs, rollout.ref_logprobs, mask)  # of each response
             stop_if_collapsed(run, kl.mean().item(), all(answer.text == "" for answer in rollout.answers))
-            if step == run.last_saved:
-                models.save(policy, tokenizer, run.folder / "model")  # what a later collapse leaves
+            if step == run.last_saved:  # as often as the state; what a later collapse leaves
+                models.save(policy, tokenizer, run.folder / "model")
 
             # 4. Rewards: r_t = -β (log π_θ - log π_ref)_t + [t = T] r(x, y) (Stiennon et al. 2020), less a penalty
             # where T is not the end (Huang et al. 2024, the EOS trick).
@@ -171,7 +176,6 @@ def train(config: Config) -> None:
 
             # 7. What happened; and a β for the next round (Ziegler et al. 2019, section 2.2).
             tokens, learning = int(mask.sum()), time.monotonic() - began - rollout.sampling_seconds
-            passes = metrics["minibatches"] * config.minibatch / n
             metrics |= {
                 "score": scores.mean().item(),
                 "kl": kl.mean().item(),
@@ -181,7 +185,7 @@ def train(config: Config) -> None:
                 "response_length": tokens / n,
                 "unended": unended.float().mean().item(),
                 "rollout_tokens_per_second": tokens / rollout.sampling_seconds,
-                "learning_tokens_per_second": tokens * passes / learning,
+                "learning_tokens_per_second": metrics.pop("learned_tokens") / learning,
             }
             if not config.data:
                 metrics["true_reward"] = rewards.true_reward(rollout.answers).mean().item()
@@ -194,7 +198,8 @@ def train(config: Config) -> None:
     with run.stage("evaluation"):
         result, answers = compare(
             policy, reference, tokenizer, held_out_prompts, max_new_tokens=config.max_new_tokens, seed=config.seed,
-            sample_batch=config.sample_batch, true=not config.data, score=reward, temperature=config.temperature,
+            sample_batch=config.sample_batch, batch_size=4 * config.micro_batch, true=not config.data, score=reward,
+            temperature=config.temperature,
         )  # fmt: skip
     stop_if_collapsed(run, result["kl"], not any(answer["policy"] for answer in answers))
     models.save(policy, tokenizer, run.folder / "model")
@@ -234,7 +239,7 @@ def update(
     config, mask, lengths = run.config, rollout.batch.mask, rollout.encoded.lengths()
     shuffle = parallel.generator(config.seed, f"minibatches {step}")
     order = [torch.randperm(len(lengths), generator=shuffle) for _ in range(config.epochs)]
-    totals, done = torch.zeros(6 + len(parts), device=mask.device), 0
+    totals, done, learned = torch.zeros(6 + len(parts), device=mask.device), 0, 0
     for minibatch in [m for epoch in order for m in epoch.split(config.minibatch)]:
         sums = torch.zeros(6, device=mask.device)
         for piece in micro_batches(minibatch.tolist(), lengths, config.micro_batch):
@@ -258,11 +263,12 @@ def update(
             learner.policy.zero_grad()
         norms = run.update(sums[0] + sums[1], config.grad_clip, *parts)  # Huang et al. 2022, detail 11
         totals, done = totals + torch.cat([sums, torch.tensor(norms, device=mask.device)]), done + 1
+        learned += int(mask[minibatch].sum())
         if config.early_stop_kl and sums[3] > config.early_stop_kl:
             break
     names = ("policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction", "value_clip_fraction")
     names += ("grad_norm", "critic_grad_norm")[: len(parts)]
-    return dict(zip(names, (totals / done).tolist(), strict=True)) | {"minibatches": done}
+    return dict(zip(names, (totals / done).tolist(), strict=True)) | {"minibatches": done, "learned_tokens": learned}
 
 
 def stop_if_collapsed(run: Run, kl: float, empty: bool) -> None:
@@ -270,8 +276,8 @@ def stop_if_collapsed(run: Run, kl: float, empty: bool) -> None:
     good = run.folder / "model"
     hint = "start again with a higher --beta or a lower --lr, in another --out"
     hint += f" (the last good policy is in {good})" if good.exists() else ""
-    require(not empty, f"the policy has collapsed: every response is empty; {hint}")
     require(kl <= run.config.max_kl, f"the policy has collapsed: its KL of {kl:.3g} nats is beyond --max-kl; {hint}")
+    require(not empty, f"the policy has collapsed: every response is empty; {hint}")
 
 
 # ---- before the loop -------------------------------------------------------------------------------------------------
@@ -293,6 +299,7 @@ def resolve(config: Config, origin: str) -> Config:
         (not compares or config.group > 1, f"--advantage {config.advantage} compares, so --group must be at least 2"),
         (config.batch_size % config.group == 0, f"--batch-size must be a multiple of --group {config.group}"),
         (config.value_warmup < config.iterations, "--value-warmup leaves none of the --iterations for the policy"),
+        (not compares or not config.value_warmup, "--value-warmup is for --advantage gae: the others have no critic"),
         (config.beta > 0 or not config.kl_target, "--kl-target multiplies --beta, which must not be 0 then"),
     ):
         require(holds, message)

@@ -39,7 +39,12 @@ class Config(SamplingFlags, LearningFlags, FeedbackFlags, StartFlags, RunFlags):
 
     out: str = "out/rm"
     margin: float = flag(0.0, "ask the better answer to score higher by this much, times the pair's `margin`", least=0)
-    heads: int = flag(1, "scalar heads, each trained on its own resampling of the pairs", least=1, most=64)
+    heads: int = flag(
+        1,
+        "scalar heads, each from its own resampling of the pairs; their mean is the score, their spread its doubt",
+        least=1,
+        most=64,
+    )
     epochs: int | None = flag(None, "passes over the pairs", least=1, task=2, file=1)
     lr: float | None = flag(None, "peak learning rate", above=0, task=1e-3, file=1e-4, pretrained=1e-5)
     optimizer: str = "adamw"
@@ -110,7 +115,7 @@ def train(config: Config) -> None:
 
     # 5. What came of it; then the scale, folded into the weights so that whoever opens the folder has it too.
     if parallel.rank() == 0:
-        scores = response_scores(model, baseline, "scores of the reference")
+        scores = response_scores(model, baseline, "scores of the reference", 4 * config.micro_batch)
         shift = scores.mean(0)  # of each head; but one scale for all, that of their mean, which is the score
         spread = scores.mean(1).std(correction=0)
         scale = torch.where(spread > 1e-6, spread, 1.0).expand_as(shift)  # responses that all score alike have no scale
@@ -118,7 +123,7 @@ def train(config: Config) -> None:
         result = {"score_shift": shift.tolist(), "score_scale": scale.tolist()}
         models.save(model, tokenizer, run.folder / "model", **result)
         with run.stage("evaluation"):
-            scores = response_scores(model, held_out, "scores of held-out pairs")
+            scores = response_scores(model, held_out, "scores of held-out pairs", 4 * config.micro_batch)
         conclude(run, scores, held_out_groups, held_out, scale.tolist(), result | {"data": dict(notes)})
 
 
@@ -131,8 +136,9 @@ def group_scores(model: ScalarModel, data: Encoded, groups: list[int]) -> tuple[
 
 def bradley_terry(scores: Tensor, margins: Tensor, there: Tensor) -> Tensor:
     """-log σ(r(x, y_w) - r(x, y_l) - m) of each head: [G, heads]."""
-    by_head = (OBJECTIVES["sigmoid"].losses(r, margins, there, beta=1.0) for r in scores.unbind(2))
-    return torch.stack(list(by_head), 1)
+    G, K, heads = scores.shape
+    by_head = scores.movedim(2, 0).reshape(heads * G, K), margins.repeat(heads, 1), there.repeat(heads, 1)
+    return OBJECTIVES["sigmoid"].losses(*by_head, beta=1.0).view(heads, G).T
 
 
 @torch.no_grad()

@@ -261,7 +261,7 @@ class Config:
     Example: python -m nanopref.generate --model out/dpo --prompt "Last night I watched Paper Crown,"
     """
 
-    prompt: str = flag("", "what the response should follow")
+    prompt: str = flag("", "what the response should follow; default: nothing, a text from its beginning")
     model: str = flag("out/dpo", "a run folder, a Hugging Face folder, or a name on the hub")
     max_new_tokens: int = flag(200, "stop here if the response has not ended by itself", least=1)
     temperature: float = flag(1.0, "below 1 more cautious, above 1 wilder, 0 always the most likely token", least=0)

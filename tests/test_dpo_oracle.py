@@ -104,4 +104,5 @@ def test_four_steps_of_dpo_are_those_by_hand(loss, optimizer, tmp_path, no_pictu
     assert beyond > 0  # hinge has its kink there
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["held_out"] == pytest.approx({k: expected[-1][f"held_out_{k}"] for k in report["held_out"]}, rel=1e-4)
+    assert abs(report["kl"]) > 0.01  # to the model that it began with
     assert report["data"] == {"prompts cut on the left to fit the context": 1}

@@ -83,6 +83,7 @@ settings_of_sampling = st.tuples(st.floats(0.2, 3), st.integers(0, 12), st.float
 )
 def test_the_distribution_against_its_definition(logits, setting):
     temperature, top_k, top_p = setting
+    assume(all(a == b or abs(a - b) > 1e-5 for a in logits for b in logits))  # float32 may take others for equal
     found = token_distribution(torch.tensor([logits]), temperature=temperature, top_k=top_k, top_p=top_p)[0].exp()
     expected, near = slow_distribution(logits, temperature, top_k, top_p)
     assume(not near)

@@ -41,7 +41,7 @@ def judge(init, tmp_path_factory) -> str:
         ({"value_warmup": 40}, "--value-warmup leaves none of the --iterations"),
         ({"beta": 0.0, "kl_target": 5.0}, "--kl-target multiplies --beta"),
         ({"doubt": 1.0}, "--doubt needs a --reward with several heads"),
-        ({"temperature": 0.0}, "--temperature must be above 0"),
+        ({"temperature": 0.0}, "--temperature must be at least 1e-06"),
         ({"beta": -0.1}, "--beta must be at least 0"),
         ({"lam": 1.5}, "--lam must be at most 1"),
         ({"gamma": 0.0}, "--gamma must be above 0"),
@@ -135,6 +135,15 @@ def test_a_collapse_in_the_last_round_is_noticed_too(init, judge, tmp_path, caps
     assert "beyond --max-kl" in errors
     policy, reference = (models.load(folder)[0].state_dict() for folder in (tmp_path / "out", init))
     torch.testing.assert_close(policy, reference)
+
+
+def test_the_last_good_policy_is_written_when_the_state_is(init, judge, tmp_path, monkeypatch, no_picture):
+    """Not each round: of a large model that takes as long as the round."""
+    written, ordinary = [], models.save
+    monkeypatch.setattr(models, "save", lambda model, *a, **k: written.append(type(model)) or ordinary(model, *a, **k))
+    options = SMALL | {"init": init, "reward": (judge,), "save_seconds": 1000.0}
+    train_ppo.train(train_ppo.Config(out=str(tmp_path / "out"), **options))
+    assert written == [GPT, GPT, ScalarModel]  # before the first round; policy and critic at the end
 
 
 def test_overwrite_spares_the_reward_model(init, judge, tmp_path, capsys, no_picture):

@@ -150,13 +150,14 @@ def test_the_triton_path_gives_the_same_curve(tmp_path, no_picture):
 
 
 def test_from_nothing_it_trains_an_sft_model_and_learns(tmp_path, capsys):
-    settings = SMALL | {"pairs": 384, "eval_prompts": 128, "epochs": 2, "max_new_tokens": 48, "eval_every": 50}
+    settings = SMALL | {"pairs": 256, "eval_prompts": 96, "epochs": 2, "eval_every": 50}
     settings |= {"noise": 0.0, "beta": 0.1, "lr": 1e-3, "micro_batch": 16, "save_seconds": 99}
-    train_dpo.train(train_dpo.Config(out=str(tmp_path / "dpo"), sft_steps=100, **settings))
+    train_dpo.train(train_dpo.Config(out=str(tmp_path / "dpo"), sft_steps=60, **settings))
     output = capsys.readouterr().out
     assert "supervised fine-tuning first" in output and "win rate" in output and "before" in output
     report = json.loads((tmp_path / "dpo" / "report.json").read_text())
     assert report["true_reward"]["policy"] > report["true_reward"]["reference"] + 0.2
+    assert report["kl"] > 0.5
     assert {"sft", "pairs", "reference", "dpo", "evaluation"} <= report["seconds"].keys()
 
 

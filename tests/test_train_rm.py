@@ -38,10 +38,10 @@ def test_the_run_folder_holds_what_a_reader_expects(left_alone):
 def test_it_learns_what_people_reward(sft_folder, tmp_path, no_picture):
     """Without noise, from few pairs that differ much: better than chance by far, on pairs it has not seen."""
     rng = random.Random(0)
-    prompts = [reviews.sample_prompt(rng) for _ in range(300)]
+    prompts = [reviews.sample_prompt(rng) for _ in range(220)]
     rows = []
     for x in prompts:
-        worst, *_, best = sorted((reviews.sample_response(rng, x) for _ in range(8)), key=reviews.true_reward)
+        worst, *_, best = sorted((reviews.sample_response(rng, x) for _ in range(6)), key=reviews.true_reward)
         rows.append({"prompt": x, "chosen": best, "rejected": worst})
     settings = SMALL | {"data": by_hand.write(tmp_path / "pairs.jsonl", rows), "lr": 1e-3, "init": sft_folder}
     settings |= {"eval_every": 100, "save_seconds": 100, "micro_batch": 16, "eval_prompts": 2}

@@ -156,10 +156,11 @@ def pad(sequences: Sequence[Tensor | list[int]]) -> Tensor:
 
 
 def grouped(x: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """One number a row [B], and the rows of each group [G] -> [G, K] with 0 where a group has fewer rows, and a mask
-    [G, K] of where it has one."""
-    there = torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]
-    return pad_sequence(x.split(sizes), batch_first=True), there.to(x.device)
+    """One number (or vector) a row [B, …], and the rows of each group [G] -> [G, K, …] with 0 where a group has fewer
+    rows, and a mask [G, K] of where it has one."""
+    there = (torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]).to(x.device)
+    alike = min(sizes) == max(sizes)
+    return x.view(*there.shape, *x.shape[1:]) if alike else pad_sequence(x.split(sizes), batch_first=True), there
 
 
 def micro_batches(groups: Sequence[int], lengths: Sequence[int], size: int, share: bool = False) -> list[list[int]]:
@@ -168,10 +169,9 @@ def micro_batches(groups: Sequence[int], lengths: Sequence[int], size: int, shar
     With `share` each process takes its part of them; together they cover the batch once.
     """
     ordered = sorted(groups, key=lambda i: lengths[i])
-    if not share:
-        return [ordered[i : i + size] for i in range(0, len(ordered), size)]
-    size = min(size, -(-len(ordered) // parallel.world_size()))
-    return micro_batches(ordered, lengths, size)[parallel.rank() :: parallel.world_size()]
+    if share:
+        ordered = ordered[parallel.rank() :: parallel.world_size()]
+    return [ordered[i : i + size] for i in range(0, len(ordered), size)]
 
 
 # ---- from text to tokens ---------------------------------------------------------------------------------------------

@@ -40,6 +40,7 @@ def compare(
     max_new_tokens: int,
     seed: int,
     sample_batch: int = 256,
+    batch_size: int = 64,
     true: bool = False,
     score: Reward | None = None,
     temperature: float = 1.0,
@@ -55,8 +56,8 @@ def compare(
         for name, model in (("policy", policy), ("reference", reference))
     }
     said = pack(answers["policy"])
-    log_ratio = response_logprobs(policy, said, "policy's log-probs", temperature=temperature)
-    log_ratio -= response_logprobs(reference, said, "reference's log-probs", temperature=temperature)
+    log_ratio = response_logprobs(policy, said, "policy's log-probs", batch_size, temperature)
+    log_ratio -= response_logprobs(reference, said, "reference's log-probs", batch_size, temperature)
     cut = (
         x != answer.prompt
         for x, answer in zip((encode_prompt(tokenizer, p) for p in prompts), answers["policy"], strict=True)

@@ -54,7 +54,12 @@ def weighted(rewards: Sequence[Reward], weights: Sequence[float]) -> Reward:
 
 
 def load(
-    names: Sequence[str], weights: Sequence[float], doubt: float, policy: GPT, tokenizer: Tokenizer
+    names: Sequence[str],
+    weights: Sequence[float],
+    doubt: float,
+    policy: GPT,
+    tokenizer: Tokenizer,
+    batch_size: int = 64,
 ) -> tuple[Reward, list[ScalarModel]]:
     """The weighted sum of what `true` and the reward models in folders say, and those models.
 
@@ -63,7 +68,7 @@ def load(
     found = {name: load_model(name, policy, tokenizer) for name in names if name != "true"}
     several = any(model.heads > 1 for model in found.values())
     require(not doubt or several, "--doubt needs a --reward with several heads (train_rm.py --heads)")
-    rewards = [model_reward(found[name], doubt) if name in found else true_reward for name in names]
+    rewards = [model_reward(found[name], doubt, batch_size) if name in found else true_reward for name in names]
     return weighted(rewards, weights), list(found.values())
 
 

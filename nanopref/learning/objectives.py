@@ -50,7 +50,7 @@ def plackett_luce(
 
 
 OBJECTIVES = {name: Objective(partial(margin_losses, loss=name), range(2, 3)) for name in MARGIN_LOSSES}
-OBJECTIVES |= {"plackett-luce": Objective(plackett_luce, range(1, 1000))}
+OBJECTIVES |= {"plackett-luce": Objective(plackett_luce, range(2, 1000))}
 
 
 def check(loss: str, label_smoothing: float) -> None:
@@ -59,13 +59,10 @@ def check(loss: str, label_smoothing: float) -> None:
     require(fits, f"--label-smoothing belongs to --loss {' or '.join(SMOOTHED)}, not to {loss}")
 
 
-def check_sizes(loss: str, groups: Sequence[Group]) -> None:
-    """Raise UserError for groups of which an objective cannot learn."""
+def check_sizes(loss: str, groups: Sequence[Group], hint: str = "") -> None:
+    """Raise UserError, with a hint, for groups of which an objective cannot learn."""
     wrong = next((len(group.responses) for group in groups if len(group.responses) not in OBJECTIVES[loss].sizes), None)
-    require(
-        wrong is None,
-        f"--loss {loss} compares two answers to a prompt, and the data hold {wrong}: --loss plackett-luce",
-    )
+    require(wrong is None, f"the objective {loss} compares two answers to a prompt, and the data hold {wrong}{hint}")
 
 
 def ranked_right(rewards: Tensor, there: Tensor) -> Tensor:

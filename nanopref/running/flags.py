@@ -50,7 +50,7 @@ SITUATIONS = {  # where a default may differ, and how --help says so
 
 def flag(default: Any, help: str, **rules: Any) -> Any:
     """A dataclass field that is a flag. `rules` are bounds (least, above, most, below), `among` (a list of choices),
-    and defaults that differ by situation (task, file, reward, pretrained), of which the last that holds is taken."""
+    and defaults that differ by situation (see SITUATIONS), of which the last that holds is taken."""
     return field(default=default, metadata={"help": help, **rules})
 
 
@@ -152,22 +152,27 @@ def execute(command: Callable[[Any], None], config: Any) -> None:
     code, message = 0, ""
     try:
         command(config)
-    except (UserError, OSError) as error:  # a full disk or a folder without permission names itself
+    except UserError as error:
+        code, message = 2, f"error: {error}"
+        message = message if os.environ.get("RANK", "0") == "0" else ""  # all processes say the same
+    except OSError as error:  # a full disk or a folder without permission names itself
         code, message = 2, f"error: {error}"
     except KeyboardInterrupt as stop:
         code, message = 130, f"\nstopped: {stop or 'add --resume to the same command to continue'}"
+        message = message if os.environ.get("RANK", "0") == "0" else ""
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
         names = [name for name in ("micro_batch", "sample_batch") if hasattr(config, name)]
         now = " or ".join(f"--{name.replace('_', '-')} (now {getattr(config, name)})" for name in names)
-        hint = f": lower {now}; with --resume the run goes on from its last saved state" if names else ""
+        hint = f": lower {now}" if names else ""
+        hint += "; with --resume the run goes on from its last saved state" if hasattr(config, "resume") else ""
         code, message = 2, f"error: out of memory{hint}"
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
     if code:
-        if os.environ.get("RANK", "0") == "0":
+        if message:
             print(message, file=sys.stderr)
         sys.exit(code)
 
@@ -196,7 +201,9 @@ class RunFlags:
 
 @dataclass
 class StartFlags:
-    init: str = flag("", "the model to start from: a run's folder, a Hugging Face folder, or a name on the hub")
+    init: str = flag(
+        "", "where to start, and the reference: a run or Hugging Face folder, or a hub name; default: new SFT"
+    )
     sft_steps: int | None = flag(None, "without --init: steps of the new SFT model (default: its own)", least=1)
 
 

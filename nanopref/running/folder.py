@@ -198,8 +198,8 @@ class Run:
         for name, value in metrics.items():
             require(
                 math.isfinite(value),
-                f"{name} became {value} after step {self._step + 1}; {self.folder / 'state.pt'} holds the last good "
-                "state: lower --lr, or look at the data, and start again with --overwrite",
+                f"{name} became {value} after step {self._step + 1}: lower --lr, or look at the data, and start again "
+                "with --overwrite",
             )
         if rank() == 0:
             shown = {k: f"{v:.3f}" for k, v in metrics.items() if any(word in k for word in ("loss", "accuracy", "kl"))}
@@ -236,12 +236,12 @@ class Run:
 
         Ctrl-C, or SIGTERM, lets the step in hand finish, saves, and raises KeyboardInterrupt with how to continue.
         """
-        self._model, self._optimizer, self._bar = model, optimizer, progress(name, total, "step")
+        self._model, self._optimizer = model, optimizer
         start = self._step = self.load()
+        self._bar = progress(name, total, "step", start)
         interrupted = []
         signals = {number: signal.signal(number, lambda *_: interrupted.append(True)) for number in (SIGINT, SIGTERM)}
         device = next(model.parameters()).device
-        self._bar.update(start)
         try:
             for step, rows in batches(n, size, total, self.config.seed, start, lengths):
                 if step > start and self.save_is_due():

@@ -1,6 +1,7 @@
 """Optimisers, schedules, and the order in which data are drawn."""
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from itertools import chain
 
 import torch
@@ -37,7 +38,9 @@ class Muon(torch.optim.Optimizer):
         for shape in dict.fromkeys(p.shape for p in there):
             same, updates = [p for p in there if p.shape == shape], []
             for p in same:
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                if "momentum" not in self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+                momentum = self.state[p]["momentum"]
                 momentum.lerp_(p.grad, 1 - group["mu"])
                 updates.append(p.grad.lerp(momentum, group["mu"]))  # Nesterov's
                 p.mul_(1 - group["lr"] * group["weight_decay"])
@@ -144,6 +147,12 @@ def batches(
 
 def _drawn(n: int, seed: int, begin: int, count: int) -> list[int]:
     """The rows from `begin` on of all epochs' permutations, one behind the other."""
-    epochs = range(begin // n, (begin + count - 1) // n + 1)
-    rows = chain(*(torch.randperm(n, generator=generator(seed, f"epoch {epoch}")).tolist() for epoch in epochs))
-    return list(rows)[begin % n : begin % n + count]
+    parts, end = [], begin + count
+    for epoch in range(begin // n, (end - 1) // n + 1):
+        parts.append(_permutation(n, seed, epoch)[max(0, begin - epoch * n) : end - epoch * n])
+    return torch.cat(parts).tolist()
+
+
+@lru_cache(maxsize=2)
+def _permutation(n: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(n, generator=generator(seed, f"epoch {epoch}"))

@@ -95,13 +95,13 @@ def say(*words) -> None:
         print(*words, flush=True)
 
 
-def progress(description: str, total: int, unit: str = "row"):
+def progress(description: str, total: int, unit: str = "row", done: int = 0):
     """A progress bar on stderr for what takes more than two seconds; where that is no terminal, a line every half
     minute. Both have `update`, `set_postfix` and `close`, and work as a context manager."""
     if rank() == 0 and not sys.stderr.isatty():
-        return Lines(description, total, unit)
-    hidden = rank() > 0
-    return tqdm(desc=description, total=total, unit=unit, disable=hidden, delay=2, leave=False, dynamic_ncols=True)
+        return Lines(description, total, unit, done)
+    options = {"disable": rank() > 0, "delay": 2, "leave": False, "dynamic_ncols": True, "initial": done}
+    return tqdm(desc=description, total=total, unit=unit, **options)
 
 
 class Lines:
@@ -109,8 +109,9 @@ class Lines:
 
     SECONDS = 30.0
 
-    def __init__(self, description: str, total: int, unit: str):
-        self.description, self.total, self.unit, self.n, self.shown = description, total, unit, 0, ""
+    def __init__(self, description: str, total: int, unit: str, done: int):
+        self.description, self.total, self.unit, self.shown = description, total, unit, ""
+        self.n = self.first = done
         self.began = self.printed = time.monotonic()
 
     def set_postfix(self, figures: dict[str, str], refresh: bool = False) -> None:
@@ -121,7 +122,7 @@ class Lines:
         now = time.monotonic()
         if now - self.printed >= self.SECONDS:
             self.printed = now
-            left = tqdm.format_interval((now - self.began) / self.n * (self.total - self.n))
+            left = tqdm.format_interval((now - self.began) / (self.n - self.first) * (self.total - self.n))
             line = f"{self.description}: {self.n:,} of {self.total:,} {self.unit}s, {left} left"
             line += f", {self.shown}" if self.shown else ""
             print(line, file=sys.stderr, flush=True)

@@ -113,5 +113,5 @@ def test_pairs_are_asked_for_where_they_are_needed():
     pair, ranking = Group("x", ("a", "b")), Group("x", ("a", "b", "c"))
     objectives.check_sizes("sigmoid", [pair])
     objectives.check_sizes("plackett-luce", [pair, ranking])
-    with pytest.raises(UserError, match="--loss sigmoid compares two answers to a prompt, and the data hold 3"):
-        objectives.check_sizes("sigmoid", [pair, ranking])
+    with pytest.raises(UserError, match="sigmoid compares two answers to a prompt, and the data hold 3: do that"):
+        objectives.check_sizes("sigmoid", [pair, ranking], ": do that")

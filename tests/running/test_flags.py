@@ -103,13 +103,13 @@ def test_every_commands_help_is_readable_and_has_one_example(name, capsys):
 
 
 def test_a_flag_that_two_commands_have_has_one_range():
-    """But for eval_prompts of train_rm.py, which needs a spread, and the temperature, which may be 0 in sampling."""
+    """But for PPO's β and the temperature of sampling, which may be 0, and for train_rm.py, which needs a spread."""
     seen = {}
     for name in COMMANDS:
         config = importlib.import_module(name).Config
         for f in fields(config):
             bounds = {k: v for k, v in flags._rules(config, f.name).items() if k in flags.BOUNDS}
-            if f.name not in ("eval_prompts", "temperature"):
+            if f.name not in ("beta", "eval_prompts", "temperature"):
                 assert seen.setdefault(f.name, bounds) == bounds, (f.name, name)
 
 
