@@ -19,7 +19,7 @@ from torch import Tensor
 
 import kernels
 from kernels.reference import masked_mean
-from nanopref import models
+from nanopref import models, sft
 from nanopref.data.formats import read_comparisons
 from nanopref.data.groups import Batch, Encoded, micro_batches
 from nanopref.data.tokenizer import Tokenizer
@@ -36,7 +36,6 @@ from nanopref.running import flags, parallel
 from nanopref.running.flags import FeedbackFlags, RunFlags, SamplingFlags, StartFlags, StepFlags, flag, require
 from nanopref.running.folder import Run
 from nanopref.running.parallel import say
-from nanopref.sft import ensure_sft
 from train_rm import ensure_reward_model
 
 
@@ -120,7 +119,7 @@ def train(config: Config) -> None:
     # 1. π_SFT, where the policy starts and what it is held to; and who judges.
     if policy is None or not names:
         if policy is None:
-            policy, tokenizer = models.load(ensure_sft(run))
+            policy, tokenizer = models.load(sft.ensure_sft(run))
         names = names or (ensure_reward_model(run),)
         reward, judges = load(names, policy=policy.to(device), tokenizer=tokenizer)
     reference = copy.deepcopy(policy).eval()

@@ -4,7 +4,7 @@ import by_hand
 import pytest
 import torch
 from helpers import flags as words_of
-from helpers import refused, stopped, two_processes
+from helpers import lines, refused, stopped, two_processes
 
 import train_ppo
 from nanopref import models
@@ -39,6 +39,7 @@ def judge(init, tmp_path_factory) -> str:
         ({"critic": "tail"}, "--critic must be one of network, head"),
         ({"group": 3}, "--batch-size must be a multiple of --group 3"),
         ({"value_warmup": 40}, "--value-warmup leaves none of the --iterations"),
+        ({"advantage": "rloo", "value_warmup": 5}, "--value-warmup is for --advantage gae"),
         ({"beta": 0.0, "kl_target": 5.0}, "--kl-target multiplies --beta"),
         ({"doubt": 1.0}, "--doubt needs a --reward with several heads"),
         ({"temperature": 0.0}, "--temperature must be at least 1e-06"),
@@ -58,6 +59,14 @@ def judge(init, tmp_path_factory) -> str:
 )
 def test_bad_flags_are_refused(options, message, tmp_path, capsys):
     refused(train_ppo.train, train_ppo.Config(out=str(tmp_path / "out"), **options), message, capsys)
+
+
+def test_rankings_are_refused_before_anything_is_trained(tmp_path, capsys):
+    """They would reach the reward model only after SFT."""
+    rows = [{"prompt": f"p{i}", "responses": ["a", "b", "c"]} for i in range(30)]
+    (tmp_path / "rankings.jsonl").write_bytes(lines(*rows))
+    config = train_ppo.Config(out=str(tmp_path / "out"), data=str(tmp_path / "rankings.jsonl"), device="cpu")
+    refused(train_ppo.train, config, "compares two answers to a prompt, and the data hold 3", capsys)
 
 
 def test_reward_models_that_do_not_fit_are_refused(init, judge, tmp_path, capsys):

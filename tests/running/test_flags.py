@@ -134,6 +134,20 @@ def test_what_the_user_can_mend_is_one_sentence(error, code, words, capsys):
     assert stop.value.code == code and words in errors and len(errors.strip().splitlines()) == 1
 
 
+def test_a_process_that_runs_out_of_memory_says_so_whichever_it_is(capsys, monkeypatch):
+    """What all processes say alike, the first says; memory runs out where the longest rows are."""
+    monkeypatch.setenv("RANK", "1")
+    for error, said in ((MemoryError(), "out of memory"), (UserError("no such file"), "")):
+
+        def command(config, error=error):
+            raise error
+
+        with pytest.raises(SystemExit):
+            flags.execute(command, Config())
+        errors = capsys.readouterr().err
+        assert (said in errors) if said else errors == ""
+
+
 def test_another_error_keeps_its_traceback():
     def command(config):
         raise RuntimeError("shapes do not fit")

@@ -27,6 +27,16 @@ def test_in_a_log_progress_is_a_line_every_so_often(capsys, monkeypatch):
     assert len(lines) == 3 and lines[0] == "SFT: 30 of 800 steps, 12:50 left, loss 1.234", lines
 
 
+def test_what_was_done_before_a_resume_says_nothing_of_the_time_left(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(parallel.time, "monotonic", lambda: now[0])
+    bar = parallel.progress("SFT", 1000, "step", 900)
+    for _ in range(3):
+        now[0] += 10.0
+        bar.update()
+    assert capsys.readouterr().err == "SFT: 903 of 1,000 steps, 16:10 left\n"
+
+
 def test_a_terminal_gets_a_bar(monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     with parallel.progress("SFT", 8, "step") as bar:
