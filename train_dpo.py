@@ -127,7 +127,7 @@ def train(config: Config) -> None:
     # 5. What came of it.
     if parallel.rank() == 0:
         models.save(policy, tokenizer, run.folder / "model")
-        report(run, policy, tokenizer, prompts, held_out_groups, dict(notes), reward_model and reward)
+        report(run, policy, tokenizer, prompts, held_out_groups, dict(notes), reward if reward_model else None)
 
 
 def preference_losses(
@@ -140,7 +140,7 @@ def preference_losses(
         logprobs = policy(batch.inputs, batch.targets, batch.mask).sum(-1)  # log π_θ(y|x) of each row
     values, there = grouped(logprobs, batch.sizes)  # [G, K]
     baseline, _ = grouped(reference[data.rows(groups)], batch.sizes)
-    losses = OBJECTIVES[config.loss].losses(
+    losses = OBJECTIVES[config.loss].losses(  # a row of nanopref/learning/objectives.py or kernels/reference.py
         values, baseline, there, beta=config.beta, label_smoothing=config.label_smoothing
     )
     with torch.no_grad():
