@@ -5,10 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-
-def is_right(gap):
-    """1 where the better of two is ahead, 1/2 at a tie: a tensor or an array of differences -> one like it."""
-    return (gap > 0) * 1.0 + (gap == 0) * 0.5
+from nanopref.learning.objectives import is_right
 
 
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:

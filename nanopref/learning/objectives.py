@@ -65,9 +65,13 @@ def check_sizes(loss: str, groups: Sequence[Group], hint: str = "") -> None:
     require(wrong is None, f"the objective {loss} compares two answers to a prompt, and the data hold {wrong}{hint}")
 
 
+def is_right(gap):
+    """1 where the better of two is ahead, 1/2 at a tie: a tensor or an array of differences -> one like it."""
+    return (gap > 0) * 1.0 + (gap == 0) * 0.5
+
+
 def ranked_right(rewards: Tensor, there: Tensor) -> Tensor:
     """[G, K] -> [G]: the share of a group's pairs of answers in the right order, a tie counting half."""
     better = torch.ones(rewards.shape[1:] * 2, device=rewards.device).triu(1) * there[:, :, None] * there[:, None, :]
-    gap = rewards[:, :, None] - rewards[:, None, :]
-    right = (gap > 0) * 1.0 + (gap == 0) * 0.5
+    right = is_right(rewards[:, :, None] - rewards[:, None, :])
     return (right * better).sum((1, 2)) / better.sum((1, 2)).clamp(min=1)
