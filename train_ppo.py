@@ -20,7 +20,7 @@ from torch import Tensor
 import kernels
 from kernels.reference import masked_mean
 from nanopref import models, sft
-from nanopref.data.formats import read_comparisons
+from nanopref.data.formats import read_feedback
 from nanopref.data.groups import Batch, Encoded, micro_batches
 from nanopref.data.tokenizer import Tokenizer
 from nanopref.evaluation.compare import compare, new_prompts
@@ -29,7 +29,7 @@ from nanopref.feedback import rewards
 from nanopref.feedback.collect import training_prompts
 from nanopref.generate import Answer, pack, respond, room_for_prompt
 from nanopref.learning import advantages as estimate
-from nanopref.learning.objectives import check_sizes
+from nanopref.learning.objectives import SCORES, kinds
 from nanopref.models.actor_critic import Learner, new_critic
 from nanopref.models.gpt2 import GPT
 from nanopref.running import flags, parallel
@@ -56,7 +56,7 @@ class Config(SamplingFlags, StepFlags, FeedbackFlags, StartFlags, RunFlags):
     advantage: str = flag("gae", "from a critic, or the other responses to the prompt", among=("gae", "rloo", "grpo"))
     group: int | None = flag(None, "responses to each prompt", least=1, gae=1, groups=4)
     critic: str = flag("network", "of the reward model's size, or a head on the policy", among=("network", "head"))
-    pairs: int = 6144
+    groups: int = 6144
     iterations: int = flag(32, "rounds of answering and learning", least=1)
     batch_size: int = flag(128, "responses a round", least=1)
     epochs: int = flag(2, "passes over them", least=1)
@@ -109,8 +109,8 @@ def train(config: Config) -> None:
         folders = [models.find(name) for name in names if name != "true"]
         require(not folders, "--reward: name the policy that it was trained for with --init")
     if config.data and not names:
-        train, held_out, _ = read_comparisons(config.data, labels=True)  # what a reward model will be trained on
-        check_sizes("sigmoid", train + held_out)
+        hint = "give a --reward of train_rm.py --loss"  # or else it trains one on pairs
+        read_feedback(config.data, kinds(SCORES), "bradley-terry", meet=True, hint=hint)
     asked = config.batch_size // config.group  # prompts a round
     prompts = training_prompts(config.data, config.iterations * asked, f"ppo {config.seed}")
     held_out_prompts = new_prompts(config.data, config.eval_prompts, config.seed)

@@ -1,8 +1,8 @@
 """Reward model (Ouyang et al. 2022, section 3.5) from preferences, from nothing to a report: `python train_rm.py`
 
 Without --data: film reviews (nanopref/data/reviews.py). A small GPT learns to write them and answers each prompt twice,
-and simulated people say which answer is better. With --data: your pairs. A copy of that GPT, with a scalar head read at
-the response's last token, learns to score the better answer higher.
+and simulated people say which answer is better. With --data: your pairs, rankings, ratings or labels. A copy of that
+GPT, with a scalar head read at the response's last token, learns to score the better answer higher.
 """
 
 import nanopref  # noqa: F401, I001  (first, because it sets how torch's threads wait, which torch reads when loaded)
@@ -13,32 +13,34 @@ import torch
 from torch import Tensor
 
 from nanopref import models
-from nanopref.data.formats import read_comparisons
-from nanopref.data.groups import Encoded, grouped, micro_batches, prepare, split
+from nanopref.data.formats import read_feedback
+from nanopref.data.groups import Encoded, grouped, micro_batches, prepare
 from nanopref.evaluation.reward_model import conclude
 from nanopref.feedback import rewards
-from nanopref.feedback.collect import ensure_pairs
+from nanopref.feedback.collect import ensure_feedback
 from nanopref.generate import pack, respond
 from nanopref.learning import objectives
-from nanopref.learning.objectives import OBJECTIVES, ranked_right
+from nanopref.learning.objectives import LOSSES, SCORES, Knobs
 from nanopref.models.inference import response_scores
 from nanopref.models.scalar import ScalarModel
 from nanopref.running import flags, optim, parallel
-from nanopref.running.flags import FeedbackFlags, LearningFlags, RunFlags, SamplingFlags, StartFlags, flag
+from nanopref.running.flags import (
+    FeedbackFlags, LearningFlags, ObjectiveFlags, RunFlags, SamplingFlags, StartFlags, flag,
+)  # fmt: skip
 from nanopref.running.folder import Run
 from nanopref.running.parallel import say
 from nanopref.sft import ensure_sft
 
 
 @dataclass
-class Config(SamplingFlags, LearningFlags, FeedbackFlags, StartFlags, RunFlags):
+class Config(SamplingFlags, LearningFlags, ObjectiveFlags, FeedbackFlags, StartFlags, RunFlags):
     """Train a reward model on preferences: on the built-in film reviews, or on a file.
 
     Example: python train_rm.py --data pairs.jsonl --init out/sft --heads 4
     """
 
     out: str = "out/rm"
-    margin: float = flag(0.0, "ask the better answer to score higher by this much, times the pair's `margin`", least=0)
+    loss: str = flag("bradley-terry", "of pairs; binary takes labels, regression ratings", among=tuple(SCORES))
     heads: int = flag(
         1,
         "scalar heads, each from its own resampling of the pairs; their mean is the score, their spread its doubt",
@@ -48,7 +50,7 @@ class Config(SamplingFlags, LearningFlags, FeedbackFlags, StartFlags, RunFlags):
     epochs: int | None = flag(None, "passes over the pairs", least=1, task=2, file=1)
     lr: float | None = flag(None, "peak learning rate", above=0, task=1e-3, file=1e-4, pretrained=1e-5)
     optimizer: str = "adamw"
-    pairs: int = 8192
+    groups: int = 8192
     eval_every: int = 44
     eval_prompts: int = flag(512, "training prompts that the reference answers, to scale the scores", least=2)
 
@@ -58,12 +60,11 @@ def train(config: Config) -> None:
     flags.check(config)
     device = parallel.start(config.device, config.seed)
     reference, tokenizer, origin = models.load_init(config.init)
-    config = flags.resolve(config, origin)
+    config = objectives.resolve(flags.resolve(config, origin), SCORES[config.loss])
     flags.require_odd(config.annotators)
-    run = Run(config)
-    if config.data:
-        groups, held_out_groups, notes = read_comparisons(config.data, labels=True)
-        objectives.check_sizes("sigmoid", groups + held_out_groups)
+    run, kinds = Run(config), objectives.kinds(SCORES)
+    if file := config.judged or config.data:
+        groups, held_out_groups, notes = read_feedback(file, kinds, config.loss, meet=True)
     run.begin()
 
     # 1. π_SFT, where the reward model starts and whose responses it is to judge.
@@ -71,13 +72,11 @@ def train(config: Config) -> None:
         reference, tokenizer = models.load(ensure_sft(run))
     reference.to(device)
 
-    # 2. Pairs y_w ≻ y_l: two responses of π_SFT to each prompt, and a label.
-    if not config.data:
-        groups, notes = ensure_pairs(run, reference, tokenizer, rewards.true_reward)
-        groups, held_out_groups = split(groups)
+    # 2. Groups: some responses of π_SFT to each prompt, and what is said of them; as pairs y_w ≻ y_l.
+    if not file:
+        groups, held_out_groups, notes = ensure_feedback(run, reference, tokenizer, rewards.true_reward, kinds)
     data, held_out = prepare("reward model", groups, held_out_groups, notes, tokenizer, reference.config.block_size)
-    margins = torch.zeros(len(data), 2, device=device)
-    margins[:, 0] = config.margin * torch.tensor([group.margin for group in groups])
+    knobs = objectives.knobs(config, groups)
 
     # 3. Responses of the reference, over which the scores will have mean 0 and standard deviation 1.
     with run.stage("reference"):
@@ -85,7 +84,7 @@ def train(config: Config) -> None:
         setting = {"max_new_tokens": config.max_new_tokens, "batch_size": config.sample_batch, "seed": config.seed}
         baseline = pack(respond(reference, tokenizer, prompts, stream="reference", **setting))
 
-    # 4. Descend -log σ(r(x, y_w) - r(x, y_l) - m).
+    # 4. Descend the objective, as Bradley and Terry's -log σ(r(x, y_w) - r(x, y_l) - m).
     torch.manual_seed(config.seed)
     model = ScalarModel(reference, config.heads).to(device)  # from here on the reference's weights are the model's
     # Each head counts each pair 0, 1, 2 … times, as often as a resampling of all pairs would (Osband et al. 2016).
@@ -98,19 +97,19 @@ def train(config: Config) -> None:
     with run.stage("reward model"):
         for step, batch in run.steps("reward model", len(data), size, steps, model, optimizer):
             lr = optim.set_lr(optimizer, step, steps, config.warmup)
-            totals = torch.zeros(3, device=device)
+            totals = torch.zeros(6, device=device)
             for piece in micro_batches(batch, lengths, config.micro_batch, share=True):
-                scores, there = group_scores(model, data, piece)  # [G, K, heads]
-                losses = bradley_terry(scores, margins[piece], there) * counts[piece]  # [G, heads]
+                scores, there, margins, said = group_scores(model, data, piece)  # [G, K, heads], the others [G, K]
+                losses = by_head(scores, config.margin * margins, there, said, config.loss, knobs) * counts[piece]
                 (losses.mean(1).sum() / len(batch)).backward()  # a mean over the batch of all pieces and processes
-                totals += figures(losses, scores, there)
-            loss, accuracy, gap = (parallel.sum_processes(totals) / len(batch)).tolist()
+                totals += objectives.figures(losses.mean(1), scores.mean(2), there, said)
+            loss, accuracy, best, worst = objectives.averages(totals, len(batch))
             (norm,) = run.update(loss, config.grad_clip, list(model.parameters()))
 
-            metrics = {"loss": loss, "accuracy": accuracy, "score_gap": gap, "grad_norm": norm, "lr": lr}
+            metrics = {"loss": loss, "accuracy": accuracy, "score_gap": best - worst, "grad_norm": norm, "lr": lr}
             if (step + 1) % config.eval_every == 0 or step + 1 == steps:
                 n = len(held_out) if step + 1 == steps else 256  # on the way a part is enough
-                metrics |= held_out_metrics(model, held_out, n, config)
+                metrics |= held_out_metrics(model, held_out, n, config, knobs)
             run.log(metrics)
 
     # 5. What came of it; then the scale, folded into the weights so that whoever opens the folder has it too.
@@ -123,40 +122,37 @@ def train(config: Config) -> None:
         result = {"score_shift": shift.tolist(), "score_scale": scale.tolist()}
         models.save(model, tokenizer, run.folder / "model", **result)
         with run.stage("evaluation"):
-            scores = response_scores(model, held_out, "scores of held-out pairs", 4 * config.micro_batch)
-        conclude(run, scores, held_out_groups, held_out, scale.tolist(), result | {"data": dict(notes)})
+            scores = response_scores(model, held_out, "scores of held-out answers", 4 * config.micro_batch)
+        conclude(run, scores, held_out_groups, held_out, result | {"data": dict(notes)})
 
 
-def group_scores(model: ScalarModel, data: Encoded, groups: list[int]) -> tuple[Tensor, Tensor]:
-    """r(x, y) of each response of these groups, by each head: [G, K, heads], and a mask [G, K] of what is there."""
+def group_scores(model: ScalarModel, data: Encoded, groups: list[int]) -> list[Tensor]:
+    """r(x, y) of each response of these groups, by each head: [G, K, heads]; a mask of what is there, the margins, and
+    what was said, [G, K]."""
     batch = data.collate(groups).to(model.device)
     with parallel.autocast(model.device):
-        return grouped(model(batch.tokens, batch.last), batch.sizes)
+        scores, there = grouped(model(batch.tokens, batch.last), batch.sizes)
+    return [scores, there, *(grouped(x, batch.sizes)[0] for x in (batch.margins, batch.said))]
 
 
-def bradley_terry(scores: Tensor, margins: Tensor, there: Tensor) -> Tensor:
-    """-log σ(r(x, y_w) - r(x, y_l) - m) of each head: [G, heads]."""
+def by_head(scores: Tensor, margins: Tensor, there: Tensor, said: Tensor, loss: str, knobs: Knobs) -> Tensor:
+    """The objective on the scores [G, K, heads] of each head: [G, heads]."""
     G, K, heads = scores.shape
-    by_head = scores.movedim(2, 0).reshape(heads * G, K), margins.repeat(heads, 1), there.repeat(heads, 1)
-    return OBJECTIVES["sigmoid"].losses(*by_head, beta=1.0).view(heads, G).T
+    alike = (x.repeat(heads, 1) for x in (margins, there, said))
+    losses = LOSSES[SCORES[loss].loss].losses(scores.movedim(2, 0).reshape(heads * G, K), *alike, knobs)
+    return losses.view(heads, G).T
 
 
 @torch.no_grad()
-def figures(losses: Tensor, scores: Tensor, there: Tensor) -> Tensor:
-    """Sums over groups [3]: loss, share of pairs that the mean score ranks right, and its gap between best and next."""
-    score = scores.mean(2)
-    return torch.stack([losses.mean(1).sum(), ranked_right(score, there).sum(), (score[:, 0] - score[:, 1]).sum()])
-
-
-@torch.no_grad()
-def held_out_metrics(model: ScalarModel, data: Encoded, n: int, config: Config) -> dict[str, float]:
-    """Loss, without margins, and accuracy of the mean score on the first n pairs; each process takes its share."""
-    groups, totals = range(min(n, len(data))), torch.zeros(3, device=model.device)
+def held_out_metrics(model: ScalarModel, data: Encoded, n: int, config: Config, knobs: Knobs) -> dict[str, float]:
+    """Loss, without margins, and accuracy of the mean score on the first n groups; each process takes its share."""
+    groups, totals = range(min(n, len(data))), torch.zeros(6, device=model.device)
     for piece in micro_batches(groups, data.lengths(), config.micro_batch, share=True):
-        scores, there = group_scores(model, data, piece)
-        score = scores.mean(2, keepdim=True)
-        totals += figures(bradley_terry(score, torch.zeros_like(score[..., 0]), there), score, there)
-    loss, accuracy, _ = (parallel.sum_processes(totals) / len(groups)).tolist()
+        scores, there, margins, said = group_scores(model, data, piece)
+        score = scores.mean(2)
+        losses = by_head(score[..., None], 0 * margins, there, said, config.loss, knobs)[:, 0]
+        totals += objectives.figures(losses, score, there, said)
+    loss, accuracy, _, _ = objectives.averages(totals, len(groups))
     return {"held_out_loss": loss, "held_out_accuracy": accuracy}
 
 
@@ -165,7 +161,7 @@ def ensure_reward_model(run: Run) -> str:
     folder, config = run.folder / "rm", run.config
     if not (folder / "report.json").exists():
         say(f"no --reward: a reward model first, in {folder}")
-        names = ("data", "pairs", "annotators", "noise", "seed", "device", "kernels", "resume", "save_seconds")
+        names = ("data", "groups", "annotators", "noise", "seed", "device", "kernels", "resume", "save_seconds")
         same = {name: getattr(config, name) for name in (*names, "max_new_tokens", "sample_batch", "micro_batch")}
         train(Config(out=str(folder), init=config.init or str(run.folder / "sft"), **same))
     run.add_seconds(folder, "reward model")

@@ -23,23 +23,46 @@ def _log1p(u):
 
 
 @triton.jit
+def _logistic(x):
+    """-log σ(x), and σ(-x), its slope negated."""
+    u = tl.exp(-tl.abs(x))
+    return _log1p(u) + tl.maximum(-x, 0.0), tl.where(x >= 0, u, 1.0) / (1.0 + u)
+
+
+@triton.jit
 def _margin_loss(h, beta, label_smoothing, LOSS: tl.constexpr):
     """Loss l and slope dl/dh, a branch for each row of `reference.MARGIN_LOSSES`. NaN compares as False."""
     x = beta * h
-    if LOSS == "sigmoid":  # l' = -β (σ(-x) - ε)
-        u = tl.exp(-tl.abs(x))
-        softplus = _log1p(u)  # -log σ(|x|); the other sign adds |x|
-        loss = (1 - label_smoothing) * (softplus + tl.maximum(-x, 0.0)) + label_smoothing * (
-            softplus + tl.maximum(x, 0.0)
-        )
-        slope = -beta * (tl.where(x >= 0, u, 1.0) / (1.0 + u) - label_smoothing)
+    if LOSS == "sigmoid" or LOSS == "robust":  # l' = -β (σ(-x) - ε)
+        if LOSS == "robust":
+            label_smoothing = -label_smoothing / (1 - 2 * label_smoothing)
+        right, sigma = _logistic(x)
+        wrong, _ = _logistic(-x)
+        loss = (1 - label_smoothing) * right + label_smoothing * wrong
+        slope = -beta * (sigma - label_smoothing)
     elif LOSS == "hinge":  # l' = -β where x < 1
         loss = tl.where(x >= 1, 0.0, 1 - x)
         slope = tl.where(x >= 1, 0.0, -beta)
+    elif LOSS == "squared-hinge":  # l' = -2β max(0, 1 - x)
+        short = tl.where(x >= 1, 0.0, 1 - x)
+        loss = short * short
+        slope = -2 * beta * short
     elif LOSS == "ipo":  # l' = 2 (h - 1/2β)
         distance = h - 0.5 / beta
         loss = distance * distance
         slope = 2 * distance
+    elif LOSS == "exponential":  # l' = -β e^-x
+        loss = tl.exp(-x)
+        slope = -beta * loss
+    elif LOSS == "discopop":  # with n = 1 - m, l' = β (n ((m e^-x + m log σ(x)) / τ - σ(-x)) - m e^-x)
+        logistic, sigma = _logistic(x)
+        minus_log_m, n = _logistic(20 * x)
+        exponential = tl.exp(-minus_log_m - x)  # m e^-x: where e^-x overflows, m is the smaller by far
+        loss = n * logistic + exponential
+        slope = beta * (n * (20 * (exponential - (1 - n) * logistic) - sigma) - exponential)
+    elif LOSS == "linear":
+        loss = -x
+        slope = -beta
     else:
         tl.static_assert(False, "a row of reference.MARGIN_LOSSES has no branch here")
     return loss, slope

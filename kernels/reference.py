@@ -21,10 +21,24 @@ MARGIN_LOSSES: dict[str, Callable[[Tensor, float, float], Tensor]] = {
     "sigmoid": lambda h, beta, label_smoothing: (
         -(1 - label_smoothing) * F.logsigmoid(beta * h) - label_smoothing * F.logsigmoid(-beta * h)
     ),
+    # [(1 - ε) l(h) - ε l(-h)] / (1 - 2ε), l = -log σ(βh): Chowdhury et al. 2024 (rDPO); "sigmoid" of ε' = -ε / (1 - 2ε)
+    "robust": lambda h, beta, label_smoothing: MARGIN_LOSSES["sigmoid"](
+        h, beta, -label_smoothing / (1 - 2 * label_smoothing)
+    ),
     # max(0, 1 - βh): Zhao et al. 2023 (SLiC-HF), eq. 2, with DPO's log-ratios
     "hinge": lambda h, beta, _: F.relu(1 - beta * h),
+    # max(0, 1 - βh)²: Tang et al. 2024 (GPO), table 1
+    "squared-hinge": lambda h, beta, _: F.relu(1 - beta * h) ** 2,
     # (h - 1/2β)²: Azar et al. 2023 (IPO), eq. 17
     "ipo": lambda h, beta, _: (h - 1 / (2 * beta)) ** 2,
+    # e^-βh: Tang et al. 2024 (GPO), table 1
+    "exponential": lambda h, beta, _: torch.exp(-beta * h),
+    # (1 - m) (-log σ(βh)) + m e^-βh, m = σ(βh/τ), τ = 0.05: Lu et al. 2024 (DiscoPOP), eq. 5; e^-βh alone may overflow
+    "discopop": lambda h, beta, _: (
+        torch.exp(F.logsigmoid(20 * beta * h) - beta * h) - torch.sigmoid(-20 * beta * h) * F.logsigmoid(beta * h)
+    ),
+    # -βh: the "unlikelihood" of Rafailov et al. 2023, section 6, after Welleck et al. 2020
+    "linear": lambda h, beta, _: -beta * h,
 }
 SMOOTHED = tuple(name for name, f in MARGIN_LOSSES.items() if "label_smoothing" in inspect.signature(f).parameters)
 

@@ -10,12 +10,13 @@ import pytest
 from helpers import lines, refused, results, start, stopped
 
 import train_dpo
+from nanopref.learning.objectives import OBJECTIVES
 
 SMALL = {"batch_size": 8, "epochs": 1, "max_new_tokens": 4, "eval_prompts": 2, "device": "cpu"}
 GOOD = {"prompt": "a", "chosen": " b", "rejected": " c"}
 BAD_FILES = {
     "not JSON": (b"{}x\n", "line 1: not JSON"),
-    "not an object": (b"[1]\n", "must be an object"),
+    "not an object": (b"[1]\n", "pairs.jsonl, row 1: must be an object with named fields, found a int"),
     "lacks a field": (lines(GOOD, {"prompt": "a", "chosen": "b"}), "line 2: has no field 'rejected'"),
     "wrong type": (lines({**GOOD, "chosen": 3}), "'chosen' must be text, found a int"),
     "only empty answers": (lines({**GOOD, "chosen": " "}), "holds no usable pair"),
@@ -23,8 +24,14 @@ BAD_FILES = {
     "invalid UTF-8": (lines(GOOD) + b'{"prompt": "\xff"}\n', "line 2: not valid UTF-8"),
     "no pair": (b"\n\n", "holds no row"),
     "one prompt": (lines(GOOD, {**GOOD, "chosen": "d"}), "hold only one prompt"),
-    "nothing compared": (lines({"text": "a"}, {"text": "b"}), "which compare nothing"),
-    "rankings": (lines(*({"prompt": x, "responses": ["b", "c", "d"]} for x in "xy")), "--loss plackett-luce"),
+    "nothing compared": (
+        lines({"text": "a"}, {"text": "b"}),
+        "pairs.jsonl: text: they do not say which answer is better",
+    ),
+    "rankings": (
+        lines(*({"prompt": x, "responses": ["b", "c", "d"]} for x in "xy")),
+        "pairs.jsonl: rankings: use --loss plackett-luce",
+    ),
 }
 
 
@@ -54,6 +61,29 @@ def test_a_bad_file_is_refused(case, tmp_path, capsys):
     refuse(capsys, tmp_path / "out", message, data=str(tmp_path / "pairs.jsonl"))
 
 
+TWO_OF_PAIRS = " or ".join(list(OBJECTIVES)[:2])
+TWO = {"prompt": "x", "responses": ["b", "c"]}
+WRONG_KINDS = {  # (what the file holds, --loss) -> what is said of it
+    ("labels", "dpo"): ([{"prompt": "x", "completion": "b", "label": True}], "labels: use --loss kto or binary"),
+    ("ratings", "ipo"): ([TWO | {"scores": [1, 2]}], "ratings: use --loss infonca or nca"),
+    ("pairs", "regression"): ([GOOD], f"pairs: use --loss {TWO_OF_PAIRS}"),
+    ("pairs in an array", "regression"): ([[GOOD]], f"pairs: use --loss {TWO_OF_PAIRS}"),
+    ("prompts", "kto"): ([{"prompt": "x"}], "prompts: they do not say which answer is better"),
+    ("responses", "preferred"): (
+        [{"prompt": "x", "response": "b"}], "responses: they do not say which answer is better",
+    ),
+    ("a bad label", "kto"): ([{"prompt": "x", "completion": "b", "label": 2}], "'label' must be 1 or true (good)"),
+    ("a bad score", "nca"): ([TWO | {"scores": [1, None]}], "'scores' must be a number below 1e15, found None"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what, loss", WRONG_KINDS)
+def test_a_file_of_the_wrong_kind_is_refused(what, loss, tmp_path, capsys):
+    rows, message = WRONG_KINDS[what, loss]
+    (tmp_path / "rows.jsonl").write_bytes(lines(*rows))
+    refuse(capsys, tmp_path / "out", message, data=str(tmp_path / "rows.jsonl"), loss=loss)
+
+
 def test_a_truncated_gz_is_refused(tmp_path, capsys):
     rows = lines(*[{**GOOD, "prompt": str(random.Random(i).random())} for i in range(200)])
     (tmp_path / "pairs.jsonl.gz").write_bytes(gzip.compress(rows)[:-40])
@@ -71,19 +101,21 @@ def test_a_missing_file_or_folder_is_refused(tmp_path, capsys):
     [
         ({"beta": 0.0}, "--beta must be above 0"),
         ({"beta": float("nan")}, "--beta must be a finite number"),
-        ({"loss": "cross-entropy"}, "--loss must be one of sigmoid, hinge, ipo, plackett-luce, not cross-entropy"),
+        ({"loss": "cross-entropy"}, f"--loss must be one of {', '.join(OBJECTIVES)}, not cross-entropy"),
         ({"batch_size": 0}, "--batch-size must be at least 1"),
         ({"device": "gpu9"}, "no such device"),
         ({"device": "meta"}, "only cpu and cuda"),
         ({"annotators": 2}, "must be odd"),
         ({"label_smoothing": 0.6}, "--label-smoothing must be below 0.5"),
-        ({"label_smoothing": 0.1, "loss": "ipo"}, "belongs to --loss sigmoid"),
+        ({"label_smoothing": 0.1, "loss": "ipo"}, "--loss ipo has no use for --label-smoothing"),
+        ({"judged": "x.jsonl", "data": "y.jsonl"}, "--judged belongs to the built-in task"),
+        ({"judged": "nowhere.jsonl"}, "nowhere.jsonl: no such file"),
         ({"lr": -1.0}, "--lr must be above 0"),
         ({"seed": -1}, "--seed must be at least 0"),
         ({"sft_steps": 0}, "--sft-steps must be at least 1"),
         ({"noise": float("inf")}, "--noise must be a finite number"),
         ({"warmup": -1}, "--warmup must be at least 0"),
-        ({"pairs": 1}, "--pairs must be at least 20"),
+        ({"groups": 1}, "--groups must be at least 20"),
         ({"save_seconds": -1.0}, "--save-seconds must be at least 0"),
         ({"resume": True, "overwrite": True}, "give one of them"),
     ],

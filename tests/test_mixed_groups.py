@@ -11,7 +11,10 @@ from helpers import Fork, flags, results, two_processes
 
 import train_dpo
 from nanopref import models
+from nanopref.data.formats import read_feedback
 from nanopref.data.groups import Group, encode, micro_batches
+from nanopref.learning import objectives
+from nanopref.models.inference import reference_logprobs
 from nanopref.running import parallel
 
 SETTINGS = {"loss": "plackett-luce", "beta": 0.3, "batch_size": 7, "micro_batch": 3, "epochs": 3, "eval_every": 2}
@@ -80,6 +83,24 @@ def test_two_processes_change_nothing(started, left_alone, tmp_path):
         assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
 
 
+def test_two_processes_count_from_the_same_reference_point(started, tmp_path, monkeypatch, no_picture):
+    """KTO's z₀ is of the whole batch, whichever process had the answers, and however they were cut."""
+    rng, points, ordinary = random.Random(2), [], train_dpo.reference_point
+    rows = [{"prompt": f"{i}{by_hand.text(rng, 1, 6)}", "label": rng.random() < 0.6} for i in range(42)]
+    rows = [row | {"completion": by_hand.text(rng, 1, 6)} for row in rows]
+    settings = started | {"data": by_hand.write(tmp_path / "labels.jsonl", rows), "loss": "kto", "epochs": 1}
+    both = two_processes(tmp_path, "train_dpo.py", *flags(out=tmp_path / "two", **settings))
+    monkeypatch.setattr(train_dpo, "reference_point", lambda *args: points.append(ordinary(*args)) or points[-1])
+    train_dpo.train(train_dpo.Config(out=str(tmp_path / "one"), **settings | {"micro_batch": 1}))
+    for script in both:
+        script.succeed()
+    (one, _), (two, _) = results(tmp_path / "one"), results(tmp_path / "two")
+    assert len(one) == 5 and sum(z0.item() > 0.01 for z0 in points) > 3
+    one[0]["accuracy"] = two[0]["accuracy"]  # where π_θ is π_ref rounding decides
+    for a, b in zip(one, two, strict=True):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-4)
+
+
 def test_groups_of_one_two_and_four_sum_to_the_same_losses_however_they_are_cut(started, monkeypatch):
     """Micro-batches of one, three and all, and the shares of two processes: losses, figures and gradients."""
     policy, tokenizer = models.load(started["init"])
@@ -88,17 +109,20 @@ def test_groups_of_one_two_and_four_sum_to_the_same_losses_however_they_are_cut(
         Group(by_hand.text(rng, 1, 5), tuple(by_hand.text(rng, 1, 8) for _ in range(k))) for k in [1, 2, 4, 2, 1, 4, 4]
     ]
     data, _ = encode(groups, tokenizer, 48)
+    assert (data.margins != 0).sum() == 7
     reference = -10 + torch.randn(18, generator=torch.Generator().manual_seed(0))
 
     def whole(size: int, share: bool = False) -> torch.Tensor:
         config = train_dpo.Config(loss="plackett-luce", beta=0.3)
-        totals, losses = torch.zeros(4), torch.zeros(7)
+        config = objectives.resolve(config, objectives.OBJECTIVES["plackett-luce"])
+        part, knobs = train_dpo.Part(data, reference), objectives.knobs(config, groups)
+        totals, losses = torch.zeros(6), torch.zeros(7)
         policy.zero_grad()
         for rank in range(2 if share else 1):
             monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
             monkeypatch.setattr(parallel, "world_size", lambda: 2 if share else 1)
             for piece in micro_batches(range(7), data.lengths(), size, share=True):
-                found, sums = train_dpo.preference_losses(policy, data, reference, piece, config)
+                found, sums = train_dpo.preference_losses(policy, part, torch.zeros(()), piece, config, knobs)
                 assert (losses[piece] == 0).all()
                 losses[piece] = found.detach()
                 totals += sums
@@ -128,9 +152,9 @@ def by_the_formula(policy, tokenizer, groups: list[Group], reference: torch.Tens
 def test_reference_rows_belong_to_their_answers_where_groups_differ(started, tmp_path):
     """Each row's log π_ref is that of its own prompt and answer, in the order in which they stand."""
     policy, tokenizer = models.load(started["init"])
-    groups, held_out, _ = train_dpo.read_comparisons(started["data"])
+    groups, held_out, _ = read_feedback(started["data"], objectives.kinds(objectives.OBJECTIVES), "plackett-luce")
     parts = [encode(part, tokenizer, 48)[0] for part in (groups, held_out)]
-    found = train_dpo.reference_logprobs(tmp_path / "reference.safetensors", policy, *parts)
+    found = reference_logprobs(tmp_path / "reference.safetensors", policy, *parts)
     for part, data, logprobs in zip((groups, held_out), parts, found, strict=True):
         assert len(logprobs) == len(data.row_lengths)
         rows = [(group.prompt, response) for group in part for response in group.responses]

@@ -50,7 +50,7 @@ def judge(init, tmp_path_factory) -> str:
         ({"clip": 1.5}, "--clip must be below 1"),
         ({"reward": ()}, "--reward: name at least one reward model"),
         ({"iterations": 0}, "--iterations must be at least 1"),
-        ({"pairs": 5}, "--pairs must be at least 20"),
+        ({"groups": 5}, "--groups must be at least 20"),
         ({"annotators": 2}, "must be odd"),
         ({"data": "nowhere.jsonl"}, "no such file"),
         ({"init": "out/nowhere"}, "no model folder there"),
@@ -66,7 +66,9 @@ def test_rankings_are_refused_before_anything_is_trained(tmp_path, capsys):
     rows = [{"prompt": f"p{i}", "responses": ["a", "b", "c"]} for i in range(30)]
     (tmp_path / "rankings.jsonl").write_bytes(lines(*rows))
     config = train_ppo.Config(out=str(tmp_path / "out"), data=str(tmp_path / "rankings.jsonl"), device="cpu")
-    refused(train_ppo.train, config, "compares two answers to a prompt, and the data hold 3", capsys)
+    refused(
+        train_ppo.train, config, "rankings.jsonl: rankings: give a --reward of train_rm.py --loss plackett-luce", capsys
+    )
 
 
 def test_reward_models_that_do_not_fit_are_refused(init, judge, tmp_path, capsys):

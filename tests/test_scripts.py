@@ -16,6 +16,9 @@ import train_dpo
 import train_ppo
 import train_rm
 from nanopref import models, sft
+from nanopref.data.formats import read_feedback
+from nanopref.learning.objectives import OBJECTIVES, resolve
+from nanopref.learning.objectives import knobs as objectives_knobs
 from nanopref.models.gpt2 import GPT
 from nanopref.running import flags as command_flags
 from nanopref.running import folder, parallel
@@ -107,6 +110,20 @@ def test_every_round_of_ppo_has_as_many_responses_as_were_asked_for(
     assert said in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name, loss", [("dpo", "kto"), ("dpo", "dpo"), ("rm", "bradley-terry"), ("rm", "binary")])
+def test_what_people_said_in_another_run_is_taken_as_it_is(name, loss, init, tmp_path, monkeypatch, no_picture):
+    """No answer is sampled to be judged; for all else the run is one on film reviews."""
+    judged = pairs(tmp_path / "feedback.jsonl", 40)
+    monkeypatch.setattr(SCRIPTS[name], "ensure_feedback", None)
+    config = config_of(name, tmp_path / "out", "", init, "", judged=judged, loss=loss, batch_size=10)
+    SCRIPTS[name].train(config)
+    rows, report = results(tmp_path / "out")
+    labels = loss in ("kto", "binary")
+    assert len(rows) == (7 if labels else 3) and not (tmp_path / "out" / "feedback.jsonl").exists()
+    assert ("best_accuracy" in report["held_out"]) == (not labels)
+    assert ("true_reward" if name == "dpo" else "rank_correlation") in report
+
+
 # ---- looks at the held-out part --------------------------------------------------------------------------------------
 
 SAYS = {
@@ -148,19 +165,19 @@ def test_processes_share_a_look(name, init, tmp_path, monkeypatch):
 
     monkeypatch.setattr(script, SAYS[name], note)
     policy, tokenizer = models.load(init)
-    groups, _, _ = train_dpo.read_comparisons(pairs(tmp_path / "pairs.jsonl", 300))
+    groups, _, _ = read_feedback(pairs(tmp_path / "pairs.jsonl", 300), {"dpo": ("pairs",)}, "dpo")
     groups = [group._replace(responses=group.responses[:1]) for group in groups] if name == "sft" else groups
     data, _ = sft.encode(groups, tokenizer, 48)
-    config = train_dpo.Config(beta=0.1, micro_batch=16)
-    reference = torch.zeros(2 * len(data))
+    config, rm = (resolve(script.Config(micro_batch=16), OBJECTIVES["dpo"]) for script in (train_dpo, train_rm))
+    knobs, part = objectives_knobs(config, groups), train_dpo.Part(data, torch.zeros(2 * len(data)))
 
     def look() -> dict | float:
         looks.clear()
         if name == "dpo":
-            return train_dpo.held_out_metrics(policy, data, reference, 256, config)
+            return train_dpo.held_out_metrics(policy, part, torch.zeros(()), 256, config, knobs)
         if name == "rm":
             torch.manual_seed(0)
-            return train_rm.held_out_metrics(train_rm.ScalarModel(policy, 2), data, 256, config)
+            return train_rm.held_out_metrics(train_rm.ScalarModel(policy, 2), data, 256, rm, knobs)
         return {"held_out_loss": sft.held_out_loss(policy, data, 256, 4)}
 
     alone, totals, seen = look(), [], []

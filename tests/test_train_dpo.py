@@ -21,7 +21,7 @@ from nanopref.models.inference import response_scores
 from nanopref.models.scalar import ScalarModel
 from nanopref.running import flags as command_flags
 
-SMALL = {"pairs": 96, "batch_size": 16, "micro_batch": 4, "eval_prompts": 8, "eval_every": 5, "save_seconds": 0.0}
+SMALL = {"groups": 96, "batch_size": 16, "micro_batch": 4, "eval_prompts": 8, "eval_every": 5, "save_seconds": 0.0}
 SMALL |= {"epochs": 3, "max_new_tokens": 48, "device": "cpu"}
 
 
@@ -35,7 +35,7 @@ def left_alone(sft_folder, tmp_path_factory) -> Path:
 
 def test_the_run_folder_holds_what_the_design_promises(left_alone):
     names = {path.name for path in left_alone.iterdir()}
-    assert {"config.json", "metrics.jsonl", "report.json", "report.png", "model", "state.pt", "pairs.jsonl"} <= names
+    assert {"config.json", "metrics.jsonl", "report.json", "report.png", "model", "state.pt", "feedback.jsonl"} <= names
     assert not [name for name in names if "partial" in name]
     config = json.loads((left_alone / "config.json").read_text())
     assert config["flags"]["beta"] == 0.5 and config["flags"]["seed"] == 0
@@ -108,7 +108,7 @@ def test_a_reward_model_compares_the_answers(file, sft_folder, judge, tmp_path, 
     data_file = str(tmp_path / file) if file else ""
     train_dpo.train(train_dpo.Config(out=str(tmp_path / "run"), data=data_file, **settings))
     model, tokenizer = models.load_scalar(judge)
-    _, pairs, _ = formats.read(tmp_path / "run" / "pairs.jsonl")
+    _, pairs, _ = formats.read(tmp_path / "run" / "feedback.jsonl")
     encoded, _ = groups.encode(pairs, tokenizer, 96)
     chosen, rejected = response_scores(model, encoded).mean(1).view(-1, 2).unbind(1)
     assert len(pairs) > 40 and (chosen > rejected - 1e-5).all() and (chosen > rejected).float().mean() > 0.98
@@ -150,7 +150,7 @@ def test_the_triton_path_gives_the_same_curve(tmp_path, no_picture):
 
 
 def test_from_nothing_it_trains_an_sft_model_and_learns(tmp_path, capsys):
-    settings = SMALL | {"pairs": 256, "eval_prompts": 96, "epochs": 2, "eval_every": 50}
+    settings = SMALL | {"groups": 256, "eval_prompts": 96, "epochs": 2, "eval_every": 50}
     settings |= {"noise": 0.0, "beta": 0.1, "lr": 1e-3, "micro_batch": 16, "save_seconds": 99}
     train_dpo.train(train_dpo.Config(out=str(tmp_path / "dpo"), sft_steps=60, **settings))
     output = capsys.readouterr().out
@@ -158,7 +158,7 @@ def test_from_nothing_it_trains_an_sft_model_and_learns(tmp_path, capsys):
     report = json.loads((tmp_path / "dpo" / "report.json").read_text())
     assert report["true_reward"]["policy"] > report["true_reward"]["reference"] + 0.2
     assert report["kl"] > 0.5
-    assert {"sft", "pairs", "reference", "dpo", "evaluation"} <= report["seconds"].keys()
+    assert {"sft", "feedback", "reference", "dpo", "evaluation"} <= report["seconds"].keys()
 
 
 def test_a_nan_stops_the_run_and_leaves_the_last_good_weights(sft_folder, tmp_path, capsys):

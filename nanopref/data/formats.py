@@ -1,13 +1,17 @@
-"""JSON Lines in, groups out: what a file may hold, and what is refused, dropped and counted.
+"""JSON in, groups out: what a file may hold, and what is refused, dropped and counted.
 
-A file is `.jsonl` or `.jsonl.gz`, one object a row, in the field names that the ecosystem uses:
+A file is JSON Lines, one object a row, or a JSON array of them, plain or `.gz`, in the field names that the ecosystem
+uses:
 
     pairs      {"prompt": …, "chosen": …, "rejected": …}, and perhaps a "margin": by how much
                {"chosen": …, "rejected": …}   two whole dialogues, as in Anthropic's HH: what they share is the prompt
+    ratings    {"prompt": …, "responses": […], "scores": […]}   a number each
     rankings   {"prompt": …, "responses": […]}   the best first
-    responses  {"prompt": …, "completion": …}, or "response"
+    labels     {"prompt": …, "completion": …, "label": …}   true or 1: a good answer; false or 0: a bad one
+               {"text": …, "label": …}   the same of a whole text, which is cut into prompts and answers
+    responses  {"prompt": …, "completion": …}; here as in labels it may also be called "response"
     text       {"text": …}
-    labels     {"text": …, "label": …}   1 or 0: whether the text is what people want
+    prompts    {"prompt": …}
 
 Other fields are ignored. A row that does not fit is refused with the file, the line and the reason; what real data
 makes necessary (an empty answer, two that are equal: the row is dropped) is counted, for the user to see.
@@ -20,11 +24,11 @@ import os
 import random
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from nanopref.data.groups import Group, split
+from nanopref.data.groups import Group, as_labels, split, standardised
 from nanopref.running.flags import UserError, require
 
 TURN = "\n\nAssistant:"  # what opens an answer in an HH dialogue
@@ -62,11 +66,23 @@ def split_dialogues(chosen: str, rejected: str) -> Group | None:
 
 
 def _ranking(where: str, row: dict, notes: Counter) -> list[Group]:
+    return _compared(Group(_text(where, row, "prompt"), _texts(where, row)), notes)
+
+
+def _rating(where: str, row: dict, notes: Counter) -> list[Group]:
+    texts, scores = _texts(where, row), row.get("scores")
+    if not isinstance(scores, list) or len(scores) != len(texts):
+        raise UserError(f"{where}: 'scores' must be a list with a number for each of 'responses'")
+    rated = [(_number(where, {"scores": score}, "scores"), text) for score, text in zip(scores, texts, strict=True)]
+    scores, texts = zip(*sorted(rated, key=lambda pair: -pair[0]), strict=True)  # the best first, as everywhere
+    return _compared(Group(_text(where, row, "prompt"), texts, scores=scores), notes)
+
+
+def _texts(where: str, row: dict) -> tuple[str, ...]:
     responses = row.get("responses")
     if not isinstance(responses, list) or len(responses) < 2:
-        raise UserError(f"{where}: 'responses' must be a list of at least two texts, the best first")
-    texts = tuple(_text(where, {"responses": response}, "responses") for response in responses)
-    return _compared(Group(_text(where, row, "prompt"), texts), notes)
+        raise UserError(f"{where}: 'responses' must be a list of at least two texts")
+    return tuple(_text(where, {"responses": response}, "responses") for response in responses)
 
 
 def _compared(group: Group, notes: Counter) -> list[Group]:
@@ -85,6 +101,22 @@ def _response(where: str, row: dict, notes: Counter) -> list[Group]:
     return _imitated(Group(_text(where, row, "prompt"), (_text(where, row, name),)), notes)
 
 
+def _label(where: str, row: dict, notes: Counter) -> list[Group]:
+    good = _good(where, row)
+    return [group._replace(scores=(good,)) for group in _response(where, row, notes)]
+
+
+def _good(where: str, row: dict) -> float:
+    label = row.get("label")
+    if label not in (0, 1):
+        raise UserError(f"{where}: 'label' must be 1 or true (good), 0 or false (bad), found {label!r}")
+    return float(label)
+
+
+def _prompt(where: str, row: dict, notes: Counter) -> list[Group]:
+    return [Group(_text(where, row, "prompt"), ())]
+
+
 def _plain(where: str, row: dict, notes: Counter) -> list[Group]:
     return _imitated(Group("", (_text(where, row, "text"),), whole=True), notes)
 
@@ -96,11 +128,9 @@ def _imitated(group: Group, notes: Counter) -> list[Group]:
     return []
 
 
-def _labelled(where: str, row: dict, notes: Counter) -> list[Group]:
-    text, label = _text(where, row, "text"), row.get("label")
-    if label not in (0, 1):
-        raise UserError(f"{where}: 'label' must be 1 (good) or 0 (bad), found {label!r}")
-    found = [Group(prompt, (rest,), label=int(label), source=text) for prompt, rest in passages(text)]
+def _labelled_text(where: str, row: dict, notes: Counter) -> list[Group]:
+    text, good = _text(where, row, "text"), _good(where, row)
+    found = [Group(prompt, (rest,), scores=(good,), source=text) for prompt, rest in passages(text)]
     notes[f"texts dropped: no sentence ends after its first {PASSAGE} words"] += not found
     return found
 
@@ -126,10 +156,15 @@ class Kind(NamedTuple):
 
 KINDS = {  # a file is of the first kind that fits its first row
     "pairs": Kind(("chosen",), _pair, "no usable pair"),
+    "ratings": Kind(("responses", "scores"), _rating, "no usable rating"),
     "rankings": Kind(("responses",), _ranking, "no usable ranking"),
-    "labels": Kind(("text", "label"), _labelled, f"no text in which a sentence ends after its first {PASSAGE} words"),
+    "texts with labels": Kind(
+        ("text", "label"), _labelled_text, f"no text in which a sentence ends after its first {PASSAGE} words"
+    ),
     "text": Kind(("text",), _plain, "no text"),
-    "responses": Kind((), _response, "no text"),
+    "labels": Kind(("label",), _label, "no text"),
+    "responses": Kind(("completion",), _response, "no text"),
+    "prompts": Kind((), _prompt, "no prompt"),
 }
 
 
@@ -144,7 +179,9 @@ def read(path: str | Path) -> tuple[str, list[Group], Counter]:
     groups, notes, kind, name = [], Counter(), None, ""
     for where, row in read_rows(path):
         if kind is None:
-            name, kind = next((name, kind) for name, kind in KINDS.items() if row.keys() >= set(kind.fields))
+            fields = {name for name, value in row.items() if value is not None}
+            fields = {"completion" if name == "response" else name for name in fields}
+            name, kind = next((name, kind) for name, kind in KINDS.items() if fields >= set(kind.fields))
         if name == "pairs" and "text" in row and "chosen" not in row:
             raise UserError(f"{where}: a text in a file of pairs")
         groups += kind.read(where, row, notes)
@@ -156,33 +193,50 @@ def read(path: str | Path) -> tuple[str, list[Group], Counter]:
 def read_to_imitate(path: str | Path) -> tuple[list[Group], Counter]:
     """What SFT learns to write, K = 1, and how many rows were dropped and why. Raises UserError as `read` does.
 
-    Of answers that were compared the best counts, of two dialogues the whole of it. Texts with a label become passages,
-    the good and the bad, which is what a reward model will judge.
-    """
-    _, groups, notes = read(path)
-    return [group._replace(responses=group.responses[:1], margin=1.0) for group in groups], notes
-
-
-def read_comparisons(path: str | Path, *, labels: bool = False) -> tuple[list[Group], list[Group], Counter]:
-    """Groups of at least two answers (for training, held out), and how many rows were dropped and why.
-
-    With `labels` also from labelled texts, of which each good passage meets a bad one: pairs with a prompt each, of
-    which only a reward model can learn. Raises UserError as `read` does, and for a file that compares nothing.
+    Of answers that were compared the best counts, of two dialogues the whole of it. What has a label counts whether it
+    is good or bad, since that is what will be judged.
     """
     kind, groups, notes = read(path)
-    if kind in ("pairs", "rankings"):
-        return *split(groups), notes
-    hint = "train_rm.py learns from texts with labels, and then --reward names what it learnt"
-    require(kind == "labels" and labels, f"{path}: {kind}, which compare nothing; {hint}")
+    require(kind != "prompts", f"{path}: prompts without an answer, of which there is nothing to imitate")
+    return [group._replace(responses=group.responses[:1], margin=1.0, scores=()) for group in groups], notes
+
+
+def read_feedback(
+    path: str | Path, losses: dict[str, Sequence[str]], loss: str, *, meet: bool = False, hint: str = "use --loss"
+) -> tuple[list[Group], list[Group], Counter]:
+    """What --loss learns from (for training, held out), and how many rows were dropped and why.
+
+    `losses` says which kinds each name of --loss takes. A loss of labels takes pairs as two each, ratings are
+    standardised, and rankings of two are pairs. With `meet` a loss of pairs also takes labels, of which each good
+    answer meets a bad one: pairs with a prompt each, of which only a reward model can learn. Raises UserError as `read`
+    does, and for a file of another kind.
+    """
+    kind, groups, notes = read(path)
+    kind, wanted = kind.removeprefix("texts with "), losses[loss]
+    if kind == "rankings" and all(len(group.responses) == 2 for group in groups):
+        kind = "pairs"
+    if kind == "pairs" and "labels" in wanted:
+        groups = as_labels(groups)
+    elif kind == "labels" and kind not in wanted and "pairs" in wanted and meet:
+        return *_meet(path, groups, notes), +notes
+    else:
+        others = [name for name, kinds in losses.items() if kind == kinds[0]][:2]
+        hint = f"{hint} {' or '.join(others)}" if others else "they do not say which answer is better"
+        require(kind in wanted, f"{path}: {kind}: {hint}")
+    parts = split(groups)
+    return *(standardised(*parts) if kind == "ratings" else parts), notes
+
+
+def _meet(path: str | Path, groups: list[Group], notes: Counter) -> list[list[Group]]:
     parts = []
     for part in split(groups):
         random.Random(0).shuffle(part)  # or all passages of a text would meet those of one other
-        good, bad = ([group for group in part if group.label == label] for label in (1, 0))
+        good, bad = ([group for group in part if group.scores == (label,)] for label in (1, 0))
         require(bool(good and bad), f"{path}: needs good and bad texts (label 1 and 0), to train on and to hold out")
         met = zip(good, bad, strict=False)  # what one side has more of is left over
         parts.append([Group(a.prompt, a.responses + b.responses, prompts=(a.prompt, b.prompt)) for a, b in met])
         notes["passages dropped: more of one label than of the other"] += abs(len(good) - len(bad))
-    return *parts, +notes
+    return parts
 
 
 def read_prompts(path: str | Path) -> tuple[list[str], list[str]]:
@@ -199,31 +253,42 @@ def read_prompts(path: str | Path) -> tuple[list[str], list[str]]:
 
 
 def read_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """("file, line n", row) for each row. Raises UserError where the file cannot be read or a row is no JSON object."""
+    """("file, line n", row) for each row, or "row n" of an array. Raises UserError where the file cannot be read or a
+    row is no JSON object."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}")
     number = 0
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as f:
+            if f.peek(1).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+                rows = _json(str(path), f.read().removeprefix(codecs.BOM_UTF8))
+                yield from ((where := f"{path}, row {i}", _object(where, row)) for i, row in enumerate(rows, 1))
+                return
             for number, line in enumerate(f, 1):
                 where = f"{path}, line {number}"
                 line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line.decode())
-                except UnicodeDecodeError:
-                    raise UserError(f"{where}: not valid UTF-8") from None
-                except (ValueError, RecursionError) as error:
-                    raise UserError(f"{where}: not JSON ({error})") from None
-                if not isinstance(row, dict):
-                    raise UserError(f"{where}: must be an object with named fields, found a {type(row).__name__}")
-                yield where, row
+                if line.strip():
+                    yield where, _object(where, _json(where, line))
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path}: damaged or cut off after line {number} ({error})") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def _json(where: str, content: bytes) -> Any:
+    try:
+        return json.loads(content.decode())
+    except UnicodeDecodeError:
+        raise UserError(f"{where}: not valid UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not JSON ({error})") from None
+
+
+def _object(where: str, row: Any) -> dict:
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: must be an object with named fields, found a {type(row).__name__}")
+    return row
 
 
 def _text(where: str, row: dict, name: str) -> str:
@@ -240,8 +305,11 @@ def _text(where: str, row: dict, name: str) -> str:
 
 
 def _margin(where: str, row: dict) -> float:
-    value = row.get("margin")
-    value = 1.0 if value is None else value
-    if type(value) not in (int, float) or not 0 <= value < 1e30:  # an int of JSON may be too large for a float
-        raise UserError(f"{where}: 'margin' must be a number of at least 0, found {value!r}")
+    return 1.0 if row.get("margin") is None else _number(where, row, "margin")
+
+
+def _number(where: str, row: dict, name: str) -> float:
+    value = row[name]
+    if type(value) not in (int, float) or not abs(value) < 1e15:  # an int of JSON may be too large for a float
+        raise UserError(f"{where}: {name!r} must be a number below 1e15, found {value!r}")
     return float(value)

@@ -1,17 +1,20 @@
 """One shape for every preference: a group is a prompt, K answers to it, and what was said of them.
 
-A pair has K = 2 answers, the better one first; a ranking K in order; what SFT imitates, or somebody labelled, K = 1.
+A pair has K = 2 answers, the better one first; a ranking K in order; ratings K with a number each; what SFT imitates,
+or somebody called good or bad, K = 1.
 Groups of different K may share a batch. In tokens, all rows (a prompt and one answer) stand in one flat tensor.
 """
 
 import hashlib
 import json
+import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -21,13 +24,14 @@ from nanopref.running import parallel
 from nanopref.running.flags import UserError
 
 Row = tuple[list[int], list[int]]  # the tokens of a prompt and of an answer to it
+FAR = 1e30  # between answers in order: more than any scale of ratings holds
 
 
 class Group(NamedTuple):
     prompt: str
-    responses: tuple[str, ...]  # the best first, where they were compared
-    margin: float = 1.0  # by how much the first is better, on whatever scale the file uses; only reward models ask
-    label: int | None = None  # 1 or 0: whether its one response is good
+    responses: tuple[str, ...]  # the best first, where they were compared; none, where only the prompt is known
+    margin: float = 1.0  # by how much the first is to be better, on whatever scale the file uses: see --margin
+    scores: tuple[float, ...] = ()  # ratings, one a response; or of a single one whether it is good: 1 or 0
     prompts: tuple[str, ...] = ()  # where each response answers another prompt, of which only reward models can learn
     whole: bool = False  # where K = 1, the prompt is to be learnt too, as in plain text, which has none, or a dialogue
     source: str = ""  # the text that prompt and response were cut from
@@ -36,15 +40,21 @@ class Group(NamedTuple):
         """What each of the responses answers."""
         return self.prompts or (self.prompt,) * len(self.responses)
 
+    def said(self) -> tuple[float, ...]:
+        """A number for each response. Where the order says all, each is ahead of the next beyond all measure."""
+        return self.scores or tuple(-FAR * k for k in range(len(self.responses)))
+
 
 def write_groups(groups: Sequence[Group]) -> str:
     """Groups that answer one prompt as JSON Lines: pairs by their names, without margins that say nothing."""
     lines = []
     for group in groups:
-        if len(group.responses) == 2:
+        if len(group.responses) == 1:
+            row = {"completion": group.responses[0], "label": int(group.scores[0])}
+        elif len(group.responses) == 2 and not group.scores:
             row = dict(zip(("chosen", "rejected"), group.responses, strict=True))
         else:
-            row = {"responses": group.responses}
+            row = {"responses": group.responses} | ({"scores": group.scores} if group.scores else {})
         row |= {} if group.margin == 1 else {"margin": group.margin}
         lines.append(json.dumps({"prompt": group.prompt, **row}, ensure_ascii=False) + "\n")
     return "".join(lines)
@@ -56,7 +66,7 @@ def split(groups: Sequence[Group]) -> tuple[list[Group], list[Group]]:
     Which tenth depends on the prompts alone (on the texts, where groups are texts or were cut from them), so that no
     stage and no seed trains on what another holds out. Raises UserError where there are fewer than two prompts.
     """
-    digests = [hashlib.sha256((g.source or g.prompt or g.responses[0]).encode()).digest() for g in groups]
+    digests = [hashlib.sha256((g.source or g.prompt or "".join(g.responses[:1])).encode()).digest() for g in groups]
     ordered = sorted(set(digests))
     if len(ordered) < 2:
         raise UserError("the data hold only one prompt, but one is needed to train on and one to hold out")
@@ -66,6 +76,37 @@ def split(groups: Sequence[Group]) -> tuple[list[Group], list[Group]]:
         [group for group, held in zip(groups, chosen, strict=True) if not held],
         [group for group, held in zip(groups, chosen, strict=True) if held],
     )
+
+
+def as_labels(groups: Sequence[Group]) -> list[Group]:
+    """Each answer a group of its own. Of a pair the better one is good, the other bad; labels stay as they are."""
+    return [
+        group._replace(prompt=prompt, responses=(response,), scores=(score,), prompts=(), whole=False)
+        for group in groups
+        for prompt, response, score in zip(group.asked(), group.responses, group.scores or (1.0, 0.0), strict=True)
+    ]
+
+
+def standardised(groups: Sequence[Group], held_out: Sequence[Group]) -> tuple[list[Group], list[Group]]:
+    """Both parts with their ratings brought to mean 0 and deviation 1 over the first, whatever scale the file uses."""
+    ratings = np.array([score for group in groups for score in group.scores])
+    mean, spread = ratings.mean(), ratings.std() or 1.0
+    first, second = (
+        [group._replace(scores=tuple(float((score - mean) / spread) for score in group.scores)) for group in part]
+        for part in (groups, held_out)
+    )
+    return first, second
+
+
+def unrelated(groups: Sequence[Group]) -> list[Group]:
+    """Each prompt with the answer of another group that has another prompt (where there is one), in the same order."""
+    n = len(groups)
+    order, found = random.Random("unrelated").sample(range(n), n), list(groups)
+    for place, i in enumerate(order):
+        following = (groups[order[(place + ahead) % n]] for ahead in range(1, n + 1))
+        other = next((group for group in following if group.prompt != groups[i].prompt), groups[order[place - 1]])
+        found[i] = groups[i]._replace(responses=other.responses)
+    return found
 
 
 # ---- tokens ----------------------------------------------------------------------------------------------------------
@@ -78,6 +119,8 @@ class Batch(NamedTuple):
     tokens: Tensor  # [B, T + 1]
     mask: Tensor  # [B, T]
     last: Tensor  # [B]: where in `tokens` each row's last token stands
+    said: Tensor  # [B]: of each row, see Group.said
+    margins: Tensor  # [B]: by how much the first row of each group is to be better; 0 for the others
     sizes: list[int]  # the rows of each group, whose sum is B
 
     @property
@@ -89,7 +132,7 @@ class Batch(NamedTuple):
         return self.tokens[:, 1:]
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(*(x.to(device, non_blocking=True) for x in self[:3]), self.sizes)
+        return Batch(*(x.to(device, non_blocking=True) for x in self[:-1]), self.sizes)
 
 
 @dataclass
@@ -100,15 +143,22 @@ class Encoded:
     starts: Tensor  # [N + 1]: where each row begins
     prompt_lengths: Tensor  # [N]
     firsts: Tensor  # [G + 1]: the first row of each group
+    said: Tensor  # [N], and
+    margins: Tensor  # [N]: as in Batch
 
     @classmethod
-    def pack(cls, groups: Sequence[Sequence[Row]]) -> "Encoded":
+    def pack(
+        cls, groups: Sequence[Sequence[Row]], said: Sequence[float] = (), margins: Sequence[float] = ()
+    ) -> "Encoded":
+        """`said` and `margins` of the rows; 0 where nothing was said."""
         rows = [row for group in groups for row in group]
         flat = [torch.tensor([*prompt, *answer], dtype=torch.int32) for prompt, answer in rows]
         starts = torch.tensor([0, *map(len, flat)]).cumsum(0)
         firsts = torch.tensor([0, *map(len, groups)]).cumsum(0)
         prompt_lengths = torch.tensor([len(prompt) for prompt, _ in rows], dtype=torch.long)
-        return cls(torch.cat(flat) if flat else torch.empty(0, dtype=torch.int32), starts, prompt_lengths, firsts)
+        tokens = torch.cat(flat) if flat else torch.empty(0, dtype=torch.int32)
+        told = (torch.tensor([*x, *[0.0] * (len(rows) - len(x))]) for x in (said, margins))
+        return cls(tokens, starts, prompt_lengths, firsts, *told)
 
     def __len__(self) -> int:
         return len(self.firsts) - 1
@@ -136,8 +186,7 @@ class Encoded:
 
     def digest(self) -> str:
         """What tells these data from others."""
-        fields = self.tokens, self.starts, self.prompt_lengths, self.firsts
-        return hashlib.sha256(b"".join(x.numpy().tobytes() for x in fields)).hexdigest()
+        return hashlib.sha256(b"".join(x.numpy().tobytes() for x in vars(self).values())).hexdigest()
 
     def collate(self, groups: Sequence[int]) -> Batch:
         """The rows of these groups as one batch."""
@@ -147,7 +196,7 @@ class Encoded:
         place, last = torch.arange(tokens.shape[1] - 1), ends - starts - 1
         mask = (place >= self.prompt_lengths[rows][:, None] - 1) & (place < last[:, None])
         sizes = (self.firsts[1:] - self.firsts[:-1])[list(groups)].tolist()
-        return Batch(tokens, mask.float(), last, sizes)
+        return Batch(tokens, mask.float(), last, self.said[rows], self.margins[rows], sizes)
 
 
 def pad(sequences: Sequence[Tensor | list[int]]) -> Tensor:
@@ -188,12 +237,15 @@ def encode(groups: Sequence[Group], tokenizer: Tokenizer, block_size: int) -> tu
     What is to be learnt whole, K = 1, becomes one stream, end-of-text behind each text, that is cut into blocks in
     which every token but the first counts: groups of K = 1 behind the others.
     """
-    encoded, stream, notes = [], [], Counter()
+    encoded, said, margins, stream, notes = [], [], [], [], Counter()
     for group in groups:
         responses = [[*tokenizer.encode(response), tokenizer.end_of_text] for response in group.responses]
         if group.whole and len(responses) == 1:
             stream += tokenizer.encode(group.prompt) + responses[0]
-        elif group.prompts:
+            continue
+        said += group.said()
+        margins += [group.margin] + [0.0] * (len(responses) - 1)
+        if group.prompts:
             prompts = (encode_prompt(tokenizer, prompt) for prompt in group.prompts)
             fitted = (_fit(x, [y], block_size, notes) for x, y in zip(prompts, responses, strict=True))
             encoded.append([row for rows in fitted for row in rows])
@@ -201,7 +253,7 @@ def encode(groups: Sequence[Group], tokenizer: Tokenizer, block_size: int) -> tu
             encoded.append(_fit(encode_prompt(tokenizer, group.prompt), responses, block_size, notes))
     for i in range(0, len(stream) - 1, block_size - 1):  # a block's last token is the next one's first
         encoded.append([(stream[i : i + 1], stream[i + 1 : i + block_size])])
-    return Encoded.pack(encoded), +notes
+    return Encoded.pack(encoded, said, margins), +notes
 
 
 def prepare(

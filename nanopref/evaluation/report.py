@@ -20,7 +20,12 @@ import matplotlib.pyplot as plt
 
 Panel = Callable[[Any], None]  # draws on axes of its own
 
-PPO_CURVES = {  # what train_ppo.py shows: {title of a panel: {logged figure: legend}}
+DPO_CURVES = {  # what train_dpo.py shows: {title of a panel: {logged figure: legend}}
+    "loss": {"loss": "training", "held_out_loss": "held out"},
+    "ranked right": {"accuracy": "training", "held_out_accuracy": "held out"},
+    "implicit reward": {"chosen_reward": "chosen", "rejected_reward": "rejected"},
+}
+PPO_CURVES = {  # and train_ppo.py
     "reward": {"score": "score", "true_reward_std": "true reward, in reference std"},
     "KL to the reference, nats a response": {"kl": "k1", "kl_k3": "k3"},
     "entropy, nats a token": {"entropy": "π_θ"},
@@ -104,7 +109,7 @@ def comparison_table(report: dict[str, Any]) -> str:
         rows.append(("prompts cut on the left", "", f"{report['prompts_cut']}", f"of {report['prompts']}"))
     if held_out := report.get("held_out"):
         best = f"{held_out['best_accuracy']:.1%} at best" if "best_accuracy" in held_out else ""
-        rows.append(("held-out pairs ranked right", "", f"{held_out['accuracy']:.1%}", best))
+        rows.append(("held-out answers ranked right", "", f"{held_out['accuracy']:.1%}", best))
         rows.append(("held-out loss", "", f"{held_out['loss']:.3f}", ""))
     return table(rows, ("", "before", "after", ""))
 

@@ -1,17 +1,18 @@
-"""Preferences as in the textbook: sample two responses to each prompt, let somebody judge, note who is preferred."""
+"""Preferences as in the textbook: sample responses to each prompt, let somebody judge, note what is said of them."""
 
 import itertools
 import random
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 
 from nanopref.data import reviews
-from nanopref.data.formats import read, read_prompts
+from nanopref.data.formats import read_feedback, read_prompts, read_rows
 from nanopref.data.groups import Group, write_groups
 from nanopref.data.tokenizer import Tokenizer
+from nanopref.feedback import voting
 from nanopref.feedback.rewards import Reward, as_answers
-from nanopref.feedback.voting import annotate
 from nanopref.generate import respond
 from nanopref.models.gpt2 import GPT
 from nanopref.running.flags import require
@@ -27,60 +28,102 @@ def training_prompts(file: str, n: int, stream: str) -> list[str]:
     return [reviews.sample_prompt(rng) for _ in range(n)]
 
 
+# What people say: (answers to a prompt as groups [G] of K, rewards [G, K], how they err) -> groups of this kind.
+
+
+def _pairs(groups: list[Group], rewards: np.ndarray, **people) -> list[Group]:
+    first_is_better = voting.annotate(*rewards.T, **people)
+    return [
+        group._replace(responses=group.responses if first else group.responses[::-1])
+        for group, first in zip(groups, first_is_better, strict=True)
+    ]
+
+
+def _rankings(groups: list[Group], rewards: np.ndarray, **people) -> list[Group]:
+    return [
+        group._replace(responses=tuple(group.responses[k] for k in order))
+        for group, order in zip(groups, voting.rank(rewards, **people), strict=True)
+    ]
+
+
+def _ratings(groups: list[Group], rewards: np.ndarray, **people) -> list[Group]:
+    rated = voting.rate(rewards, **people)
+    return [
+        Group(group.prompt, tuple(group.responses[k] for k in order), scores=tuple(row[order].tolist()))
+        for group, row, order in zip(groups, rated, np.argsort(-rated, axis=1, kind="stable"), strict=True)
+    ]
+
+
+def _labels(groups: list[Group], rewards: np.ndarray, **people) -> list[Group]:
+    """Good is what people prefer to an answer of the middle."""
+    good = voting.annotate(rewards, np.full_like(rewards, np.median(rewards)), **people)
+    return [
+        Group(group.prompt, (text,), scores=(float(label),))
+        for group, labels in zip(groups, good, strict=True)
+        for text, label in zip(group.responses, labels, strict=True)
+    ]
+
+
+KINDS = {"pairs": _pairs, "labels": _labels, "rankings": _rankings, "ratings": _ratings}
+
+
 def collect(
     policy: GPT,
     tokenizer: Tokenizer,
     prompts: list[str],
     reward: Reward,
     *,
+    feedback: str = "pairs",
+    answers: int = 2,
     noise: float,
     annotators: int,
     max_new_tokens: int,
     sample_batch: int,
     seed: int,
 ) -> list[Group]:
-    """Pairs: two responses of the policy to each prompt, and first the one that the annotators prefer.
+    """So many responses of the policy to each prompt, and what the annotators say of them: a kind of feedback.
 
-    `reward` gives what they see. Pairs whose answers are equal, or of which one is empty or has no end, are left out.
+    `reward` gives what they see. Groups that hold two equal answers, or one that is empty or has no end, are left out.
     UserError if few remain.
     """
     setting = {"max_new_tokens": max_new_tokens, "batch_size": sample_batch, "seed": seed}
-    answers = respond(policy, tokenizer, prompts * 2, stream="sampling pairs", **setting)
+    found = respond(policy, tokenizer, prompts * answers, stream="sampling pairs", **setting)
     # an answer without an end is no answer: as text it would be given one
-    texts = [answer.text if answer.ended else "" for answer in answers]
-    groups = [
-        Group(x, tuple(pair)) for x, *pair in zip(prompts, texts[: len(prompts)], texts[len(prompts) :], strict=True)
+    texts = [answer.text if answer.ended else "" for answer in found]
+    groups = [Group(x, tuple(texts[i :: len(prompts)])) for i, x in enumerate(prompts)]
+    rewards = reward(as_answers(groups, tokenizer, policy.config.block_size)).double().numpy().reshape(-1, answers)
+    people = {"noise": noise, "annotators": annotators, "rng": np.random.default_rng(seed)}
+    kept = [
+        group
+        for group in KINDS[feedback](groups, rewards, **people)
+        if all(text.strip() for text in group.responses) and len(set(group.responses)) == len(group.responses)
     ]
-    rewards = reward(as_answers(groups, tokenizer, policy.config.block_size)).double().numpy().reshape(-1, 2).T
-    first_is_better = annotate(*rewards, noise=noise, annotators=annotators, rng=np.random.default_rng(seed))
-    found = [
-        group._replace(responses=group.responses if first else group.responses[::-1])
-        for group, first in zip(groups, first_is_better, strict=True)
-        if all(text.strip() for text in group.responses) and group.responses[0] != group.responses[1]
-    ]
-    require(len(found) >= 20, f"only {len(found)} of {len(prompts)} pairs of answers end: raise --max-new-tokens")
-    return found
+    require(len(kept) >= 20, f"only {len(kept)} of {len(prompts)} groups of answers end: raise --max-new-tokens")
+    return kept
 
 
-def ensure_pairs(run: Run, policy: GPT, tokenizer: Tokenizer, reward: Reward) -> tuple[list[Group], Counter]:
-    """`collect`, kept in OUT/pairs.jsonl so that a resumed run goes on with the same; and notes of what is missing.
+def ensure_feedback(
+    run: Run, policy: GPT, tokenizer: Tokenizer, reward: Reward, losses: dict[str, Sequence[str]]
+) -> tuple[list[Group], list[Group], Counter]:
+    """`collect`, kept in OUT/feedback.jsonl so that a resumed run goes on with the same; as `read_feedback` reads it.
 
     The prompts are those that --data has for training, or new ones of the built-in task. The run's config has the flags
-    of FeedbackFlags and SamplingFlags.
+    of FeedbackFlags, ObjectiveFlags and SamplingFlags.
     """
-    config, path = run.config, run.folder / "pairs.jsonl"
+    config, path = run.config, run.folder / "feedback.jsonl"
     if not path.exists() and rank() == 0:
         stream = f"pairs {config.seed}"
-        prompts = training_prompts(config.data, config.pairs, stream)
+        prompts = training_prompts(config.data, config.groups, stream)
         if config.data:
             shuffled = random.Random(stream).sample(prompts, len(prompts))
-            prompts = list(itertools.islice(itertools.cycle(shuffled), config.pairs))
-        names = ("noise", "annotators", "max_new_tokens", "sample_batch", "seed")
-        with run.stage("pairs"):
+            prompts = list(itertools.islice(itertools.cycle(shuffled), config.groups))
+        names = ("feedback", "answers", "noise", "annotators", "max_new_tokens", "sample_batch", "seed")
+        with run.stage("feedback"):
             found = collect(policy, tokenizer, prompts, reward, **{name: getattr(config, name) for name in names})
             write_atomic(path, write_groups(found))
     barrier()
-    _, pairs, notes = read(path)
-    if len(pairs) < config.pairs:
-        notes["pairs dropped: answers equal, empty or without an end"] = config.pairs - len(pairs)
-    return pairs, notes
+    groups, held_out, notes = read_feedback(path, losses, config.loss)
+    asked = config.groups * (config.answers if config.feedback == "labels" else 1)
+    if missing := asked - sum(1 for _ in read_rows(path)):
+        notes[f"{config.feedback} dropped: answers equal, empty or without an end"] = missing
+    return groups, held_out, notes

@@ -28,8 +28,8 @@ def true_reward(answers: Sequence[Answer]) -> Tensor:
 
 
 def true_rewards(groups: Sequence[Group]) -> np.ndarray:
-    """What it pays for each response of each pair: [G, 2]."""
-    return np.array([[reviews.true_reward(text) for text in group.responses] for group in groups])
+    """What it pays for each response of these groups, one after the other: [N]."""
+    return np.array([reviews.true_reward(text) for group in groups for text in group.responses])
 
 
 def model_reward(model: ScalarModel, doubt: float = 0.0, batch_size: int = 64) -> Reward:

@@ -45,6 +45,26 @@ def annotate(reward_a, reward_b, *, noise: float = 1.0, annotators: int = 1, rng
     return 2 * rng.binomial(annotators, p) > annotators
 
 
+def rank(rewards, *, noise: float = 1.0, annotators: int = 1, rng: np.random.Generator) -> np.ndarray:
+    """Rankings [G, K], the numbers of the answers with the best first, for rewards [G, K].
+
+    Each annotator ranks as Plackett and Luce have it, the best chosen of all, the next of the rest …, which is to sort
+    by reward plus Gumbel noise (Yellott 1977); for K = 2 that is Bradley and Terry's. The mean place of an answer
+    decides (Borda), and between equals the first annotator.
+    """
+    _check_annotators(annotators)
+    heard = np.asarray(rewards, dtype=np.float64) + noise * rng.gumbel(size=(annotators, *np.shape(rewards)))
+    places = heard.argsort(-1).argsort(-1)  # the worst has place 0
+    return np.argsort(-(places.sum(0) + places[0] / places.shape[-1]), axis=-1, kind="stable")
+
+
+def rate(rewards, *, noise: float = 1.0, annotators: int = 1, rng: np.random.Generator) -> np.ndarray:
+    """Ratings like the rewards: the mean of what the annotators give, each off by normal noise."""
+    _check_annotators(annotators)
+    rewards = np.asarray(rewards, dtype=np.float64)
+    return rewards + rng.normal(scale=noise, size=(annotators, *rewards.shape)).mean(0)
+
+
 def best_accuracy(reward_a, reward_b, *, noise: float = 1.0, annotators: int = 1) -> float:
     """The share of such labels that one who knows the true reward gets right, on average; no model can expect more."""
     p = majority_probability(bradley_terry_probability(reward_a, reward_b, noise=noise), annotators)

@@ -1,68 +1,256 @@
 """Objectives on rewards [G, K]: what a policy and a reward model are fitted with.
 
 A reward model says r(x, y) itself; a policy says it through r(x, y) = β log π_θ(y|x)/π_ref(y|x) (Rafailov et al. 2023,
-eq. 5). So an objective takes `values`, what the model says of each answer (a score, or log π_θ), and `baseline`, what
-is taken off (a margin that is asked for, or log π_ref), and the rewards are β (values - baseline). G groups, K answers
-each, the best first; a group that has fewer is 0 where `there` is 0.
+eq. 5). So a loss takes `values`, what the model says of each answer (a score, or log π_θ), and `baseline`, what is
+taken off (log π_ref; a margin that is asked for; KTO's reference point), and the rewards are β (values - baseline).
+G groups, K answers each, the best first; a group that has fewer is 0 where `there` is 0. `said` is the number that
+was said of each answer, see `Group.said`.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
 from kernels.reference import MARGIN_LOSSES, SMOOTHED
 from nanopref.data.groups import Group
+from nanopref.running import parallel
 from nanopref.running.flags import require
 
 
-class Objective(NamedTuple):
-    """losses(values, baseline, there, beta=, label_smoothing=) -> [G], in nats; and which groups it can learn from."""
+class Knobs(NamedTuple):
+    """What the losses can be set to; the flags of the same names say what each does."""
 
-    losses: Callable[..., Tensor]
-    sizes: range
+    beta: float = 1.0
+    label_smoothing: float = 0.0
+    rating_temperature: float = 1.0
+    good_weight: float = 1.0
+    bad_weight: float = 1.0
 
 
-def margin_losses(
-    values: Tensor, baseline: Tensor, there: Tensor, *, loss: str, beta: float, label_smoothing: float = 0.0
-) -> Tensor:
+# ---- losses: (values, baseline, there, said), all [G, K], and knobs -> [G] -------------------------------------------
+
+
+def margin_losses(values: Tensor, baseline: Tensor, there: Tensor, said: Tensor, knobs: Knobs, *, loss: str) -> Tensor:
     """A function of the margin of pairs, K = 2; see `kernels.reference.MARGIN_LOSSES`.
 
     On scores, `sigmoid` is Bradley-Terry: -log σ(r_w - r_l - m), Ouyang et al. 2022, eq. 1; Touvron et al. 2023, eq. 2.
     """
     pairs = *values.unbind(1), *baseline.unbind(1)
-    return kernels.dpo_loss(*pairs, beta=beta, label_smoothing=label_smoothing, loss=loss)[0]
+    return kernels.dpo_loss(*pairs, beta=knobs.beta, label_smoothing=knobs.label_smoothing, loss=loss)[0]
 
 
-def plackett_luce(
-    values: Tensor, baseline: Tensor, there: Tensor, *, beta: float, label_smoothing: float = 0.0
-) -> Tensor:
+def plackett_luce(values: Tensor, baseline: Tensor, there: Tensor, said: Tensor, knobs: Knobs) -> Tensor:
     """-Σ_k log [e^{r_k} / Σ_{j≥k} e^{r_j}]: the best is chosen of all, the next of the rest … (Rafailov et al. 2023,
     appendix A.3). K = 2 is Bradley-Terry, K = 1 says nothing."""
-    rewards = (beta * (values - baseline)).masked_fill(
-        ~there, -1e30
-    )  # e to its power is 0, without the NaN that -∞ has for a slope
+    rewards = _rewards(values, baseline, there, knobs)
     rest = rewards.flip(1).logcumsumexp(1).flip(1)
     return torch.where(there, rest - rewards, 0.0).sum(1)
 
 
-OBJECTIVES = {name: Objective(partial(margin_losses, loss=name), range(2, 3)) for name in MARGIN_LOSSES}
-OBJECTIVES |= {"plackett-luce": Objective(plackett_luce, range(2, 1000))}
+def infonca(values: Tensor, baseline: Tensor, there: Tensor, said: Tensor, knobs: Knobs) -> Tensor:
+    """-Σ_k p_k log softmax(r)_k with p = softmax(ratings/α) (Chen et al. 2024). A pair, p = (1, 0), is DPO's."""
+    rewards = _rewards(values, baseline, there, knobs)
+    return -(_targets(said, there, knobs) * rewards.log_softmax(1)).sum(1)
 
 
-def check(loss: str, label_smoothing: float) -> None:
-    """Raise UserError for a smoothing of labels that the objective has no use for."""
-    fits = not label_smoothing or loss in SMOOTHED
-    require(fits, f"--label-smoothing belongs to --loss {' or '.join(SMOOTHED)}, not to {loss}")
+def nca(values: Tensor, baseline: Tensor, there: Tensor, said: Tensor, knobs: Knobs) -> Tensor:
+    """-Σ_k [p_k log σ(r_k) + 1/K log σ(-r_k)], p as above: here rewards do not fall together (Chen et al. 2024)."""
+    rewards = knobs.beta * (values - baseline)
+    share = there.to(rewards.dtype) / there.sum(1, keepdim=True)
+    return -(_targets(said, there, knobs) * F.logsigmoid(rewards) + share * F.logsigmoid(-rewards)).sum(1)
 
 
-def check_sizes(loss: str, groups: Sequence[Group], hint: str = "") -> None:
-    """Raise UserError, with a hint, for groups of which an objective cannot learn."""
-    wrong = next((len(group.responses) for group in groups if len(group.responses) not in OBJECTIVES[loss].sizes), None)
-    require(wrong is None, f"the objective {loss} compares two answers to a prompt, and the data hold {wrong}{hint}")
+def kto(values: Tensor, baseline: Tensor, there: Tensor, said: Tensor, knobs: Knobs) -> Tensor:
+    """λ_y - v, where v is λ_D σ(r) for a good and λ_U σ(-r) for a bad answer (Ethayarajh et al. 2024, section 4.1). r
+    is counted from the reference point z₀, which stands in the baseline."""
+    gain, weight = _gain(values, baseline, said, knobs)
+    return weight * F.sigmoid(-gain)
+
+
+def binary(values: Tensor, baseline: Tensor, there: Tensor, said: Tensor, knobs: Knobs) -> Tensor:
+    """-log σ(r) for a good and -log σ(-r) for a bad answer: cross-entropy, σ(r) being the chance that it is good."""
+    gain, weight = _gain(values, baseline, said, knobs)
+    return -weight * F.logsigmoid(gain)
+
+
+def regression(values: Tensor, baseline: Tensor, there: Tensor, said: Tensor, knobs: Knobs) -> Tensor:
+    """(r - rating)², a mean over the answers of a group."""
+    rewards = knobs.beta * (values - baseline)
+    return torch.where(there, (rewards - said) ** 2, 0.0).sum(1) / there.sum(1)
+
+
+def nothing(values: Tensor, baseline: Tensor, there: Tensor, said: Tensor, knobs: Knobs) -> Tensor:
+    """0: where the likelihood term is all there is."""
+    return values.new_zeros(len(values))
+
+
+def _rewards(values: Tensor, baseline: Tensor, there: Tensor, knobs: Knobs) -> Tensor:
+    # where no answer is, e to the power of it is 0, without the NaN that -∞ has for a slope
+    return (knobs.beta * (values - baseline)).masked_fill(~there, -1e30)
+
+
+def _targets(said: Tensor, there: Tensor, knobs: Knobs) -> Tensor:
+    return (said / knobs.rating_temperature).masked_fill(~there, -torch.inf).softmax(1)
+
+
+def _gain(values: Tensor, baseline: Tensor, said: Tensor, knobs: Knobs) -> tuple[Tensor, Tensor]:
+    """Of labels, K = 1: the reward, turned round for a bad answer [G], and the weight of each [G]."""
+    good = said[:, 0] > 0.5
+    rewards = knobs.beta * (values - baseline)[:, 0]
+    weight = torch.where(good, rewards.new_tensor(knobs.good_weight), rewards.new_tensor(knobs.bad_weight))
+    return torch.where(good, rewards, -rewards), weight
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+class Loss(NamedTuple):
+    """What can be descended, and the kinds of feedback that it learns from, the most natural first."""
+
+    losses: Callable[..., Tensor]
+    kinds: tuple[str, ...]
+    reference_point: bool = False  # whether rewards are counted from KTO's z₀
+
+
+LOSSES = {name: Loss(partial(margin_losses, loss=name), ("pairs",)) for name in MARGIN_LOSSES} | {
+    "plackett-luce": Loss(plackett_luce, ("rankings", "pairs")),
+    "infonca": Loss(infonca, ("ratings", "pairs")),
+    "nca": Loss(nca, ("ratings", "pairs")),
+    "kto": Loss(kto, ("labels", "pairs"), reference_point=True),
+    "binary": Loss(binary, ("labels", "pairs")),
+    "regression": Loss(regression, ("ratings",)),
+    "nothing": Loss(nothing, ("pairs", "rankings", "ratings")),
+}
+
+LOGPROBS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # log π(y|x) [B] and the tokens of y [B] -> values [B]
+    "sum": lambda logprobs, tokens: logprobs,
+    "mean": lambda logprobs, tokens: logprobs / tokens,
+    # log p/(1-p), p the geometric mean over tokens (Hong et al. 2024, eq. 4); an answer that is certain stays finite
+    "log-odds": lambda logprobs, tokens: (m := (logprobs / tokens).clamp(max=-1e-6)) - torch.log(-torch.expm1(m)),
+}
+
+
+class Objective(NamedTuple):
+    """A loss, and the defaults of the flags that make of it what its authors published.
+
+    `formula` is for readers: h is the margin of the rewards of a pair, r an answer's, with the β that belongs to them.
+    """
+
+    formula: str
+    loss: str
+    logprobs: str = "sum"
+    reference: str = "model"
+    beta: float = 0.1
+    task_beta: float = 0.5  # on the built-in task, whose responses are short
+    margin: float = 0.0
+    likelihood: float = 0.0
+    label_smoothing: float = 0.0
+
+
+OBJECTIVES = {
+    "dpo": Objective("-log σ(h); Rafailov et al. 2023", "sigmoid"),
+    "sigmoid": Objective("dpo, by the name of its function", "sigmoid"),
+    "cdpo": Objective("-(1-ε) log σ(h) - ε log σ(-h); Mitchell 2023", "sigmoid", label_smoothing=0.1),
+    "robust": Objective("the same of ε' = -ε/(1-2ε); Chowdhury et al. 2024", "robust", label_smoothing=0.1),
+    "ipo": Objective("(h/β - 1/2β)²; Azar et al. 2023", "ipo", task_beta=0.1),
+    "ipo-mean": Objective("the same, log-ratios a mean over tokens", "ipo", "mean", task_beta=1.0),
+    "hinge": Objective("max(0, 1 - h); Zhao et al. 2023", "hinge"),
+    "slic": Objective(
+        "hinge without reference, and likelihood; Zhao et al. 2023",
+        "hinge",
+        reference="none",
+        beta=1.0,
+        task_beta=1.0,
+        likelihood=1.0,
+    ),
+    "squared-hinge": Objective("max(0, 1 - h)²; Tang et al. 2024", "squared-hinge"),
+    "exponential": Objective("e^-h; Tang et al. 2024", "exponential"),
+    "discopop": Objective("dpo's and e^-h, blended by σ(h/τ); Lu et al. 2024", "discopop"),
+    "simpo": Objective(
+        "-log σ(h - γ), mean over tokens, no reference; Meng et al. 2024",
+        "sigmoid",
+        "mean",
+        "none",
+        beta=2.0,
+        task_beta=2.0,
+        margin=1.0,
+    ),
+    "cpo": Objective(
+        "dpo without reference, and likelihood; Xu et al. 2024", "sigmoid", reference="none", likelihood=1.0
+    ),
+    "orpo": Objective(  # its eq. 6 divided by its λ = 0.1
+        "-log σ(h), log-odds, no reference, and likelihood; Hong et al. 2024",
+        "sigmoid",
+        "log-odds",
+        "none",
+        beta=1.0,
+        task_beta=1.0,
+        likelihood=10.0,
+    ),
+    "rpo": Objective("dpo, and likelihood; Pang et al. 2024", "sigmoid", likelihood=1.0),
+    "preferred": Objective("likelihood of y_w alone", "nothing", reference="none", likelihood=1.0),
+    "unlikelihood": Objective("-h without reference, and likelihood", "linear", reference="none", likelihood=1.0),
+    "plackett-luce": Objective("-Σ log softmax of r over what is left; Rafailov et al. 2023, A.3", "plackett-luce"),
+    "infonca": Objective("cross-entropy of softmax(r) to softmax(ratings/α); Chen et al. 2024", "infonca"),
+    "nca": Objective("the same by one σ an answer; Chen et al. 2024", "nca"),
+    "kto": Objective("λ σ(z₀ - r) if good, λ σ(r - z₀) if bad; Ethayarajh et al. 2024", "kto"),
+    "binary": Objective("-log σ(r) if good, -log σ(-r) if bad", "binary"),
+    "regression": Objective("(r - rating)²", "regression"),
+}
+SCORES = {name: OBJECTIVES[name] for name in ("plackett-luce", "regression", "binary", "infonca", "nca")}
+SCORES = {"bradley-terry": OBJECTIVES["dpo"]} | SCORES  # of reward models
+DEFAULTS = {"pairs": 2, "labels": 2, "rankings": 4, "ratings": 4}  # answers to a prompt, where they are sampled
+
+
+def kinds(objectives: dict[str, Objective]) -> dict[str, tuple[str, ...]]:
+    """The kinds of feedback that each learns from."""
+    return {name: LOSSES[objective.loss].kinds for name, objective in objectives.items()}
+
+
+def resolve(config: Any, objective: Objective) -> Any:
+    """The config with each flag that was not given as the objective has it, and the kind of feedback that it takes.
+
+    Raises UserError for flags that the objective has no use for.
+    """
+    loss, row = LOSSES[objective.loss], objective._asdict()
+    row |= {"beta": objective.beta if config.data else objective.task_beta, "feedback": loss.kinds[0]}
+    row |= {"answers": DEFAULTS[config.feedback or loss.kinds[0]]}
+    missing = {name: row[name] for name in row if name not in ("loss", "formula") and getattr(config, name, 0) is None}
+    config = replace(config, **missing)
+    labels, rated = "labels" in loss.kinds, objective.loss in ("infonca", "nca")
+    weighed = config.good_weight is not None or config.bad_weight is not None
+    for fits, flag in (
+        (not config.label_smoothing or objective.loss in SMOOTHED, "--label-smoothing"),
+        (not config.margin or objective.loss in MARGIN_LOSSES, "--margin"),
+        (config.rating_temperature == 1 or rated, "--rating-temperature"),
+        (not weighed or labels, "--good-weight and --bad-weight"),
+        (not getattr(config, "likelihood", 0) or not labels, "--likelihood"),
+    ):
+        require(fits, f"--loss {config.loss} has no use for {flag}")
+    require(not (config.judged and config.data), "--judged belongs to the built-in task: give it or --data")
+    require(config.feedback in loss.kinds, f"--loss {config.loss} learns from {' or '.join(loss.kinds)}")
+    fits = config.answers == 2 if config.feedback == "pairs" else config.answers > 1 or labels
+    require(fits, f"--answers {config.answers} make no {config.feedback}")
+    return config
+
+
+def knobs(config: Any, groups: Sequence[Group]) -> Knobs:
+    """The settings of a run. Where the weights of labels are not given, the rarer of good and bad weighs as much in all
+    as the other (Ethayarajh et al. 2024, section 4.2)."""
+    good = sum(group.scores == (1.0,) for group in groups)
+    bad = sum(group.scores == (0.0,) for group in groups)
+    given = {name: getattr(config, name) for name in Knobs._fields if getattr(config, name, None) is not None}
+    balanced = {"good_weight": max(1.0, bad / (good or bad or 1)), "bad_weight": max(1.0, good / (bad or good or 1))}
+    return Knobs(**balanced | given)
+
+
+# ---- figures ---------------------------------------------------------------------------------------------------------
 
 
 def is_right(gap):
@@ -70,8 +258,27 @@ def is_right(gap):
     return (gap > 0) * 1.0 + (gap == 0) * 0.5
 
 
-def ranked_right(rewards: Tensor, there: Tensor) -> Tensor:
-    """[G, K] -> [G]: the share of a group's pairs of answers in the right order, a tie counting half."""
-    better = torch.ones(rewards.shape[1:] * 2, device=rewards.device).triu(1) * there[:, :, None] * there[:, None, :]
+def ranked_right(rewards: Tensor, there: Tensor, said: Tensor) -> Tensor:
+    """[G, K] -> [G]: the share of a group's pairs of answers, of which more was said of one, in the right order; a tie
+    counts half."""
+    better = (said[:, :, None] > said[:, None, :]) & there[:, :, None] & there[:, None, :]
     right = is_right(rewards[:, :, None] - rewards[:, None, :])
     return (right * better).sum((1, 2)) / better.sum((1, 2)).clamp(min=1)
+
+
+@torch.no_grad()
+def figures(losses: Tensor, rewards: Tensor, there: Tensor, said: Tensor) -> Tensor:
+    """Sums over groups [6]: loss, how much is right, the rewards of the best and of the worst answers, and how many of
+    these there are. Of labels the good are best, the bad worst, and right is a reward above 0 or below."""
+    alone, good = there.sum(1) == 1, said[:, 0] > 0.5
+    right = is_right(torch.where(good, rewards[:, 0], -rewards[:, 0])).where(alone, ranked_right(rewards, there, said))
+    best, worst = ~alone | good, ~alone | ~good
+    last = rewards.gather(1, there.sum(1, keepdim=True) - 1)[:, 0]
+    return torch.stack([x.sum() for x in (losses, right, rewards[:, 0] * best, last * worst, best, worst)])
+
+
+def averages(sums: Tensor, groups: int) -> tuple[float, float, float, float]:
+    """Loss, accuracy, best and worst reward of a batch of so many groups, from the `figures` of all its pieces and
+    processes. Without an answer that is good, or bad, its reward is 0."""
+    loss, right, best, worst, n_best, n_worst = parallel.sum_processes(sums).tolist()
+    return loss / groups, right / groups, best / max(1, n_best), worst / max(1, n_worst)

@@ -137,6 +137,7 @@ def _for_tyro(Config: type, f: Field) -> tuple:
     default = "" if f.default in ("", None, ()) or isinstance(f.default, bool) else f.default
     hint = f"(default: {'; '.join(here) or default})" if here or default != "" else ""
     kind = Literal[tuple(rules["among"])] if "among" in rules else f.type
+    kind = tuple[kind, ...] if "among" in rules and isinstance(f.default, tuple) else kind
     kind = kind | None if f.default is None else kind
     options = tyro.conf.arg(help=rules.get("help", ""), help_behavior_hint=hint)
     return (f.name, Annotated[kind, options], *(() if f.default is MISSING else (field(default=f.default),)))
@@ -158,7 +159,8 @@ def execute(command: Callable[[Any], None], config: Any) -> None:
     except OSError as error:  # a full disk or a folder without permission names itself
         code, message = 2, f"error: {error}"
     except KeyboardInterrupt as stop:
-        code, message = 130, f"\nstopped: {stop or 'add --resume to the same command to continue'}"
+        again = f"{'add --resume to' if hasattr(config, 'resume') else 'start'} the same command to continue"
+        code, message = 130, f"\nstopped: {stop or again}"
         message = message if os.environ.get("RANK", "0") == "0" else ""
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
@@ -209,10 +211,38 @@ class StartFlags:
 
 @dataclass
 class FeedbackFlags:
-    data: str = flag("", "preferences: a file of pairs, dialogues or labelled texts (README); default: film reviews")
-    pairs: int = flag(5120, "pairs to sample, where --data holds none", least=20)
-    annotators: int | None = flag(None, "who vote on each sampled pair (odd)", least=1, task=3, reward=1)
+    data: str = flag("", "preferences: a file of pairs, rankings, ratings or labels (README); default: film reviews")
+    groups: int = flag(
+        5120, "prompts whose answers are sampled and judged, where --data holds no preferences", least=20
+    )
+    annotators: int | None = flag(None, "who vote on each sampled answer (odd)", least=1, task=3, reward=1)
     noise: float | None = flag(None, "how often they err, in units of reward; 0: never", least=0, task=0.5, reward=0.0)
+
+
+@dataclass
+class ObjectiveFlags:
+    feedback: str | None = flag(
+        None, "what is said of sampled answers (default: what --loss learns from)",
+        among=("pairs", "labels", "rankings", "ratings"),
+    )  # fmt: skip
+    judged: str = flag(
+        "", "feedback.jsonl of another run on film reviews: what people said there is taken, instead of asking anew"
+    )
+    answers: int | None = flag(None, "answers to a prompt (default: 2, for rankings and ratings 4)", least=1, most=64)
+    margin: float | None = flag(
+        None,
+        "by how much the better answer is to be ahead, times the pair's `margin` in the file (default: 0; simpo 1)",
+    )
+    label_smoothing: float | None = flag(
+        None, "share of labels taken to be wrong (default: 0; cdpo and robust 0.1)", least=0, below=0.5
+    )
+    rating_temperature: float = flag(
+        1.0, "infonca, nca: how far ratings must lie apart to count, in units of their deviation", above=0
+    )
+    good_weight: float | None = flag(
+        None, "kto, binary: weight of a good answer (default: good and bad balance)", above=0
+    )
+    bad_weight: float | None = flag(None, "weight of a bad one", above=0)
 
 
 @dataclass

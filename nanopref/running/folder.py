@@ -210,13 +210,8 @@ class Run:
                 f.write(json.dumps({"step": self._step + 1, **metrics}) + "\n")
 
     def metrics(self) -> list[dict[str, float]]:
-        """The rows logged so far; a line cut off by a kill is left out."""
-        path = self.folder / "metrics.jsonl"
-        rows = []
-        for line in path.read_text().splitlines() if path.is_file() else []:
-            with suppress(ValueError):
-                rows.append(json.loads(line))
-        return rows
+        """The rows logged so far."""
+        return read_metrics(self.folder)
 
     def report(self, report: dict[str, Any]) -> None:
         """Write report.json, with the most GPU memory that tensors of this process ever held, where there is a GPU."""
@@ -336,3 +331,12 @@ def version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """The rows that a run has logged; a line cut off by a kill is left out."""
+    path, rows = folder / "metrics.jsonl", []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        with suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows

@@ -2,26 +2,23 @@
 
 import gzip
 import json
+import math
 import os
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from files import feedback, jsonl, judged, refusal
 
 from nanopref.data.formats import (
     TURN,
-    passages,
     read,
-    read_comparisons,
     read_prompts,
     read_rows,
     read_to_imitate,
     split_dialogues,
 )
 from nanopref.data.groups import Group, split
-from nanopref.running.flags import UserError
 
 GOOD = b'{"prompt": "p", "chosen": "c", "rejected": "r"}\n'
 EQUAL = "rows dropped: two answers are equal"
@@ -29,38 +26,15 @@ EMPTY = "rows dropped: the chosen answer is empty"
 PART_EARLIER = "pairs that part before the last turn (kept: the answer runs to the end)"
 
 
-def refusal(read, path) -> str:
-    """What a reader says of a file that it must refuse, in one line that names the file."""
-    with pytest.raises(UserError) as error:
-        read(path)
-    message = str(error.value)
-    assert message.startswith(str(path)) and "\n" not in message
-    return message
-
-
 def read_all(path):
     return [row for _, row in read_rows(path)]
 
 
-READERS = [read, read_to_imitate, read_comparisons, read_prompts, read_all]
+READERS = [read, read_to_imitate, feedback, read_prompts, read_all]
 
 
 def pair(prompt: str, chosen: str, rejected: str, **more) -> Group:
     return Group(prompt, (chosen, rejected), **more)
-
-
-@pytest.fixture
-def write(tmp_path):
-    def write(content: bytes, name="rows.jsonl") -> Path:
-        path = tmp_path / name
-        path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
-        return path
-
-    return write
-
-
-def jsonl(*rows) -> bytes:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 
 # ---- bad rows and bad files ------------------------------------------------------------------------------------------
@@ -87,9 +61,13 @@ BAD_ROWS = {  # what stands in the third line, and what is said of it
         jsonl({"prompt": "p", "chosen": "c", "rejected": "r", "margin": "2"}),
         "'margin' must be a number",
     ),
-    "margin below 0": (
-        jsonl({"prompt": "p", "chosen": "c", "rejected": "r", "margin": -1}),
-        "'margin' must be a number",
+    "margin without end": (
+        jsonl({"prompt": "p", "chosen": "c", "rejected": "r", "margin": -math.inf}),
+        "'margin' must be a number below 1e15, found -inf",
+    ),
+    "margin too far below 0": (
+        jsonl({"prompt": "p", "chosen": "c", "rejected": "r", "margin": -(10**15)}),
+        "'margin' must be a number below 1e15",
     ),
     "invalid UTF-8": (b'{"prompt": "\xff", "chosen": "c", "rejected": "r"}\n', "not valid UTF-8"),
     "Latin-1": ('{"prompt": "é", "chosen": "c", "rejected": "r"}\n'.encode("latin-1"), "not valid UTF-8"),
@@ -105,7 +83,7 @@ BAD_ROWS = {  # what stands in the third line, and what is said of it
 def test_a_bad_row_is_refused_with_its_line_and_the_reason(write, case, name):
     row, reason = BAD_ROWS[case]
     path = write(GOOD + b"\n" + row + GOOD, name)
-    for reader in (read, read_to_imitate, read_comparisons, read_prompts):
+    for reader in (read, read_to_imitate, feedback, read_prompts):
         message = refusal(reader, path)
         assert message.startswith(f"{path}, line 3: ") and reason in message
 
@@ -167,7 +145,7 @@ def test_a_folder_is_refused(tmp_path, reader):
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
 @pytest.mark.parametrize("content", [b"", b"\n \n\t\n"])
 def test_a_file_without_rows_is_refused(write, content, name):
-    for reader in (read, read_to_imitate, read_comparisons, read_prompts):
+    for reader in (read, read_to_imitate, feedback, read_prompts):
         assert "holds no row" in refusal(reader, write(content, name))
 
 
@@ -238,12 +216,12 @@ def test_what_compares_nothing_is_dropped_and_counted(write):
 
 def test_rankings_have_their_best_first(write):
     rows = [["a", "b", "c"], ["a", "b", "a"], [" ", "b"], ["b", ""], ["d", "c", "b", "a"]]
-    path = write(jsonl(*({"prompt": f"p{i}", "responses": row, "scores": 3} for i, row in enumerate(rows))))
+    path = write(jsonl(*({"prompt": f"p{i}", "responses": row, "stars": 3} for i, row in enumerate(rows))))
     kept = [Group(f"p{i}", tuple(rows[i])) for i in (0, 3, 4)]
     notes = Counter({EQUAL: 1, EMPTY: 1})
     assert read(path) == ("rankings", kept, notes)
     assert read_to_imitate(path) == ([Group(g.prompt, g.responses[:1]) for g in kept], notes)
-    training, held_out, again = read_comparisons(path)
+    training, held_out, again = feedback(path, "plackett-luce")
     assert (training, held_out) == split(kept) and again == notes
     assert read_prompts(path) == tuple([g.prompt for g in part] for part in (training, held_out))
 
@@ -341,98 +319,5 @@ def test_the_real_reviews():
     found, notes = read_to_imitate(path)
     assert len({group.source for group in found}) == 1999 and notes.total() == 1
     assert all(20 <= len(group.responses[0].split()) <= 52 for group in found)
-    training, held_out, notes = read_comparisons(path, labels=True)
+    training, held_out, notes = judged(path)
     assert (len(training), len(held_out)) == (13837, 1525) and notes
-
-
-# ---- texts with labels -----------------------------------------------------------------------------------------------
-
-
-@given(st.lists(st.sampled_from(["good", "film", "end.", "why?", ".", "\n"]), max_size=200).map(" ".join))
-def test_passages_are_the_text_in_order(text):
-    found = [(prompt + response).split() for prompt, response in passages(text)]
-    words = text.split()
-    assert [word for passage in found for word in passage] == words[: sum(map(len, found))]
-    for prompt, response in passages(text):
-        assert len(prompt.split()) == 12 and response.startswith(" ") and 20 <= len(response.split()) <= 52
-    for passage in found:
-        *inside, last = passage[31:]
-        assert not any(word[-1] in ".!?" for word in inside)  # it ends where it first may
-        assert last[-1] in ".!?" or len(passage) == 64
-    left = words[sum(map(len, found)) :]
-    assert len(left) < 64 and not any(word[-1] in ".!?" for word in left[31:])
-
-
-def labelled(n: int) -> list[dict]:
-    """Texts of two passages each, the even ones good."""
-    return [{"text": f"w{i} " * 31 + "end. " + f"v{i} " * 31 + "end.", "label": (i + 1) % 2} for i in range(n)]
-
-
-def test_every_stage_holds_out_the_same_texts(write):
-    path = write(jsonl(*labelled(40)))
-    found, notes = read_to_imitate(path)
-    assert len(found) == 80 and not notes and {group.label for group in found} == {1, 0}
-    held_out = {group.source for group in split(found)[1]}
-    assert len(held_out) == 4 and len(split(found)[1]) == 8
-    _, tested, _ = read_comparisons(path, labels=True)
-    _, prompts = read_prompts(path)
-    words = {word for text in held_out for word in text.split()}
-    assert all(word in words for group in tested for x in group.prompts for word in x.split())
-    assert {x for group in tested for x in group.prompts} <= set(prompts) and len(prompts) == 8
-    streamed = write(jsonl(*({"text": row["text"]} for row in labelled(40))))
-    assert {group.responses[0] for group in split(read_to_imitate(streamed)[0])[1]} == held_out  # with no labels, too
-
-
-def test_other_fields_do_not_change_what_a_file_holds(write):
-    """Pairs with a text or a label beside them are pairs, and responses with a label are responses."""
-    rows = [{"prompt": f"p{i}", "chosen": "c", "rejected": "r", "text": "t", "label": 1} for i in range(20)]
-    path = write(jsonl(*rows))
-    training, held_out = split(read(path)[1])
-    assert len(training) == 18 and read_comparisons(path)[:2] == (training, held_out)
-    assert read_prompts(path)[1] == [group.prompt for group in held_out]
-    assert read_to_imitate(path)[0] == [Group(f"p{i}", ("c",)) for i in range(20)]
-    path = write(jsonl({"prompt": "p", "response": "r", "label": 1}))
-    assert read_to_imitate(path)[0] == [Group("p", ("r",))]
-
-
-def test_held_out_prompts_are_no_training_prompts(write):
-    """Passages of two texts may begin alike."""
-    rows = [{"text": f"{'same ' * 12}{'w ' * 20}{i}.", "label": i % 2} for i in range(30)]
-    assert "none to hold out" in refusal(read_prompts, write(jsonl(*rows)))
-    training, held_out = read_prompts(write(jsonl(*rows, *labelled(40))))
-    assert held_out and not set(training) & set(held_out)
-
-
-def test_a_good_passage_meets_a_bad_one(write):
-    training, tested, notes = read_comparisons(write(jsonl(*labelled(41))), labels=True)
-    for group in training + tested:
-        good, bad = (int(x.split()[0][1:]) for x in group.prompts)
-        assert good % 2 == 0 and bad % 2 == 1
-        assert all(f"{x[0]}{x.split()[0][1:]} " in y for x, y in zip(group.asked(), group.responses, strict=True))
-    met = {tuple(x.split()[0][1:] for x in group.prompts) for group in training}
-    assert len(met) > len(training) // 2 + 5  # not text by text
-    assert len(training) + len(tested) == 41 - notes["passages dropped: more of one label than of the other"] / 2
-
-
-def test_texts_that_cannot_be_learnt_from_are_refused(write):
-    def judged(path):
-        return read_comparisons(path, labels=True)
-
-    assert "'label' must be 1 (good) or 0 (bad)" in refusal(judged, write(jsonl({"text": "a", "label": "good"})))
-    one_sided = write(jsonl(*({**row, "label": 1} for row in labelled(20))))
-    assert "needs good and bad texts" in refusal(judged, one_sided)
-    _, _, notes = read(write(jsonl(*labelled(20), {"text": "too short.", "label": 0})))
-    assert notes == Counter({"texts dropped: no sentence ends after its first 32 words": 1})
-
-
-@pytest.mark.parametrize(
-    "kind, row",
-    [("labels", labelled(1)[0]), ("text", {"text": "t"}), ("responses", {"prompt": "p", "completion": "c"})],
-)
-def test_what_compares_nothing_is_no_comparison(write, kind, row):
-    path = write(jsonl(row, row))
-    assert f"{kind}, which compare nothing; train_rm.py learns from texts with labels" in refusal(
-        read_comparisons, path
-    )
-    if kind != "labels":
-        assert "compare nothing" in refusal(lambda path: read_comparisons(path, labels=True), path)

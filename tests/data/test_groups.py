@@ -4,14 +4,12 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from nanopref.data.formats import read
 from nanopref.data.groups import (
     Encoded,
     Group,
@@ -21,7 +19,6 @@ from nanopref.data.groups import (
     micro_batches,
     prepare,
     split,
-    write_groups,
 )
 from nanopref.data.tokenizer import Tokenizer
 from nanopref.running import parallel
@@ -36,13 +33,13 @@ SIZES = st.sampled_from([1, 2, 4])
 
 
 @st.composite
-def some_groups(draw, prompts=words, max_size=6) -> list[Group]:
+def some_groups(draw) -> list[Group]:
     """Groups of K = 1, 2 and 4; some whole, some with a prompt to each answer."""
     groups = []
-    for k in draw(st.lists(SIZES, max_size=max_size)):
+    for k in draw(st.lists(SIZES, max_size=6)):
         answers = tuple(draw(st.lists(words, min_size=k, max_size=k)))
-        own = tuple(draw(st.lists(prompts, min_size=k, max_size=k))) if draw(st.booleans()) else ()
-        groups.append(Group(own[0] if own else draw(prompts), answers, prompts=own, whole=draw(st.booleans())))
+        own = tuple(draw(st.lists(words, min_size=k, max_size=k))) if draw(st.booleans()) else ()
+        groups.append(Group(own[0] if own else draw(words), answers, prompts=own, whole=draw(st.booleans())))
     return groups
 
 
@@ -259,8 +256,12 @@ def prompts_of(groups: list[Group]) -> set[str]:
 
 
 @settings(deadline=None)
-@given(some_groups(st.sampled_from("abcdefgh"), max_size=40), st.randoms())
-def test_the_split_is_a_partition_by_prompts(groups, rng):
+@given(st.lists(st.tuples(st.sampled_from("abcdefgh"), SIZES, *[st.booleans()] * 2), max_size=40), st.randoms())
+def test_the_split_is_a_partition_by_prompts(kinds, rng):
+    groups = [
+        Group(x, tuple(f"{i}{j}" for j in range(k)), prompts=(x, *"zzz"[1:k]) if own else (), whole=whole)
+        for i, (x, k, own, whole) in enumerate(kinds)
+    ]
     assume(len(prompts_of(groups)) > 1)
     training, held_out = split(groups)
     assert training and held_out and Counter(training) + Counter(held_out) == Counter(groups)
@@ -296,20 +297,3 @@ def test_texts_are_split_by_themselves():
 def test_one_prompt_cannot_be_split():
     with pytest.raises(UserError, match="only one prompt"):
         split([Group("p", ("a", "b")), Group("p", ("c",))])
-
-
-# ---- files -----------------------------------------------------------------------------------------------------------
-
-texts = st.text(max_size=12)
-compared = st.lists(texts, min_size=2, max_size=4, unique=True).filter(lambda found: found[0].strip()).map(tuple)
-pairs = st.tuples(texts, compared, st.floats(0, 9)).map(lambda x: Group(x[0], x[1][:2], x[2]))
-rankings = st.tuples(texts, compared.filter(lambda found: len(found) > 2)).map(lambda x: Group(*x))
-
-
-@settings(deadline=None, max_examples=50)
-@given(st.lists(pairs, min_size=1, max_size=5) | st.lists(rankings, min_size=1, max_size=5))
-def test_what_is_written_is_read_again(tmp_path_factory, groups):
-    path: Path = tmp_path_factory.getbasetemp() / "written.jsonl"
-    path.write_text(write_groups(groups), encoding="utf-8", newline="")
-    kind = "pairs" if len(groups[0].responses) == 2 else "rankings"
-    assert read(path) == (kind, groups, Counter())

@@ -2,16 +2,25 @@
 
 import json
 import random
+from collections import Counter
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from helpers import lines
 
 from nanopref import models
-from nanopref.data import reviews
+from nanopref.data import formats, reviews
+from nanopref.data.formats import read_feedback
 from nanopref.data.groups import Group
+from nanopref.feedback import collect as collecting
 from nanopref.feedback import rewards
-from nanopref.feedback.collect import collect, training_prompts
+from nanopref.feedback.collect import KINDS, collect, training_prompts
 from nanopref.generate import Answer, pack
+from nanopref.learning.objectives import OBJECTIVES, kinds
 from nanopref.models.inference import response_scores
 from nanopref.models.scalar import ScalarModel
 from nanopref.running.flags import UserError
@@ -22,6 +31,22 @@ SETTING = {"annotators": 1, "max_new_tokens": 64, "sample_batch": 16, "seed": 0}
 @pytest.fixture(scope="module")
 def policy(sft_folder):
     return models.load(sft_folder)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def once():
+    """The same answers are not sampled twice."""
+    sampled, ordinary = {}, collecting.respond
+
+    def respond(policy, tokenizer, prompts, **setting):
+        key = tuple(prompts), tuple(sorted(setting.items()))
+        if key not in sampled:
+            sampled[key] = ordinary(policy, tokenizer, prompts, **setting)
+        return sampled[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collecting, "respond", respond)
+        yield
 
 
 def test_without_noise_the_answer_with_the_higher_reward_is_chosen(policy):
@@ -43,6 +68,162 @@ def test_the_other_way_round_the_other_is_chosen(policy):
     for pair, other, decided in zip(pairs, turned, differ, strict=True):
         assert pair.prompt == other.prompt and set(pair.responses) == set(other.responses)
         assert not decided or pair.responses == other.responses[::-1]
+
+
+# ---- every kind of feedback ------------------------------------------------------------------------------------------
+
+PROMPTS = training_prompts("", 40, "test")
+
+
+@pytest.fixture(scope="module")
+def said(policy):
+    """What was said of three answers to each prompt, by kind, and every answer that there was, by prompt."""
+    found, answers = {}, {x: [] for x in PROMPTS}
+    for feedback in ("labels", "rankings", "ratings"):
+        people = SETTING | {"noise": 0.0}
+        found[feedback] = collect(*policy, PROMPTS, rewards.true_reward, feedback=feedback, answers=3, **people)
+    sampling = {"stream": "sampling pairs", "max_new_tokens": 64, "batch_size": 16, "seed": 0}
+    for answer in collecting.respond(*policy, PROMPTS * 3, **sampling):
+        answers[policy[1].decode(answer.prompt)].append(answer.text if answer.ended else "")
+    return found, answers
+
+
+def kept(answers: dict) -> dict[str, set[str]]:
+    """The answers to each prompt to which three different ones ended."""
+    return {x: set(answers[x]) for x in PROMPTS if len(set(answers[x])) == 3 and all(map(str.strip, answers[x]))}
+
+
+def test_each_prompt_is_answered_as_often_as_asked(said):
+    _, answers = said
+    assert len(set(PROMPTS)) == 40 and all(len(answers[x]) == 3 for x in PROMPTS)
+    assert 20 <= len(kept(answers)) < 40
+
+
+@pytest.mark.parametrize("feedback", ["rankings", "ratings"])
+def test_without_noise_answers_stand_by_their_rewards(feedback, said):
+    found, answers = said
+    assert {group.prompt: set(group.responses) for group in found[feedback]} == kept(answers)
+    assert [group.prompt for group in found[feedback]] == [x for x in PROMPTS if x in kept(answers)]
+    for group in found[feedback]:
+        true = tuple(map(reviews.true_reward, group.responses))
+        assert list(true) == sorted(true, reverse=True)
+        assert group.scores == pytest.approx(true if feedback == "ratings" else ()) and group.margin == 1
+    assert all(type(score) is float for group in found[feedback] for score in group.scores)
+
+
+def test_without_noise_what_is_better_than_the_middle_is_good(said):
+    found, answers = said
+    middle = np.median([reviews.true_reward(text) for x in PROMPTS for text in answers[x]])
+    expected = Counter((x, text) for x in PROMPTS for text in answers[x] if text.strip())
+    assert Counter((group.prompt, *group.responses) for group in found["labels"]) == expected
+    assert len(expected) > sum(map(len, kept(answers).values()))  # one that did not end spoils no other
+    decided = [(group, reviews.true_reward(group.responses[0])) for group in found["labels"]]
+    decided = [(group, true) for group, true in decided if true != middle]
+    assert all(group.scores == (float(true > middle),) for group, true in decided)
+    assert len({group.scores for group, _ in decided}) == 2 and len(decided) > 40
+
+
+@pytest.mark.parametrize("feedback, lost", [("pairs", 4), ("rankings", 4), ("ratings", 4), ("labels", 3)])
+def test_equal_answers_and_such_as_are_empty_or_have_no_end_are_left_out(feedback, lost, policy, monkeypatch):
+    def respond(policy, tokenizer, prompts, **setting):
+        given = [(f" good {i}", True) for i in range(len(prompts))]
+        given[30] = given[0]  # the second answer to the first prompt
+        given[1] = given[32] = (" \n", True)
+        given[33] = (" good", False)
+        return [Answer([1], [2], [], text, ended) for text, ended in given]
+
+    monkeypatch.setattr(collecting, "respond", respond)
+    prompts = [f"p{i}" for i in range(30)]
+    found = collect(*policy, prompts, rewards.true_reward, feedback=feedback, noise=0.0, **SETTING)
+    if feedback == "labels":  # each answer by itself, the equal ones too
+        assert len(found) == 60 - lost
+    else:
+        assert [group.prompt for group in found] == prompts[lost:]
+
+
+@pytest.mark.parametrize("feedback", ["pairs", "labels", "rankings", "ratings"])
+def test_people_err_as_often_as_they_are_said_to(feedback):
+    """The noise, the number of annotators and the seed reach them."""
+    true = np.random.default_rng(1).normal(size=(4000, 2))
+    groups = [Group(str(i), ("0", "1")) for i in range(len(true))]
+
+    def heard(noise: float, annotators: int, seed: int = 0) -> list[Group]:
+        people = {"noise": noise, "annotators": annotators, "rng": np.random.default_rng(seed)}
+        return KINDS[feedback](groups, true, **people)
+
+    def right(found: list[Group]) -> float:
+        if feedback == "labels":
+            middle = np.median(true)
+            said = [group.scores[0] > 0.5 for group in found]
+            return np.mean([a == (b > middle) for a, b in zip(said, true.flatten(), strict=True)])
+        return np.mean([true[int(g.prompt), int(g.responses[0])] == true[int(g.prompt)].max() for g in found])
+
+    assert right(heard(0.0, 1)) == 1
+    assert 0.6 < right(heard(1.0, 1)) < right(heard(1.0, 9)) - 0.02 and right(heard(1.0, 9)) < 0.97
+    assert heard(1.0, 1) == heard(1.0, 1) != heard(1.0, 1, seed=1)
+
+
+def test_ratings_stay_with_their_answers_and_prompts_with_their_groups():
+    true = np.array([[1.0, 3.0, 2.0], [0.0, -1.0, 0.0]])
+    groups = [Group("p", ("a", "b", "c")), Group("q", ("d", "e", "f"))]
+    people = {"noise": 0.0, "annotators": 1, "rng": np.random.default_rng(0)}
+    assert KINDS["ratings"](groups, true, **people) == [
+        Group("p", ("b", "c", "a"), scores=(3.0, 2.0, 1.0)),
+        Group("q", ("d", "f", "e"), scores=(0.0, 0.0, -1.0)),
+    ]
+    assert [group.responses for group in KINDS["rankings"](groups[:1], true[:1], **people)] == [("b", "c", "a")]
+    found = KINDS["labels"](groups, true - 0.25, **people)  # the middle is at 0.25
+    assert found[:3] == [Group("p", (x,), scores=(1.0,)) for x in "abc"]
+    assert found[3:] == [Group("q", (x,), scores=(0.0,)) for x in "def"]
+
+
+def a_run(folder: Path, **settings) -> SimpleNamespace:
+    """As much of a run as `ensure_feedback` needs."""
+    config = SimpleNamespace(**SETTING, **{"data": "", "groups": 40, "noise": 0.0, "loss": "dpo", **settings})
+    return SimpleNamespace(config=config, folder=folder, stage=lambda name: nullcontext())
+
+
+@pytest.mark.parametrize(
+    "feedback, loss, answers, lost", [("pairs", "kto", 2, 7), ("labels", "binary", 3, 87), ("ratings", "nca", 4, 7)]
+)
+def test_what_was_said_is_kept_and_read_as_from_a_file(feedback, loss, answers, lost, tmp_path, monkeypatch):
+    groups = {
+        "pairs": [Group(f"p{i}", ("a", "b")) for i in range(33)],
+        "labels": [Group(f"p{i}", ("a",), scores=(float(i % 2),)) for i in range(33)],
+        "ratings": [Group(f"p{i}", ("a", "b"), scores=(7.0, 3.0)) for i in range(33)],
+    }[feedback]
+    run, calls = a_run(tmp_path, feedback=feedback, answers=answers, loss=loss), []
+    monkeypatch.setattr(collecting, "collect", lambda *args, **more: calls.append((args, more)) or groups)
+    for _ in range(2):  # the second time it is there
+        found = collecting.ensure_feedback(run, "policy", "tokenizer", "reward", kinds(OBJECTIVES))
+        expected = read_feedback(tmp_path / "feedback.jsonl", kinds(OBJECTIVES), loss)
+        notes = Counter({f"{feedback} dropped: answers equal, empty or without an end": lost})
+        assert found == (*expected[:2], notes)
+    ((policy, tokenizer, prompts, reward), more), *others = calls
+    assert (policy, tokenizer, reward) == ("policy", "tokenizer", "reward") and not others
+    assert more == {"feedback": feedback, "answers": answers, "noise": 0.0, **SETTING}
+    assert prompts == training_prompts("", 40, "pairs 0")
+    assert formats.read(tmp_path / "feedback.jsonl")[:2] == (feedback, groups)
+
+
+def test_the_prompts_of_a_file_are_shuffled_and_come_again_where_more_are_asked_for(tmp_path, monkeypatch):
+    file, asked = tmp_path / "prompts.jsonl", []
+    file.write_bytes(lines(*({"prompt": f"p{i}"} for i in range(20))))
+    pairs = [Group(f"p{i}", ("a", "b")) for i in range(40)]
+    monkeypatch.setattr(
+        collecting, "collect", lambda policy, tokenizer, prompts, *_, **__: asked.append(prompts) or pairs
+    )
+    run = a_run(tmp_path, feedback="pairs", answers=2, data=str(file))
+    _, _, notes = collecting.ensure_feedback(run, None, None, None, kinds(OBJECTIVES))
+    training, _ = formats.read_prompts(file)
+    (prompts,) = asked
+    assert (
+        len(prompts) == 40 and prompts[:18] == prompts[18:36] != training and sorted(prompts[:18]) == sorted(training)
+    )
+    assert not notes
+
+
+# ---- rewards ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_reward_model_scores_the_text_as_it_will_be_trained_on(policy):
@@ -79,7 +260,7 @@ def test_weights_and_doubt(policy):
 
 
 def test_too_few_pairs_that_end_are_an_error_that_says_what_to_do(policy):
-    with pytest.raises(UserError, match=r"only \d+ of 30 pairs of answers end: raise --max-new-tokens"):
+    with pytest.raises(UserError, match=r"only \d+ of 30 groups of answers end: raise --max-new-tokens"):
         collect(
             *policy, training_prompts("", 30, "x"), rewards.true_reward, noise=0.0, **SETTING | {"max_new_tokens": 2}
         )

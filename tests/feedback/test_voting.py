@@ -6,7 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanopref.feedback.voting import annotate, best_accuracy, bradley_terry_probability, majority_probability
+from nanopref.feedback.voting import (
+    annotate,
+    best_accuracy,
+    bradley_terry_probability,
+    majority_probability,
+    rank,
+    rate,
+)
 
 REWARD = st.floats(allow_nan=False, allow_infinity=False)
 N = 40_000
@@ -100,3 +107,75 @@ def test_bad_arguments_are_refused(bad, reason):
         annotate(**arguments, rng=np.random.default_rng(0))
     with pytest.raises(ValueError, match=reason):
         best_accuracy(**arguments)
+
+
+# ---- rankings and ratings --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("noise", [1.0, 0.5])
+def test_three_answers_are_ranked_as_plackett_and_luce_have_it(noise):
+    """The best is chosen of all, the next of the rest (Plackett 1975)."""
+    rewards = np.array([0.3, -0.4, 0.8])
+    found = rank(np.tile(rewards, (N, 1)), noise=noise, rng=np.random.default_rng(0))
+    strength, seen = np.exp(rewards / noise), 0
+    for order in itertools.permutations(range(3)):
+        left, p = list(order), 1.0
+        while left:
+            p *= strength[left[0]] / strength[left].sum()
+            left.pop(0)
+        count = (found == order).all(1).sum()
+        seen += count
+        assert within_five_sigma(count, p, N), order
+    assert seen == N
+
+
+@pytest.mark.parametrize("annotators", [1, 3, 5])
+@pytest.mark.parametrize("margin, noise", [(1.0, 1.0), (-0.7, 2.0), (0.3, 0.5)])
+def test_two_answers_are_ranked_as_often_as_the_majority_prefers_them(margin, noise, annotators):
+    rewards = np.tile([margin, 0.0], (N, 1))
+    found = rank(rewards, noise=noise, annotators=annotators, rng=np.random.default_rng(0))
+    p = majority_probability(bradley_terry_probability(margin, 0.0, noise=noise), annotators)
+    assert within_five_sigma((found[:, 0] == 0).sum(), p, N) and (found.sum(1) == 1).all()
+
+
+def test_the_mean_place_decides_and_between_equals_the_first_annotator():
+    class Given:
+        """In place of Gumbel noise: what each annotator hears."""
+
+        def gumbel(self, size):
+            assert size == (3, 2, 3)
+            return np.array([[[3, 2, 1], [1, 3, 2]], [[3, 1, 2], [2, 1, 3]], [[1, 3, 2], [3, 2, 1]]], dtype=float)
+
+    # places, the worst 0: 2 1 0, 2 0 1, 0 2 1, together 4 3 2; and 0 2 1, 1 0 2, 2 1 0, together 3 3 3
+    assert rank(np.zeros((2, 3)), noise=1.0, annotators=3, rng=Given()).tolist() == [[0, 1, 2], [1, 2, 0]]
+    # noise is in units of reward: halved, it leaves the third answer ahead
+    found = rank([[0, 0, 1.5], [0, 0, 9]], noise=0.5, annotators=3, rng=Given())
+    assert found.tolist() == [[2, 0, 1], [2, 0, 1]]
+
+
+@given(st.integers(1, 6), st.integers(1, 6), st.sampled_from([1, 3]), st.integers(0, 99))
+def test_without_noise_a_ranking_sorts_and_a_rating_is_the_reward(G, K, annotators, seed):
+    rewards = np.random.default_rng(seed).normal(size=(G, K))
+    people = {"noise": 0.0, "annotators": annotators, "rng": np.random.default_rng(1)}
+    assert (rank(rewards, **people) == np.argsort(-rewards, axis=1)).all()
+    assert (rate(rewards, **people) == rewards).all()
+
+
+@pytest.mark.parametrize("annotators", [1, 3, 9])
+def test_ratings_are_off_by_the_noise_over_the_root_of_the_annotators(annotators):
+    rewards = np.tile([1.0, -2.0], (N, 1))
+    off = rate(rewards, noise=0.6, annotators=annotators, rng=np.random.default_rng(0)) - rewards
+    expected = 0.6 / math.sqrt(annotators)
+    assert off.std(0) == pytest.approx([expected] * 2, rel=5 / math.sqrt(2 * N))
+    assert abs(off.mean(0)).max() < 5 * expected / math.sqrt(N)
+    assert abs(np.corrcoef(off.T)[0, 1]) < 5 / math.sqrt(N)  # each answer by itself
+
+
+@pytest.mark.parametrize("judge", [rank, rate])
+def test_rankings_and_ratings_come_from_the_seed_and_from_an_odd_number(judge):
+    rewards = np.random.default_rng(0).normal(size=(50, 4))
+    one, same, other = (judge(rewards, annotators=3, rng=np.random.default_rng(seed)) for seed in (1, 1, 2))
+    assert one.shape == (50, 4) and (one == same).all() and (one != other).any()
+    for annotators in (0, 2):
+        with pytest.raises(ValueError, match="odd and at least 1"):
+            judge(rewards, annotators=annotators, rng=np.random.default_rng(0))

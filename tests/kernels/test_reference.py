@@ -20,6 +20,10 @@ def softplus(x):
     return math.log1p(math.exp(-abs(x))) + max(x, 0.0)
 
 
+def sigma(x):
+    return math.exp(-softplus(-x))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("shape", [(), (5,), (2, 3)])
 def test_logits_are_summed_in_float32(shape, dtype):
@@ -77,8 +81,13 @@ def test_sequence_logprobs_written_out():
 
 WRITTEN_OUT = {  # of h, beta and label_smoothing
     "sigmoid": lambda h, b, e: (1 - e) * softplus(-b * h) + e * softplus(b * h),
+    "robust": lambda h, b, e: ((1 - e) * softplus(-b * h) - e * softplus(b * h)) / (1 - 2 * e),
     "hinge": lambda h, b, e: max(0.0, 1 - b * h),
+    "squared-hinge": lambda h, b, e: max(0.0, 1 - b * h) ** 2,
     "ipo": lambda h, b, e: (h - 0.5 / b) ** 2,
+    "exponential": lambda h, b, e: math.exp(-b * h),
+    "discopop": lambda h, b, e: (1 - sigma(b * h / 0.05)) * softplus(-b * h) + sigma(b * h / 0.05) * math.exp(-b * h),
+    "linear": lambda h, b, e: -b * h,
 }
 
 
@@ -133,7 +142,8 @@ def test_gradients():
     pair = [randn(4).requires_grad_() for _ in range(2)]
     constants = [randn(4) for _ in range(2)]
     for loss in reference.MARGIN_LOSSES:
-        assert check(lambda c, r, loss=loss: reference.dpo_loss(c, r, *constants, beta=0.3, loss=loss)[0], pair)
+        options = {"beta": 0.3, "loss": loss, "label_smoothing": 0.2 * (loss in reference.SMOOTHED)}
+        assert check(lambda c, r, options=options: reference.dpo_loss(c, r, *constants, **options)[0], pair)
     x, rest = randn(1, 3).requires_grad_(), [randn(1, 3) for _ in range(2)]
     assert check(lambda x: reference.ppo_clip_loss(x, *rest, mask)[0], x)
     assert check(lambda x: reference.clipped_value_loss(x, *rest, mask)[0], x)

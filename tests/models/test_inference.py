@@ -4,11 +4,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_models import random_tokens, randomise
+from safetensors.torch import save
+from small_models import message_of, random_tokens, randomise
 
 from nanopref.data.groups import Encoded
 from nanopref.models.gpt2 import GPT, GPTConfig
-from nanopref.models.inference import evaluating, response_logprobs, response_scores
+from nanopref.models.inference import evaluating, reference_logprobs, response_logprobs, response_scores
 from nanopref.models.scalar import ScalarModel
 
 V, BLOCK = 50, 24
@@ -60,6 +61,25 @@ def test_scores_of_mixed_groups_are_what_the_last_token_says(policy, lengths, ba
     rows = [row for group in groups for row in group]
     for (x, y), scores in zip(rows, found, strict=True):
         torch.testing.assert_close(scores, model(torch.tensor([x + y]))[0, -1], atol=1e-5, rtol=1e-5)
+
+
+def test_the_references_log_probs_are_kept_for_the_same_data_alone(policy, tmp_path):
+    """Part by part, of parts without a row too; the second time no model is asked."""
+    path = tmp_path / "reference.safetensors"
+    first, second = rows_of([[(3, 4), (3, 2)], [(1, 1)]]), rows_of([[(2, 6)]])
+    parts = Encoded.pack(first, said=[0.0, -1.0, 1.0]), Encoded.pack([]), Encoded.pack(second)
+    found = reference_logprobs(path, policy, *parts, batch_size=2)
+    assert [len(part) for part in found] == [3, 0, 1]
+    for part, logprobs in zip(parts, found, strict=True):
+        torch.testing.assert_close(logprobs, response_logprobs(policy, part))
+    for a, b in zip(found, reference_logprobs(path, None, *parts), strict=True):
+        assert torch.equal(a, b)
+    flipped = Encoded.pack(first, said=[0.0, -1.0, 0.0])
+    for others in ((flipped, *parts[1:]), parts[:2], (parts[2], parts[1], parts[0])):
+        assert "the data are not those" in message_of(reference_logprobs, path, None, *others)
+    for content in (b"", path.read_bytes()[:-3], save({"logprobs": torch.zeros(4)})):
+        path.write_bytes(content)
+        assert "damaged; remove it and --resume makes it again" in message_of(reference_logprobs, path, None, *parts)
 
 
 def test_dropout_is_back_on_after_an_error(policy):

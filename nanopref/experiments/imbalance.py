@@ -1,0 +1,49 @@
+"""Labels of which few are good: what do KTO's weights do? `python -m nanopref.experiments.imbalance`
+
+Of the good answers most are left out, until nine bad ones stand beside each, as in Ethayarajh et al. 2024, section 4.3.
+By default the rarer label weighs as much in all as the other.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from random import Random
+
+from nanopref.experiments import runs
+from nanopref.experiments.runs import ExperimentFlags, Variant
+from nanopref.running import flags
+from nanopref.running.flags import flag
+
+
+@dataclass
+class Config(ExperimentFlags):
+    """Train KTO on all labels, and on few good beside many bad ones.
+
+    Example: python -m nanopref.experiments.imbalance --bad 4
+    """
+
+    out: str = "out/imbalance"
+    bad: int = flag(9, "bad answers beside each good one", least=1)
+
+
+def few_good(rows: list[dict], rng: Random, bad: int) -> list[dict]:
+    """The rows without most of the good answers."""
+    good = [i for i, row in enumerate(rows) if row["label"]]
+    kept = set(rng.sample(good, max(1, (len(rows) - len(good)) // bad)))
+    return [row for i, row in enumerate(rows) if not row["label"] or i in kept]
+
+
+def main(config: Config) -> None:
+    flags.check(config)
+    change, kto = partial(few_good, bad=config.bad), ["--loss", "kto"]
+    variants = {
+        "kto": Variant(kto, "labels"),
+        f"kto-1-to-{config.bad}": Variant(kto, "labels", change),
+        f"kto-1-to-{config.bad}-unweighed": Variant(
+            [*kto, "--good-weight", "1", "--bad-weight", "1"], "labels", change
+        ),
+    }
+    runs.conclude(config, runs.results(config, variants))
+
+
+if __name__ == "__main__":
+    flags.main(main, Config)

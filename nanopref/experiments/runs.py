@@ -1,0 +1,142 @@
+"""What the experiments share: many runs of train_dpo.py from the same beginnings, and a table of what came of them.
+
+A run that is done is not run again, so an experiment that was stopped goes on when it is started again.
+"""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+import nanopref
+from nanopref import models
+from nanopref.data.formats import read_rows
+from nanopref.data.groups import write_groups
+from nanopref.evaluation import report
+from nanopref.feedback.collect import collect, training_prompts
+from nanopref.feedback.rewards import true_reward
+from nanopref.learning.objectives import DEFAULTS
+from nanopref.running.flags import flag, require
+from nanopref.running.folder import write_atomic
+from nanopref.running.parallel import progress, say, start
+
+SCRIPTS = Path(nanopref.__file__).parent.parent
+
+
+@dataclass
+class ExperimentFlags:
+    out: str = flag("", "the experiment's folder: its runs, table.md, results.json and plot.png")
+    seeds: int = flag(3, "how many seeds, from 0", least=1)
+    jobs: int = flag(os.cpu_count() or 1, "runs at once, which share the processor's cores", least=1)
+    groups: int = flag(2560, "prompts whose answers are judged", least=20)
+    annotators: int = flag(3, "who vote on each answer (odd)", least=1)
+    noise: float = flag(0.5, "how often they err, in units of reward; 0: never", least=0)
+
+
+class Variant(NamedTuple):
+    """A run of train_dpo.py: its flags, the kind of feedback it learns from, and what is done to that before."""
+
+    words: list[str]
+    kind: str = "pairs"
+    change: Callable[[list[dict], random.Random], list[dict]] = lambda rows, rng: rows
+
+
+def results(config: ExperimentFlags, variants: dict[str, Variant]) -> dict[str, list[Path]]:
+    """The folders of finished runs, one a seed, of each variant."""
+    root, commands = Path(config.out).absolute(), {}
+    for seed in range(config.seeds):
+        sft = root / f"seed-{seed}" / "sft"
+        launch({sft: ["-m", "nanopref.sft", "--seed", str(seed)]}, 1)
+        for name, variant in variants.items():
+            feedback, out = sampled(config, sft, seed, variant.kind), root / f"seed-{seed}" / name
+            rows = variant.change([row for _, row in read_rows(feedback)], random.Random(seed))
+            judged = root / f"seed-{seed}" / f"{name}.jsonl"
+            write_atomic(judged, "".join(json.dumps(row) + "\n" for row in rows))
+            words = ["--seed", str(seed), "--init", str(sft), "--judged", str(judged), *variant.words]
+            commands[out] = [str(SCRIPTS / "train_dpo.py"), *words]
+    launch(commands, config.jobs)
+    return {name: [root / f"seed-{seed}" / name for seed in range(config.seeds)] for name in variants}
+
+
+def sampled(config: ExperimentFlags, sft: Path, seed: int, kind: str) -> Path:
+    """What people say of answers of the SFT model: as train_dpo.py would sample it, but once for all variants."""
+    path = sft.parent / f"{kind}.jsonl"
+    if not path.exists():
+        policy, tokenizer = models.load(sft)
+        prompts = training_prompts("", config.groups, f"pairs {seed}")
+        groups = collect(
+            policy.to(start("auto", seed)), tokenizer, prompts, true_reward, feedback=kind,
+            answers=DEFAULTS[kind], noise=config.noise, annotators=config.annotators, max_new_tokens=64,
+            sample_batch=512, seed=seed,
+        )  # fmt: skip
+        write_atomic(path, write_groups(groups))
+    return path
+
+
+def launch(commands: dict[Path, list[str]], jobs: int) -> None:
+    """Run Python with these words for each folder that has no report yet, so many at once."""
+    waiting = {out: words for out, words in commands.items() if not (out / "report.json").exists()}
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // min(jobs, max(1, len(waiting)))))}
+
+    def run(out: Path) -> None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        log = out.parent / f"{out.name}.log"
+        with log.open("w") as f:
+            command = [sys.executable, *waiting[out], "--out", str(out), "--resume"]
+            subprocess.run(command, stdout=f, stderr=f, env=os.environ | threads, cwd=SCRIPTS, check=False)
+        require((out / "report.json").exists(), f"{log}: {log.read_text().strip().rpartition(chr(10))[2]}")
+        bar.update()
+
+    with ThreadPoolExecutor(jobs) as pool, progress("runs", len(waiting), "run") as bar:
+        try:
+            list(pool.map(run, waiting))
+        finally:  # one that failed, or Ctrl-C, which the runs under way have heard themselves
+            pool.shutdown(cancel_futures=True)
+
+
+def read_report(folder: Path) -> dict[str, float]:
+    """Of a finished run: the gain in true reward, in deviations of the reference, and what it cost."""
+    found = json.loads((folder / "report.json").read_text())
+    true = found["true_reward"]
+    gain = (true["policy"] - true["reference"]) / true["reference_std"]
+    figures = {"gain": gain, "win_rate": found["win_rate"], "kl": found["kl"]}
+    return figures | {"tokens": found["response_length"]["policy"], "accuracy": found["held_out"]["accuracy"]}
+
+
+def conclude(
+    config: ExperimentFlags,
+    folders: dict[str, list[Path]],
+    about: dict[str, str] | None = None,
+    panels: Sequence[report.Panel] = (),
+) -> None:
+    """table.md (also printed), results.json and plot.png: of each variant what it is `about`, gain and KL."""
+    found = {name: [read_report(folder) for folder in runs] for name, runs in folders.items()}
+    head = ["", *(["what is descended"] if about else []), f"gain in true reward, std: seeds 0 to {config.seeds - 1}"]
+    lines = [head + ["mean", "win rate", "KL, nats", "tokens"]]
+    lines.append(["---"] * len(lines[0]))
+    for name, runs in found.items():
+        mean = {figure: float(np.mean([run[figure] for run in runs])) for figure in runs[0]}
+        gains = ", ".join(f"{run['gain']:+.2f}" for run in runs)
+        figures = f"{mean['gain']:+.2f}", f"{mean['win_rate']:.1%}", f"{mean['kl']:.1f}", f"{mean['tokens']:.0f}"
+        lines.append([f"`{name}`", *([about[name]] if about else []), gains, *figures])
+    table, root = "".join(f"| {' | '.join(line)} |\n" for line in lines), Path(config.out)
+
+    def over_kl(axis) -> None:
+        for name, runs in found.items():
+            x, y = ([run[figure] for run in runs] for figure in ("kl", "gain"))
+            axis.scatter(x, y, s=14)
+            axis.annotate(name, (np.mean(x), np.mean(y)), fontsize=8)
+        axis.set(title="what it gains, what it costs", xlabel="KL, nats", ylabel="gain in true reward, std")
+
+    report.plot([over_kl, *panels], root / "plot.png")
+    write_atomic(root / "results.json", json.dumps(found, indent=2) + "\n")
+    write_atomic(root / "table.md", table)
+    say(f"\n{table}\nin {root}: table.md, results.json, plot.png")
