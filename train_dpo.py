@@ -22,8 +22,7 @@ from nanopref.data.groups import Batch, Encoded, encode, grouped, micro_batches,
 from nanopref.evaluation.compare import compare, new_prompts
 from nanopref.evaluation.report import DPO_CURVES, conclude
 from nanopref.feedback import rewards
-from nanopref.feedback.collect import ensure_feedback
-from nanopref.feedback.voting import best_accuracy
+from nanopref.feedback.collect import best_possible, ensure_feedback
 from nanopref.learning import objectives
 from nanopref.learning.objectives import LOGPROBS, LOSSES, OBJECTIVES, Knobs
 from nanopref.models.gpt2 import GPT
@@ -89,20 +88,18 @@ def train(config: Config) -> None:
     # 2. Groups: some responses of π_SFT to each prompt, and what is said of them; as pairs y_w ≻ y_l.
     if not file:
         groups, held_out_groups, notes = ensure_feedback(run, policy, tokenizer, reward, kinds)
-    parts = prepare("DPO", groups, held_out_groups, notes, tokenizer, policy.config.block_size)
-    knobs, needed = objectives.knobs(config, groups), LOSSES[OBJECTIVES[config.loss].loss].reference_point
-    for part in (groups, held_out_groups):  # for KTO each prompt also meets the answer to another
-        parts += encode(unrelated(part) if needed else [], tokenizer, policy.config.block_size)[:1]
+    rows = prepare("DPO", groups, held_out_groups, notes, tokenizer, policy.config.block_size)
+    loss, knobs = LOSSES[OBJECTIVES[config.loss].loss], objectives.knobs(config, groups)
+    for known in (groups, held_out_groups):  # for KTO each prompt also meets the answer to another
+        rows += encode(unrelated(known) if loss.reference_point else [], tokenizer, policy.config.block_size)[:1]
 
-    # 3. What is taken off each row's value: log π_ref, once. After this no reference model is held.
+    # 3. What is taken off the value of each row, log π_ref, once. After this no reference model is held.
     with run.stage("reference"):
-        baselines = [torch.zeros(len(part.row_lengths)) for part in parts]
-        if config.reference == "model":
-            path = run.folder / "reference.safetensors"
-            logprobs = reference_logprobs(path, policy, *parts, batch_size=4 * config.micro_batch)
-            tokens = [part.response_lengths for part in parts]
-            baselines = [LOGPROBS[config.logprobs](*both) for both in zip(logprobs, tokens, strict=True)]
-    data, held_out, strangers, held_out_strangers = map(Part, parts, (x.to(device) for x in baselines))
+        model, path = policy if config.reference == "model" else None, run.folder / "reference.safetensors"
+        logprobs = reference_logprobs(path, model, *rows, batch_size=4 * config.micro_batch)
+    values = [LOGPROBS[config.logprobs](y, x.response_lengths) for x, y in zip(rows, logprobs, strict=True)]
+    baselines = [(y if model else torch.zeros_like(y)).to(device) for y in values]
+    data, held_out, strangers, held_out_strangers = map(Part, rows, baselines)
 
     # 4. Descend the objective, as DPO's -log σ(β log π_θ(y_w|x)/π_ref(y_w|x) - β log π_θ(y_l|x)/π_ref(y_l|x)).
     optimizer = optim.OPTIMIZERS[config.optimizer](policy, config.lr, config.weight_decay, betas=(0.9, 0.99))
@@ -127,7 +124,7 @@ def train(config: Config) -> None:
             tokens = int(data.rows.row_lengths[data.rows.rows(batch)].sum())
             metrics["tokens_per_second"] = tokens / (time.monotonic() - began)
             if (step + 1) % config.eval_every == 0 or step + 1 == steps:
-                looked_at = min(len(held_out.rows), n if step + 1 == steps else 256)  # on the way a part is enough
+                looked_at = len(held_out.rows) if step + 1 == steps else min(256, len(held_out.rows))
                 z0 = reference_point(policy, held_out_strangers, range(looked_at), config)
                 metrics |= held_out_metrics(policy, held_out, z0, looked_at, config, knobs)
             run.log(metrics)
@@ -141,8 +138,8 @@ def train(config: Config) -> None:
 def preference_losses(
     policy: GPT, part: Part, z0: Tensor, groups: list[int], config: Config, knobs: Knobs
 ) -> tuple[Tensor, Tensor]:
-    """The objective on the implicit rewards β log π_θ(y|x)/π_ref(y|x) of these groups: losses [G], and the sums over
-    them of `objectives.figures`."""
+    """The objective on the implicit rewards β log π_θ(y|x)/π_ref(y|x) of these groups, counted from z₀: losses [G], and
+    the sums over them of `objectives.figures`."""
     batch, logprobs, values, baseline = response_values(policy, part, groups, config)
     values, there = grouped(values, batch.sizes)  # [G, K]
     per_token, baseline, margins, said = (
@@ -158,11 +155,13 @@ def preference_losses(
 def reference_point(policy: GPT, strangers: Part, groups: Sequence[int], config: Config) -> Tensor:
     """z₀ = max(0, mean of log π_θ(y'|x)/π_ref(y'|x)) over a whole batch, y' being the answer to another prompt: how far
     the policy has gone from π_ref (Ethayarajh et al. 2024, section 4.1). 0 for objectives that have no such answers."""
-    total, groups = torch.zeros((), device=policy.device), groups if len(strangers.rows) else []
+    total = torch.zeros((), device=policy.device)
+    if not len(strangers.rows):
+        return total
     for piece in micro_batches(groups, strangers.rows.lengths(), config.micro_batch, share=True):
         _, _, values, baseline = response_values(policy, strangers, piece, config)
         total += (values - baseline).sum()
-    return (parallel.sum_processes(total) / max(1, len(groups))).clamp(min=0)
+    return (parallel.sum_processes(total) / len(groups)).clamp(min=0)
 
 
 def response_values(policy: GPT, part: Part, groups: list[int], config: Config) -> tuple[Batch, Tensor, Tensor, Tensor]:
@@ -198,9 +197,8 @@ def report(
         )  # fmt: skip
     last = run.metrics()[-1]
     result |= {"held_out": {name: last[f"held_out_{name}"] for name in ("loss", "accuracy", "margin")}, "data": notes}
-    if not config.data and not config.reward and len(held_out_groups[0].responses) == 2:
-        truth = rewards.true_rewards(held_out_groups).reshape(-1, 2).T
-        result["held_out"]["best_accuracy"] = best_accuracy(*truth, noise=config.noise, annotators=config.annotators)
+    if best := best_possible(config, held_out_groups):
+        result["held_out"]["best_accuracy"] = best
     conclude(run, result, answers, DPO_CURVES)
 
 

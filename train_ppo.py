@@ -56,7 +56,7 @@ class Config(SamplingFlags, StepFlags, FeedbackFlags, StartFlags, RunFlags):
     advantage: str = flag("gae", "from a critic, or the other responses to the prompt", among=("gae", "rloo", "grpo"))
     group: int | None = flag(None, "responses to each prompt", least=1, gae=1, groups=4)
     critic: str = flag("network", "of the reward model's size, or a head on the policy", among=("network", "head"))
-    groups: int = 6144
+    prompts: int = 6144
     iterations: int = flag(32, "rounds of answering and learning", least=1)
     batch_size: int = flag(128, "responses a round", least=1)
     epochs: int = flag(2, "passes over them", least=1)

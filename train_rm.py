@@ -50,7 +50,7 @@ class Config(SamplingFlags, LearningFlags, ObjectiveFlags, FeedbackFlags, StartF
     epochs: int | None = flag(None, "passes over the pairs", least=1, task=2, file=1)
     lr: float | None = flag(None, "peak learning rate", above=0, task=1e-3, file=1e-4, pretrained=1e-5)
     optimizer: str = "adamw"
-    groups: int = 8192
+    prompts: int = 8192
     eval_every: int = 44
     eval_prompts: int = flag(512, "training prompts that the reference answers, to scale the scores", least=2)
 
@@ -161,7 +161,7 @@ def ensure_reward_model(run: Run) -> str:
     folder, config = run.folder / "rm", run.config
     if not (folder / "report.json").exists():
         say(f"no --reward: a reward model first, in {folder}")
-        names = ("data", "groups", "annotators", "noise", "seed", "device", "kernels", "resume", "save_seconds")
+        names = ("data", "prompts", "annotators", "noise", "seed", "device", "kernels", "resume", "save_seconds")
         same = {name: getattr(config, name) for name in (*names, "max_new_tokens", "sample_batch", "micro_batch")}
         train(Config(out=str(folder), init=config.init or str(run.folder / "sft"), **same))
     run.add_seconds(folder, "reward model")

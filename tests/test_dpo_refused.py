@@ -115,7 +115,7 @@ def test_a_missing_file_or_folder_is_refused(tmp_path, capsys):
         ({"sft_steps": 0}, "--sft-steps must be at least 1"),
         ({"noise": float("inf")}, "--noise must be a finite number"),
         ({"warmup": -1}, "--warmup must be at least 0"),
-        ({"groups": 1}, "--groups must be at least 20"),
+        ({"prompts": 1}, "--prompts must be at least 20"),
         ({"save_seconds": -1.0}, "--save-seconds must be at least 0"),
         ({"resume": True, "overwrite": True}, "give one of them"),
     ],

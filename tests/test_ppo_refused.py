@@ -50,7 +50,7 @@ def judge(init, tmp_path_factory) -> str:
         ({"clip": 1.5}, "--clip must be below 1"),
         ({"reward": ()}, "--reward: name at least one reward model"),
         ({"iterations": 0}, "--iterations must be at least 1"),
-        ({"groups": 5}, "--groups must be at least 20"),
+        ({"prompts": 5}, "--prompts must be at least 20"),
         ({"annotators": 2}, "must be odd"),
         ({"data": "nowhere.jsonl"}, "no such file"),
         ({"init": "out/nowhere"}, "no model folder there"),

@@ -21,7 +21,7 @@ from nanopref.models.inference import response_scores
 from nanopref.models.scalar import ScalarModel
 from nanopref.running import flags as command_flags
 
-SMALL = {"groups": 96, "batch_size": 16, "micro_batch": 4, "eval_prompts": 8, "eval_every": 5, "save_seconds": 0.0}
+SMALL = {"prompts": 96, "batch_size": 16, "micro_batch": 4, "eval_prompts": 8, "eval_every": 5, "save_seconds": 0.0}
 SMALL |= {"epochs": 3, "max_new_tokens": 48, "device": "cpu"}
 
 
@@ -150,7 +150,7 @@ def test_the_triton_path_gives_the_same_curve(tmp_path, no_picture):
 
 
 def test_from_nothing_it_trains_an_sft_model_and_learns(tmp_path, capsys):
-    settings = SMALL | {"groups": 256, "eval_prompts": 96, "epochs": 2, "eval_every": 50}
+    settings = SMALL | {"prompts": 256, "eval_prompts": 96, "epochs": 2, "eval_every": 50}
     settings |= {"noise": 0.0, "beta": 0.1, "lr": 1e-3, "micro_batch": 16, "save_seconds": 99}
     train_dpo.train(train_dpo.Config(out=str(tmp_path / "dpo"), sft_steps=60, **settings))
     output = capsys.readouterr().out

@@ -241,7 +241,7 @@ def test_the_triton_path_gives_the_same_curve(tiny, tmp_path, no_picture):
 
 
 def test_from_nothing_it_trains_everything_it_needs(tmp_path, capsys, no_picture):
-    words = SMALL | {"groups": 64, "sft_steps": 30, "iterations": 2, "eval_prompts": 4}
+    words = SMALL | {"prompts": 64, "sft_steps": 30, "iterations": 2, "eval_prompts": 4}
     train_ppo.train(train_ppo.Config(out=str(tmp_path / "ppo"), **words))
     output = capsys.readouterr().out
     assert "supervised fine-tuning first" in output and "a reward model first" in output and "true reward" in output

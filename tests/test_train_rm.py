@@ -15,7 +15,7 @@ import train_rm
 from nanopref import models
 from nanopref.data import reviews
 
-SMALL = {"groups": 96, "batch_size": 16, "micro_batch": 4, "eval_prompts": 32, "eval_every": 2, "save_seconds": 0.0}
+SMALL = {"prompts": 96, "batch_size": 16, "micro_batch": 4, "eval_prompts": 32, "eval_every": 2, "save_seconds": 0.0}
 SMALL |= {"epochs": 2, "device": "cpu", "max_new_tokens": 48}
 
 
@@ -132,7 +132,7 @@ def test_two_processes_give_the_losses_of_one(started, left_alone, tmp_path):
         ({"loss": "binary", "margin": 1.0}, "--loss binary has no use for --margin"),
         ({"answers": 3}, "--answers 3 make no pairs"),
         ({"lr": 0.0}, "--lr must be above 0"),
-        ({"groups": 3}, "--groups must be at least 20"),
+        ({"prompts": 3}, "--prompts must be at least 20"),
         ({"data": "nowhere.jsonl"}, "no such file"),
         ({"init": "out/nowhere"}, "no model folder there"),
     ],

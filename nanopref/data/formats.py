@@ -146,6 +146,9 @@ def passages(text: str) -> Iterator[tuple[str, str]]:
             passage = []
 
 
+SIGNS = {"response": "completion", "rejected": "chosen"}  # fields that say the same of a row's kind
+
+
 class Kind(NamedTuple):
     """Rows that have all `fields` and belong together: how one is read, and what one that holds nothing lacks."""
 
@@ -180,7 +183,7 @@ def read(path: str | Path) -> tuple[str, list[Group], Counter]:
     for where, row in read_rows(path):
         if kind is None:
             fields = {name for name, value in row.items() if value is not None}
-            fields = {"completion" if name == "response" else name for name in fields}
+            fields = {SIGNS.get(name, name) for name in fields}
             name, kind = next((name, kind) for name, kind in KINDS.items() if fields >= set(kind.fields))
         if name == "pairs" and "text" in row and "chosen" not in row:
             raise UserError(f"{where}: a text in a file of pairs")
@@ -202,17 +205,17 @@ def read_to_imitate(path: str | Path) -> tuple[list[Group], Counter]:
 
 
 def read_feedback(
-    path: str | Path, losses: dict[str, Sequence[str]], loss: str, *, meet: bool = False, hint: str = "use --loss"
+    path: str | Path, kinds: dict[str, Sequence[str]], loss: str, *, meet: bool = False, hint: str = "use --loss"
 ) -> tuple[list[Group], list[Group], Counter]:
     """What --loss learns from (for training, held out), and how many rows were dropped and why.
 
-    `losses` says which kinds each name of --loss takes. A loss of labels takes pairs as two each, ratings are
+    `kinds` says which each name of --loss takes. A loss of labels takes pairs as two each, ratings are
     standardised, and rankings of two are pairs. With `meet` a loss of pairs also takes labels, of which each good
     answer meets a bad one: pairs with a prompt each, of which only a reward model can learn. Raises UserError as `read`
     does, and for a file of another kind.
     """
     kind, groups, notes = read(path)
-    kind, wanted = kind.removeprefix("texts with "), losses[loss]
+    kind, wanted = kind.removeprefix("texts with "), kinds[loss]
     if kind == "rankings" and all(len(group.responses) == 2 for group in groups):
         kind = "pairs"
     if kind == "pairs" and "labels" in wanted:
@@ -220,10 +223,14 @@ def read_feedback(
     elif kind == "labels" and kind not in wanted and "pairs" in wanted and meet:
         return *_meet(path, groups, notes), +notes
     else:
-        others = [name for name, kinds in losses.items() if kind == kinds[0]][:2]
-        hint = f"{hint} {' or '.join(others)}" if others else "they do not say which answer is better"
+        others = [name for name, taken in kinds.items() if kind == taken[0]][:2]
+        silent = "they do not say which answer is better, which train_dpo.py and train_ppo.py can ask a --reward"
+        hint = f"{hint} {' or '.join(others)}" if others else silent
         require(kind in wanted, f"{path}: {kind}: {hint}")
     parts = split(groups)
+    if "labels" in wanted:
+        both = {group.scores for group in parts[0]} == {(0.0,), (1.0,)}
+        require(both, f"{path}: needs good and bad answers (label 1 and 0) to train on")
     return *(standardised(*parts) if kind == "ratings" else parts), notes
 
 
@@ -232,10 +239,10 @@ def _meet(path: str | Path, groups: list[Group], notes: Counter) -> list[list[Gr
     for part in split(groups):
         random.Random(0).shuffle(part)  # or all passages of a text would meet those of one other
         good, bad = ([group for group in part if group.scores == (label,)] for label in (1, 0))
-        require(bool(good and bad), f"{path}: needs good and bad texts (label 1 and 0), to train on and to hold out")
+        require(bool(good and bad), f"{path}: needs good and bad answers (label 1 and 0), to train on and to hold out")
         met = zip(good, bad, strict=False)  # what one side has more of is left over
         parts.append([Group(a.prompt, a.responses + b.responses, prompts=(a.prompt, b.prompt)) for a, b in met])
-        notes["passages dropped: more of one label than of the other"] += abs(len(good) - len(bad))
+        notes["answers dropped: more of one label than of the other"] += abs(len(good) - len(bad))
     return parts
 
 

@@ -7,11 +7,10 @@ Groups of different K may share a batch. In tokens, all rows (a prompt and one a
 
 import hashlib
 import json
-import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from nanopref.data.tokenizer import Tokenizer
 from nanopref.running import parallel
-from nanopref.running.flags import UserError
+from nanopref.running.flags import UserError, require
 
 Row = tuple[list[int], list[int]]  # the tokens of a prompt and of an answer to it
 FAR = 1e30  # between answers in order: more than any scale of ratings holds
@@ -88,9 +87,13 @@ def as_labels(groups: Sequence[Group]) -> list[Group]:
 
 
 def standardised(groups: Sequence[Group], held_out: Sequence[Group]) -> tuple[list[Group], list[Group]]:
-    """Both parts with their ratings brought to mean 0 and deviation 1 over the first, whatever scale the file uses."""
+    """Both parts with their ratings brought to mean 0 and deviation 1 over the first, whatever scale the file uses.
+
+    Raises UserError where all are equal.
+    """
     ratings = np.array([score for group in groups for score in group.scores])
-    mean, spread = ratings.mean(), ratings.std() or 1.0
+    mean, spread = ratings.mean(), ratings.std()
+    require(bool(spread > 1e-9 * max(1.0, abs(mean))), "all ratings are equal, so there is nothing to learn from them")
     first, second = (
         [group._replace(scores=tuple(float((score - mean) / spread) for score in group.scores)) for group in part]
         for part in (groups, held_out)
@@ -99,13 +102,15 @@ def standardised(groups: Sequence[Group], held_out: Sequence[Group]) -> tuple[li
 
 
 def unrelated(groups: Sequence[Group]) -> list[Group]:
-    """Each prompt with the answer of another group that has another prompt (where there is one), in the same order."""
-    n = len(groups)
-    order, found = random.Random("unrelated").sample(range(n), n), list(groups)
-    for place, i in enumerate(order):
-        following = (groups[order[(place + ahead) % n]] for ahead in range(1, n + 1))
-        other = next((group for group in following if group.prompt != groups[i].prompt), groups[order[place - 1]])
-        found[i] = groups[i]._replace(responses=other.responses)
+    """Each prompt with the answer to another prompt (where there is one), in the same order."""
+    order = sorted(range(len(groups)), key=lambda i: hashlib.sha256(groups[i].prompt.encode()).digest())
+    found, end = list(groups), 0
+    for _, block in groupby(order, key=lambda i: groups[i].prompt):  # those of one prompt take what stands behind them
+        block = list(block)
+        others, end = len(order) - len(block), end + len(block)
+        for ahead, i in enumerate(block):
+            other = order[(end + (ahead % others if others else ahead + 1)) % len(order)]
+            found[i] = groups[i]._replace(responses=groups[other].responses)
     return found
 
 

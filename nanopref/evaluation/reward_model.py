@@ -12,8 +12,8 @@ from torch import Tensor
 from nanopref.data.groups import Encoded, Group
 from nanopref.evaluation import report
 from nanopref.evaluation.metrics import calibration, rank_correlation
+from nanopref.feedback.collect import best_possible
 from nanopref.feedback.rewards import true_rewards
-from nanopref.feedback.voting import best_accuracy
 from nanopref.running.folder import Run
 from nanopref.running.parallel import say
 
@@ -41,7 +41,7 @@ def conclude(run: Run, scores: Tensor, groups: Sequence[Group], encoded: Encoded
         said = np.array([rating for group in groups for rating in group.scores])
         result["rating_correlation"] = rank_correlation(said, score)
         panels.append(report.scatter(said, score, "held-out responses", "rating", "score"))
-    else:
+    elif len(gap):
         result["calibration"] = calibration(gap)
         panels.append(report.reliability(result["calibration"], "is it as right as it says?"))
     panels.append(report.scatter(length, score, "held-out responses: score and length", "tokens", "score"))
@@ -49,9 +49,7 @@ def conclude(run: Run, scores: Tensor, groups: Sequence[Group], encoded: Encoded
     note, rows = f"of {len(gap):,}", [("held-out loss", f"{result['held_out']['loss']:.3f}", "a group")]
     if sampled:
         truth = true_rewards(groups)
-        if config.feedback == "pairs" and what != "labels":
-            pairs = truth.reshape(-1, 2).T
-            best = best_accuracy(*pairs, noise=config.noise, annotators=config.annotators)
+        if best := best_possible(config, groups):
             note += f"; {best:.1%} at best"
             result["held_out"]["best_accuracy"] = best
         result["rank_correlation"] = rank_correlation(truth, score)

@@ -16,7 +16,7 @@ from nanopref.running.flags import flag
 
 @dataclass
 class Config(ExperimentFlags):
-    """Train KTO on all labels, and on few good beside many bad ones.
+    """Train KTO on all labels, on few good beside many bad ones, and on as many of the usual mixture.
 
     Example: python -m nanopref.experiments.imbalance --bad 4
     """
@@ -28,8 +28,13 @@ class Config(ExperimentFlags):
 def few_good(rows: list[dict], rng: Random, bad: int) -> list[dict]:
     """The rows without most of the good answers."""
     good = [i for i, row in enumerate(rows) if row["label"]]
-    kept = set(rng.sample(good, max(1, (len(rows) - len(good)) // bad)))
+    kept = set(rng.sample(good, max(1, min(len(good), (len(rows) - len(good)) // bad))))
     return [row for i, row in enumerate(rows) if not row["label"] or i in kept]
+
+
+def as_many(rows: list[dict], rng: Random, bad: int) -> list[dict]:
+    """As many rows as `few_good` leaves, good and bad as they come."""
+    return rng.sample(rows, len(few_good(rows, rng, bad)))
 
 
 def main(config: Config) -> None:
@@ -37,6 +42,7 @@ def main(config: Config) -> None:
     change, kto = partial(few_good, bad=config.bad), ["--loss", "kto"]
     variants = {
         "kto": Variant(kto, "labels"),
+        "kto-as-many": Variant(kto, "labels", partial(as_many, bad=config.bad)),
         f"kto-1-to-{config.bad}": Variant(kto, "labels", change),
         f"kto-1-to-{config.bad}-unweighed": Variant(
             [*kto, "--good-weight", "1", "--bad-weight", "1"], "labels", change

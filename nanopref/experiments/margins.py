@@ -2,7 +2,7 @@
 
 Where the better answer always wins, the likelihood of the labels has no maximum: DPO drives the margin
 h = log π_θ(y_w)/π_ref(y_w) - log π_θ(y_l)/π_ref(y_l) on without end and β no longer holds the policy. IPO's minimum is
-at h = 1/(2β), whoever wins how often (Azar et al. 2023, section 5).
+at h = (2p - 1)/(2β) where the better answer wins with probability p, never beyond 1/(2β) (Azar et al. 2023, section 5).
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class Config(ExperimentFlags):
     """
 
     out: str = "out/margins"
-    groups: int = 1024
+    prompts: int = 1024
     noise: float = 0.0
     epochs: int = flag(10, "passes over the pairs", least=1)
     beta: float = flag(0.1, "of both", above=0)
@@ -36,10 +36,11 @@ def main(config: Config) -> None:
     flags.check(config)
     words = ["--beta", str(config.beta), "--epochs", str(config.epochs)]
     folders = runs.results(config, {name: Variant(["--loss", name, *words]) for name in ("dpo", "ipo")})
-    margins = {
-        name: np.mean([[row["margin"] / config.beta for row in read_metrics(folder)] for folder in found], axis=0)
-        for name, found in folders.items()
-    }
+    margins = {}
+    for name, found in folders.items():
+        curves = [[row["margin"] / config.beta for row in read_metrics(folder)] for folder in found]
+        steps = min(map(len, curves))  # seeds differ by a few pairs
+        margins[name] = np.mean([curve[:steps] for curve in curves], axis=0)
 
     def draw(axis) -> None:
         axis.axhline(1 / (2 * config.beta), color="grey", linestyle=":", label="1/(2β)")

@@ -17,7 +17,7 @@ from nanopref.running import flags
 class Config(ExperimentFlags):
     """Train on rankings of four, and on pairs drawn from them.
 
-    Example: python -m nanopref.experiments.rankings --groups 1280
+    Example: python -m nanopref.experiments.rankings --prompts 1280
     """
 
     out: str = "out/rankings"
@@ -35,13 +35,17 @@ def all_pairs(rows: list[dict], rng: Random) -> list[dict]:
 
 def one_pair(rows: list[dict], rng: Random) -> list[dict]:
     """One pair of each ranking."""
-    found = [(row["prompt"], *(row["responses"][k] for k in sorted(rng.sample(range(4), 2)))) for row in rows]
-    return [dict(zip(("prompt", "chosen", "rejected"), pair, strict=True)) for pair in found]
+    found = []
+    for row in rows:
+        better, worse = sorted(rng.sample(range(len(row["responses"])), 2))
+        pair = {"chosen": row["responses"][better], "rejected": row["responses"][worse]}
+        found.append({"prompt": row["prompt"], **pair})
+    return found
 
 
 def main(config: Config) -> None:
     flags.check(config)
-    # 48 answers of rankings or of all their pairs a step either way: six pairs hold each answer three times
+    # as many steps either way: a ranking of four holds six pairs
     variants = {
         "plackett-luce": Variant(["--loss", "plackett-luce", "--batch-size", "12"], "rankings"),
         "dpo-on-all-pairs": Variant(["--loss", "dpo", "--batch-size", "72"], "rankings", all_pairs),

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +23,8 @@ from nanopref.data.groups import write_groups
 from nanopref.evaluation import report
 from nanopref.feedback.collect import collect, training_prompts
 from nanopref.feedback.rewards import true_reward
-from nanopref.learning.objectives import DEFAULTS
+from nanopref.learning.objectives import ANSWERS
+from nanopref.running import flags
 from nanopref.running.flags import flag, require
 from nanopref.running.folder import write_atomic
 from nanopref.running.parallel import progress, say, start
@@ -36,7 +37,7 @@ class ExperimentFlags:
     out: str = flag("", "the experiment's folder: its runs, table.md, results.json and plot.png")
     seeds: int = flag(3, "how many seeds, from 0", least=1)
     jobs: int = flag(os.cpu_count() or 1, "runs at once, which share the processor's cores", least=1)
-    groups: int = flag(2560, "prompts whose answers are judged", least=20)
+    prompts: int = flag(2560, "prompts whose answers are judged", least=20)
     annotators: int = flag(3, "who vote on each answer (odd)", least=1)
     noise: float = flag(0.5, "how often they err, in units of reward; 0: never", least=0)
 
@@ -52,6 +53,13 @@ class Variant(NamedTuple):
 def results(config: ExperimentFlags, variants: dict[str, Variant]) -> dict[str, list[Path]]:
     """The folders of finished runs, one a seed, of each variant."""
     root, commands = Path(config.out).absolute(), {}
+    flags.require_odd(config.annotators)
+    settings = {name: value for name, value in asdict(config).items() if name not in ("out", "seeds", "jobs", "losses")}
+    if (path := root / "config.json").exists():
+        same = json.loads(path.read_text()) == settings
+        require(same, f"--out {root}: holds runs with other flags; choose another, or remove it")
+    root.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, json.dumps(settings, indent=2) + "\n")
     for seed in range(config.seeds):
         sft = root / f"seed-{seed}" / "sft"
         launch({sft: ["-m", "nanopref.sft", "--seed", str(seed)]}, 1)
@@ -71,10 +79,10 @@ def sampled(config: ExperimentFlags, sft: Path, seed: int, kind: str) -> Path:
     path = sft.parent / f"{kind}.jsonl"
     if not path.exists():
         policy, tokenizer = models.load(sft)
-        prompts = training_prompts("", config.groups, f"pairs {seed}")
+        prompts = training_prompts("", config.prompts, f"pairs {seed}")
         groups = collect(
             policy.to(start("auto", seed)), tokenizer, prompts, true_reward, feedback=kind,
-            answers=DEFAULTS[kind], noise=config.noise, annotators=config.annotators, max_new_tokens=64,
+            answers=ANSWERS[kind], noise=config.noise, annotators=config.annotators, max_new_tokens=64,
             sample_batch=512, seed=seed,
         )  # fmt: skip
         write_atomic(path, write_groups(groups))
@@ -84,7 +92,8 @@ def sampled(config: ExperimentFlags, sft: Path, seed: int, kind: str) -> Path:
 def launch(commands: dict[Path, list[str]], jobs: int) -> None:
     """Run Python with these words for each folder that has no report yet, so many at once."""
     waiting = {out: words for out, words in commands.items() if not (out / "report.json").exists()}
-    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // min(jobs, max(1, len(waiting)))))}
+    # as many threads however many runs are left, since they decide how sums are rounded
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // min(jobs, len(commands))))}
 
     def run(out: Path) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)

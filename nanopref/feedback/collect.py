@@ -4,6 +4,7 @@ import itertools
 import random
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from nanopref.data.formats import read_feedback, read_prompts, read_rows
 from nanopref.data.groups import Group, write_groups
 from nanopref.data.tokenizer import Tokenizer
 from nanopref.feedback import voting
-from nanopref.feedback.rewards import Reward, as_answers
+from nanopref.feedback.rewards import Reward, as_answers, true_rewards
 from nanopref.generate import respond
 from nanopref.models.gpt2 import GPT
 from nanopref.running.flags import require
@@ -64,7 +65,7 @@ def _labels(groups: list[Group], rewards: np.ndarray, **people) -> list[Group]:
     ]
 
 
-KINDS = {"pairs": _pairs, "labels": _labels, "rankings": _rankings, "ratings": _ratings}
+FEEDBACK = {"pairs": _pairs, "labels": _labels, "rankings": _rankings, "ratings": _ratings}
 
 
 def collect(
@@ -95,15 +96,16 @@ def collect(
     people = {"noise": noise, "annotators": annotators, "rng": np.random.default_rng(seed)}
     kept = [
         group
-        for group in KINDS[feedback](groups, rewards, **people)
+        for group in FEEDBACK[feedback](groups, rewards, **people)
         if all(text.strip() for text in group.responses) and len(set(group.responses)) == len(group.responses)
     ]
-    require(len(kept) >= 20, f"only {len(kept)} of {len(prompts)} groups of answers end: raise --max-new-tokens")
+    asked = len(prompts) * (answers if feedback == "labels" else 1)
+    require(len(kept) >= 20, f"only {len(kept)} of {asked} {feedback} can be used: raise --max-new-tokens")
     return kept
 
 
 def ensure_feedback(
-    run: Run, policy: GPT, tokenizer: Tokenizer, reward: Reward, losses: dict[str, Sequence[str]]
+    run: Run, policy: GPT, tokenizer: Tokenizer, reward: Reward, kinds: dict[str, Sequence[str]]
 ) -> tuple[list[Group], list[Group], Counter]:
     """`collect`, kept in OUT/feedback.jsonl so that a resumed run goes on with the same; as `read_feedback` reads it.
 
@@ -113,17 +115,28 @@ def ensure_feedback(
     config, path = run.config, run.folder / "feedback.jsonl"
     if not path.exists() and rank() == 0:
         stream = f"pairs {config.seed}"
-        prompts = training_prompts(config.data, config.groups, stream)
+        prompts = training_prompts(config.data, config.prompts, stream)
         if config.data:
             shuffled = random.Random(stream).sample(prompts, len(prompts))
-            prompts = list(itertools.islice(itertools.cycle(shuffled), config.groups))
+            prompts = list(itertools.islice(itertools.cycle(shuffled), config.prompts))
         names = ("feedback", "answers", "noise", "annotators", "max_new_tokens", "sample_batch", "seed")
         with run.stage("feedback"):
             found = collect(policy, tokenizer, prompts, reward, **{name: getattr(config, name) for name in names})
             write_atomic(path, write_groups(found))
     barrier()
-    groups, held_out, notes = read_feedback(path, losses, config.loss)
-    asked = config.groups * (config.answers if config.feedback == "labels" else 1)
+    groups, held_out, notes = read_feedback(path, kinds, config.loss)
+    asked = config.prompts * (config.answers if config.feedback == "labels" else 1)
     if missing := asked - sum(1 for _ in read_rows(path)):
         notes[f"{config.feedback} dropped: answers equal, empty or without an end"] = missing
     return groups, held_out, notes
+
+
+def best_possible(config: Any, groups: Sequence[Group]) -> float | None:
+    """How often one who knows the true reward agrees with the people of this run on these pairs: the best that can be
+    expected. None where it cannot be known, as of other feedback, or of people who were asked elsewhere."""
+    asked = not (config.data or config.judged or getattr(config, "reward", ""))
+    if not asked or config.feedback != "pairs" or any(len(g.responses) != 2 or g.scores or g.prompts for g in groups):
+        return None
+    return voting.best_accuracy(
+        *true_rewards(groups).reshape(-1, 2).T, noise=config.noise, annotators=config.annotators
+    )

@@ -110,22 +110,32 @@ def _gain(values: Tensor, baseline: Tensor, said: Tensor, knobs: Knobs) -> tuple
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
 
+REWARD = ("beta", "logprobs", "reference")  # flags that say what an implicit reward is
+OF_PAIRS = (*REWARD, "likelihood", "margin", "label_smoothing")
+OF_LABELS = (*REWARD, "good_weight", "bad_weight")
+OF_RATINGS = (*REWARD, "likelihood", "rating_temperature")
+
+
 class Loss(NamedTuple):
-    """What can be descended, and the kinds of feedback that it learns from, the most natural first."""
+    """What can be descended; the kinds of feedback that it learns from, the most natural first; the flags it obeys."""
 
     losses: Callable[..., Tensor]
     kinds: tuple[str, ...]
+    flags: tuple[str, ...]
     reference_point: bool = False  # whether rewards are counted from KTO's z₀
 
 
-LOSSES = {name: Loss(partial(margin_losses, loss=name), ("pairs",)) for name in MARGIN_LOSSES} | {
-    "plackett-luce": Loss(plackett_luce, ("rankings", "pairs")),
-    "infonca": Loss(infonca, ("ratings", "pairs")),
-    "nca": Loss(nca, ("ratings", "pairs")),
-    "kto": Loss(kto, ("labels", "pairs"), reference_point=True),
-    "binary": Loss(binary, ("labels", "pairs")),
-    "regression": Loss(regression, ("ratings",)),
-    "nothing": Loss(nothing, ("pairs", "rankings", "ratings")),
+LOSSES = {
+    name: Loss(partial(margin_losses, loss=name), ("pairs",), OF_PAIRS if name in SMOOTHED else OF_PAIRS[:-1])
+    for name in MARGIN_LOSSES
+} | {
+    "plackett-luce": Loss(plackett_luce, ("rankings", "pairs"), OF_PAIRS[:-2]),
+    "infonca": Loss(infonca, ("ratings", "pairs"), OF_RATINGS),
+    "nca": Loss(nca, ("ratings", "pairs"), OF_RATINGS),
+    "regression": Loss(regression, ("ratings",), OF_RATINGS[:-1]),
+    "kto": Loss(kto, ("labels", "pairs"), OF_LABELS, reference_point=True),
+    "binary": Loss(binary, ("labels", "pairs"), OF_LABELS),
+    "nothing": Loss(nothing, ("pairs", "rankings", "ratings"), ("likelihood",)),
 }
 
 LOGPROBS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # log π(y|x) [B] and the tokens of y [B] -> values [B]
@@ -155,8 +165,8 @@ class Objective(NamedTuple):
 
 OBJECTIVES = {
     "dpo": Objective("-log σ(h); Rafailov et al. 2023", "sigmoid"),
-    "sigmoid": Objective("dpo, by the name of its function", "sigmoid"),
     "cdpo": Objective("-(1-ε) log σ(h) - ε log σ(-h); Mitchell 2023", "sigmoid", label_smoothing=0.1),
+    "sigmoid": Objective("dpo, by the name of its function", "sigmoid"),
     "robust": Objective("the same of ε' = -ε/(1-2ε); Chowdhury et al. 2024", "robust", label_smoothing=0.1),
     "ipo": Objective("(h/β - 1/2β)²; Azar et al. 2023", "ipo", task_beta=0.1),
     "ipo-mean": Objective("the same, log-ratios a mean over tokens", "ipo", "mean", task_beta=1.0),
@@ -205,7 +215,7 @@ OBJECTIVES = {
 }
 SCORES = {name: OBJECTIVES[name] for name in ("plackett-luce", "regression", "binary", "infonca", "nca")}
 SCORES = {"bradley-terry": OBJECTIVES["dpo"]} | SCORES  # of reward models
-DEFAULTS = {"pairs": 2, "labels": 2, "rankings": 4, "ratings": 4}  # answers to a prompt, where they are sampled
+ANSWERS = {"pairs": 2, "labels": 2, "rankings": 4, "ratings": 4}  # answers to a prompt, where they are sampled
 
 
 def kinds(objectives: dict[str, Objective]) -> dict[str, tuple[str, ...]]:
@@ -219,23 +229,21 @@ def resolve(config: Any, objective: Objective) -> Any:
     Raises UserError for flags that the objective has no use for.
     """
     loss, row = LOSSES[objective.loss], objective._asdict()
+    for name in (*OF_PAIRS, *OF_LABELS, *OF_RATINGS):
+        fits = not getattr(config, name, None) or name in loss.flags
+        require(fits, f"--loss {config.loss} has no use for --{name.replace('_', '-')}")
+    require(not config.judged or not config.data, "--judged belongs to the built-in task: give it or --data")
+    read = config.judged or (config.data and not getattr(config, "reward", ""))
+    given = config.feedback or config.answers
+    require(not read or not given, "--feedback and --answers are for answers that are sampled, and here a file is read")
+    require(not config.judged or not getattr(config, "reward", ""), "people have --judged already: leave --reward out")
     row |= {"beta": objective.beta if config.data else objective.task_beta, "feedback": loss.kinds[0]}
-    row |= {"answers": DEFAULTS[config.feedback or loss.kinds[0]]}
-    missing = {name: row[name] for name in row if name not in ("loss", "formula") and getattr(config, name, 0) is None}
-    config = replace(config, **missing)
-    labels, rated = "labels" in loss.kinds, objective.loss in ("infonca", "nca")
-    weighed = config.good_weight is not None or config.bad_weight is not None
-    for fits, flag in (
-        (not config.label_smoothing or objective.loss in SMOOTHED, "--label-smoothing"),
-        (not config.margin or objective.loss in MARGIN_LOSSES, "--margin"),
-        (config.rating_temperature == 1 or rated, "--rating-temperature"),
-        (not weighed or labels, "--good-weight and --bad-weight"),
-        (not getattr(config, "likelihood", 0) or not labels, "--likelihood"),
-    ):
-        require(fits, f"--loss {config.loss} has no use for {flag}")
-    require(not (config.judged and config.data), "--judged belongs to the built-in task: give it or --data")
-    require(config.feedback in loss.kinds, f"--loss {config.loss} learns from {' or '.join(loss.kinds)}")
-    fits = config.answers == 2 if config.feedback == "pairs" else config.answers > 1 or labels
+    row |= {"answers": ANSWERS[config.feedback or loss.kinds[0]], "rating_temperature": 1.0}
+    names = row.keys() - {"loss", "formula"}
+    config = replace(config, **{name: row[name] for name in names if getattr(config, name, 0) is None})
+    learns = f"--loss {config.loss} learns from {' or '.join(loss.kinds)}"
+    require(config.feedback in loss.kinds, f"--feedback {config.feedback}: {learns}")
+    fits = {"pairs": config.answers == 2, "labels": True}.get(config.feedback, config.answers > 1)
     require(fits, f"--answers {config.answers} make no {config.feedback}")
     return config
 
@@ -263,7 +271,8 @@ def ranked_right(rewards: Tensor, there: Tensor, said: Tensor) -> Tensor:
     counts half."""
     better = (said[:, :, None] > said[:, None, :]) & there[:, :, None] & there[:, None, :]
     right = is_right(rewards[:, :, None] - rewards[:, None, :])
-    return (right * better).sum((1, 2)) / better.sum((1, 2)).clamp(min=1)
+    share = (right * better).sum((1, 2)) / better.sum((1, 2)).clamp(min=1)
+    return torch.where(better.any(2).any(1), share, 0.5)
 
 
 @torch.no_grad()

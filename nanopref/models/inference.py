@@ -29,14 +29,20 @@ def response_logprobs(
     )  # fmt: skip
 
 
-def reference_logprobs(path: Path, model: GPT, *parts: Encoded, batch_size: int = 64) -> tuple[Tensor, ...]:
-    """log π_ref(y|x) of each row of each part; kept in a file, so that a resumed run needs no reference model.
+def reference_logprobs(path: Path, model: GPT | None, *parts: Encoded, batch_size: int = 64) -> tuple[Tensor, ...]:
+    """log π_ref(y|x) of each row of each part; kept in a file, so that a resumed run needs no reference model, and is
+    told where the data have changed. 0 without a model.
 
     Raises UserError where the file was made for other data.
     """
     digest = hashlib.sha256("".join(part.digest() for part in parts).encode()).hexdigest()
     if parallel.rank() == 0 and not path.exists():
-        logprobs = torch.cat([response_logprobs(model, part, "log π_ref", batch_size) for part in parts])
+        logprobs = torch.cat(
+            [
+                response_logprobs(model, part, "log π_ref", batch_size) if model else torch.zeros(len(part.row_lengths))
+                for part in parts
+            ]
+        )
         write_atomic(path, save({"logprobs": logprobs}, metadata={"data": digest}))
     parallel.barrier()
     try:

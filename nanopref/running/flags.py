@@ -212,9 +212,7 @@ class StartFlags:
 @dataclass
 class FeedbackFlags:
     data: str = flag("", "preferences: a file of pairs, rankings, ratings or labels (README); default: film reviews")
-    groups: int = flag(
-        5120, "prompts whose answers are sampled and judged, where --data holds no preferences", least=20
-    )
+    prompts: int = flag(5120, "prompts whose answers are sampled and judged, where no file tells what was", least=20)
     annotators: int | None = flag(None, "who vote on each sampled answer (odd)", least=1, task=3, reward=1)
     noise: float | None = flag(None, "how often they err, in units of reward; 0: never", least=0, task=0.5, reward=0.0)
 
@@ -230,17 +228,17 @@ class ObjectiveFlags:
     )
     answers: int | None = flag(None, "answers to a prompt (default: 2, for rankings and ratings 4)", least=1, most=64)
     margin: float | None = flag(
-        None,
-        "by how much the better answer is to be ahead, times the pair's `margin` in the file (default: 0; simpo 1)",
-    )
+        None, "by how much the better answer is to lead, times the pair's `margin` in the file (default: 0; simpo 1)",
+        least=0,
+    )  # fmt: skip
     label_smoothing: float | None = flag(
         None, "share of labels taken to be wrong (default: 0; cdpo and robust 0.1)", least=0, below=0.5
     )
-    rating_temperature: float = flag(
-        1.0, "infonca, nca: how far ratings must lie apart to count, in units of their deviation", above=0
+    rating_temperature: float | None = flag(
+        None, "infonca, nca: how far ratings must lie apart to count, in units of their deviation (default: 1)", above=0
     )
     good_weight: float | None = flag(
-        None, "kto, binary: weight of a good answer (default: good and bad balance)", above=0
+        None, "kto, binary: weight of a good answer (default: good and bad weigh as much in all)", above=0
     )
     bad_weight: float | None = flag(None, "weight of a bad one", above=0)
 

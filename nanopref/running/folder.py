@@ -123,7 +123,7 @@ class Run:
             "or choose another --out",
         )
         if self.config.overwrite:
-            for name in ("init", "data", "reward"):
+            for name in ("init", "data", "reward", "judged"):
                 read = flags.get(name) or []
                 for path in [read] if isinstance(read, str) else read:
                     inside = Path(path).resolve().is_relative_to(self.folder.resolve())

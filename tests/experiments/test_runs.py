@@ -76,7 +76,7 @@ def started(monkeypatch) -> list[list[str]]:
 
 def test_runs_become_a_table_and_are_made_once(sft_folder, tmp_path, started, no_picture):
     shutil.copytree(sft_folder, tmp_path / "seed-0" / "sft")
-    config = losses.Config(out=str(tmp_path), losses=("dpo", "ipo"), seeds=1, groups=64)
+    config = losses.Config(out=str(tmp_path), losses=("dpo", "ipo"), seeds=1, prompts=64)
     losses.main(config)
     made = json.loads((tmp_path / "results.json").read_text())
     assert made.keys() == {"dpo", "ipo"}

@@ -18,7 +18,7 @@ from nanopref.data.formats import read_feedback
 from nanopref.data.groups import Group
 from nanopref.feedback import collect as collecting
 from nanopref.feedback import rewards
-from nanopref.feedback.collect import KINDS, collect, training_prompts
+from nanopref.feedback.collect import FEEDBACK, collect, training_prompts
 from nanopref.generate import Answer, pack
 from nanopref.learning.objectives import OBJECTIVES, kinds
 from nanopref.models.inference import response_scores
@@ -149,7 +149,7 @@ def test_people_err_as_often_as_they_are_said_to(feedback):
 
     def heard(noise: float, annotators: int, seed: int = 0) -> list[Group]:
         people = {"noise": noise, "annotators": annotators, "rng": np.random.default_rng(seed)}
-        return KINDS[feedback](groups, true, **people)
+        return FEEDBACK[feedback](groups, true, **people)
 
     def right(found: list[Group]) -> float:
         if feedback == "labels":
@@ -167,19 +167,19 @@ def test_ratings_stay_with_their_answers_and_prompts_with_their_groups():
     true = np.array([[1.0, 3.0, 2.0], [0.0, -1.0, 0.0]])
     groups = [Group("p", ("a", "b", "c")), Group("q", ("d", "e", "f"))]
     people = {"noise": 0.0, "annotators": 1, "rng": np.random.default_rng(0)}
-    assert KINDS["ratings"](groups, true, **people) == [
+    assert FEEDBACK["ratings"](groups, true, **people) == [
         Group("p", ("b", "c", "a"), scores=(3.0, 2.0, 1.0)),
         Group("q", ("d", "f", "e"), scores=(0.0, 0.0, -1.0)),
     ]
-    assert [group.responses for group in KINDS["rankings"](groups[:1], true[:1], **people)] == [("b", "c", "a")]
-    found = KINDS["labels"](groups, true - 0.25, **people)  # the middle is at 0.25
+    assert [group.responses for group in FEEDBACK["rankings"](groups[:1], true[:1], **people)] == [("b", "c", "a")]
+    found = FEEDBACK["labels"](groups, true - 0.25, **people)  # the middle is at 0.25
     assert found[:3] == [Group("p", (x,), scores=(1.0,)) for x in "abc"]
     assert found[3:] == [Group("q", (x,), scores=(0.0,)) for x in "def"]
 
 
 def a_run(folder: Path, **settings) -> SimpleNamespace:
     """As much of a run as `ensure_feedback` needs."""
-    config = SimpleNamespace(**SETTING, **{"data": "", "groups": 40, "noise": 0.0, "loss": "dpo", **settings})
+    config = SimpleNamespace(**SETTING, **{"data": "", "prompts": 40, "noise": 0.0, "loss": "dpo", **settings})
     return SimpleNamespace(config=config, folder=folder, stage=lambda name: nullcontext())
 
 
