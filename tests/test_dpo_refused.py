@@ -61,16 +61,18 @@ def test_a_bad_file_is_refused(case, tmp_path, capsys):
     refuse(capsys, tmp_path / "out", message, data=str(tmp_path / "pairs.jsonl"))
 
 
-TWO_OF_PAIRS = " or ".join(list(OBJECTIVES)[:2])
 TWO = {"prompt": "x", "responses": ["b", "c"]}
 WRONG_KINDS = {  # (what the file holds, --loss) -> what is said of it
     ("labels", "dpo"): ([{"prompt": "x", "completion": "b", "label": True}], "labels: use --loss kto or binary"),
     ("ratings", "ipo"): ([TWO | {"scores": [1, 2]}], "ratings: use --loss infonca or nca"),
-    ("pairs", "regression"): ([GOOD], f"pairs: use --loss {TWO_OF_PAIRS}"),
-    ("pairs in an array", "regression"): ([[GOOD]], f"pairs: use --loss {TWO_OF_PAIRS}"),
+    ("pairs", "regression"): ([GOOD], "pairs: use --loss dpo or cdpo"),
+    ("pairs in an array", "regression"): ([[GOOD]], "pairs: use --loss dpo or cdpo"),
     ("prompts", "kto"): ([{"prompt": "x"}], "prompts: they do not say which answer is better"),
     ("responses", "preferred"): (
         [{"prompt": "x", "response": "b"}], "responses: they do not say which answer is better",
+    ),
+    ("labels of one kind", "kto"): (
+        [{"prompt": x, "completion": "b", "label": 1} for x in "xy"], "rows.jsonl: needs good and bad answers (label 1",
     ),
     ("a bad label", "kto"): ([{"prompt": "x", "completion": "b", "label": 2}], "'label' must be 1 or true (good)"),
     ("a bad score", "nca"): ([TWO | {"scores": [1, None]}], "'scores' must be a number below 1e15, found None"),
@@ -110,6 +112,9 @@ def test_a_missing_file_or_folder_is_refused(tmp_path, capsys):
         ({"label_smoothing": 0.1, "loss": "ipo"}, "--loss ipo has no use for --label-smoothing"),
         ({"judged": "x.jsonl", "data": "y.jsonl"}, "--judged belongs to the built-in task"),
         ({"judged": "nowhere.jsonl"}, "nowhere.jsonl: no such file"),
+        ({"judged": "x.jsonl", "reward": "out/rm"}, "people have --judged already"),
+        ({"data": "x.jsonl", "answers": 2}, "--feedback and --answers are for answers that are sampled"),
+        ({"loss": "preferred", "beta": 0.2}, "--loss preferred has no use for --beta"),
         ({"lr": -1.0}, "--lr must be above 0"),
         ({"seed": -1}, "--seed must be at least 0"),
         ({"sft_steps": 0}, "--sft-steps must be at least 1"),
@@ -142,8 +147,9 @@ def test_an_out_that_holds_another_run_is_left_alone(finished, capsys):
 def test_overwrite_spares_what_the_run_wants_to_read(finished, tmp_path, capsys):
     inside = finished / "rows.jsonl"
     inside.write_bytes((finished.parent / "pairs.jsonl").read_bytes())
-    for settings in ({"data": str(inside)}, {"init": str(finished)}):
-        config = train_dpo.Config(out=str(finished), overwrite=True, device="cpu", **settings)
+    init = {"init": str(finished.parent / "init")}
+    for settings in ({"data": str(inside)}, init | {"judged": str(inside)}, {"init": str(finished)}):
+        config = train_dpo.Config(out=str(finished), overwrite=True, **SMALL, **settings)
         assert "--overwrite would remove" in stopped(train_dpo.train, config, capsys)
     assert inside.exists() and (finished / "model" / "config.json").exists()
     inside.unlink()
@@ -160,9 +166,10 @@ def test_a_folder_that_is_no_run_is_never_overwritten(config, tmp_path, capsys):
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
-def test_data_that_changed_are_noticed_on_resume(tmp_path, capsys, no_picture):
+@pytest.mark.parametrize("loss", ["dpo", "simpo"])  # with and without a reference
+def test_data_that_changed_are_noticed_on_resume(loss, tmp_path, capsys, no_picture):
     rows = [{"prompt": f"film {i}", "chosen": " good", "rejected": " bad"} for i in range(12)]
-    settings = SMALL | {"init": by_hand.tiny_model(tmp_path / "init"), "out": str(tmp_path / "out")}
+    settings = SMALL | {"init": by_hand.tiny_model(tmp_path / "init"), "out": str(tmp_path / "out"), "loss": loss}
     settings["data"] = by_hand.write(tmp_path / "pairs.jsonl", rows)
     train_dpo.train(train_dpo.Config(**settings))
     by_hand.write(tmp_path / "pairs.jsonl", [*rows[:-1], {**rows[-1], "chosen": " new"}])

@@ -170,7 +170,7 @@ def test_overwrite_spares_the_reward_model(init, judge, tmp_path, capsys, no_pic
 def test_labels_of_one_kind_are_refused_before_anything_is_trained(tmp_path, capsys):
     rows = [{"text": f"w{i} " * 40 + "end.", "label": 1} for i in range(30)]
     config = train_ppo.Config(out=str(tmp_path / "out"), data=by_hand.write(tmp_path / "texts.jsonl", rows))
-    refused(train_ppo.train, config, "needs good and bad texts", capsys)
+    refused(train_ppo.train, config, "needs good and bad answers (label 1 and 0)", capsys)
 
 
 def test_a_context_that_is_too_short_for_an_answer_keeps_half_for_the_prompt(init, judge, tmp_path, no_picture):

@@ -118,9 +118,9 @@ def test_what_people_said_in_another_run_is_taken_as_it_is(name, loss, init, tmp
     config = config_of(name, tmp_path / "out", "", init, "", judged=judged, loss=loss, batch_size=10)
     SCRIPTS[name].train(config)
     rows, report = results(tmp_path / "out")
-    labels = loss in ("kto", "binary")
-    assert len(rows) == (7 if labels else 3) and not (tmp_path / "out" / "feedback.jsonl").exists()
-    assert ("best_accuracy" in report["held_out"]) == (not labels)
+    steps = 7 if loss in ("kto", "binary") else 3
+    assert len(rows) == steps and not (tmp_path / "out" / "feedback.jsonl").exists()
+    assert "best_accuracy" not in report["held_out"]  # how those people erred is not known here
     assert ("true_reward" if name == "dpo" else "rank_correlation") in report
 
 

@@ -1,5 +1,6 @@
 """train_dpo.py as its users meet it: from nothing, killed and resumed, on several processes, with any judge."""
 
+import hashlib
 import json
 import os
 import random
@@ -46,6 +47,20 @@ def test_the_run_folder_holds_what_the_design_promises(left_alone):
     assert {"win_rate", "win_rate_95", "kl", "response_length", "held_out"} <= report.keys()
     assert {"accuracy", "loss", "margin", "best_accuracy"} == report["held_out"].keys()
     assert (left_alone / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_last_look_is_at_all_that_is_held_out_the_others_at_a_part(tmp_path, monkeypatch, no_picture):
+    """Also where more is held out than trained on: a tenth of the prompts may have most of the answers."""
+    first, second = sorted(("a", "b"), key=lambda x: hashlib.sha256(x.encode()).digest())
+    prompts = [first] * 300 + [second] * 4
+    rows = [{"prompt": x, "chosen": f" good {i}", "rejected": " bad"} for i, x in enumerate(prompts)]
+    looks, ordinary = [], train_dpo.held_out_metrics
+    monkeypatch.setattr(train_dpo, "held_out_metrics", lambda *args: looks.append(args[3]) or ordinary(*args))
+    settings = SMALL | {"epochs": 1, "batch_size": 2, "eval_every": 1, "eval_prompts": 2, "micro_batch": 100}
+    settings |= {"max_new_tokens": 4}
+    settings |= {"data": by_hand.write(tmp_path / "pairs.jsonl", rows), "init": by_hand.tiny_model(tmp_path / "init")}
+    train_dpo.train(train_dpo.Config(out=str(tmp_path / "out"), **settings))
+    assert looks == [256, 300]
 
 
 def test_killed_at_random_moments_and_resumed_it_ends_the_same(sft_folder, left_alone, tmp_path):

@@ -38,9 +38,8 @@ def flipped(rows: list[dict], rng: Random, share: float) -> list[dict]:
 def main(config: Config) -> None:
     flags.check(config)
     known, change = ["--label-smoothing", str(config.share)], partial(flipped, share=config.share)
-    variants = {"dpo-without-flips": Variant(["--loss", "dpo"])}
-    for name, more in {"dpo": [], "cdpo": known, "robust": known}.items():
-        variants[name] = Variant(["--loss", name, *more], change=change)
+    flags_of = {"dpo": [], "cdpo": known, "robust": known}
+    variants = {name: Variant(["--loss", name, *more], change=change) for name, more in flags_of.items()}
     runs.conclude(config, runs.results(config, variants))
 
 

@@ -16,7 +16,7 @@ from nanopref.running.flags import flag
 
 @dataclass
 class Config(ExperimentFlags):
-    """Train KTO on all labels, on few good beside many bad ones, and on as many of the usual mixture.
+    """Train KTO on few good labels beside many bad ones, and on as many in the usual mixture.
 
     Example: python -m nanopref.experiments.imbalance --bad 4
     """
@@ -41,8 +41,7 @@ def main(config: Config) -> None:
     flags.check(config)
     change, kto = partial(few_good, bad=config.bad), ["--loss", "kto"]
     variants = {
-        "kto": Variant(kto, "labels"),
-        "kto-as-many": Variant(kto, "labels", partial(as_many, bad=config.bad)),
+        "kto-balanced": Variant(kto, "labels", partial(as_many, bad=config.bad)),
         f"kto-1-to-{config.bad}": Variant(kto, "labels", change),
         f"kto-1-to-{config.bad}-unweighed": Variant(
             [*kto, "--good-weight", "1", "--bad-weight", "1"], "labels", change

@@ -27,8 +27,9 @@ class Config(ExperimentFlags):
 
     out: str = "out/margins"
     prompts: int = 1024
+    seeds: int = 1
     noise: float = 0.0
-    epochs: int = flag(10, "passes over the pairs", least=1)
+    epochs: int = flag(6, "passes over the pairs", least=1)
     beta: float = flag(0.1, "of both", above=0)
 
 

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from nanopref.data.formats import passages, read, read_prompts, read_to_imitate
 from nanopref.data.groups import Group, split
-from nanopref.learning.objectives import OBJECTIVES
 
 # ---- texts with labels -----------------------------------------------------------------------------------------------
 
@@ -74,7 +73,7 @@ def test_a_good_passage_meets_a_bad_one(write):
         assert all(f"{x[0]}{x.split()[0][1:]} " in y for x, y in zip(group.asked(), group.responses, strict=True))
     met = {tuple(x.split()[0][1:] for x in group.prompts) for group in training}
     assert len(met) > len(training) // 2 + 5  # not text by text
-    assert len(training) + len(tested) == 41 - notes["passages dropped: more of one label than of the other"] / 2
+    assert len(training) + len(tested) == 41 - notes["answers dropped: more of one label than of the other"] / 2
 
 
 def test_texts_that_cannot_be_learnt_from_are_refused(write):
@@ -82,7 +81,7 @@ def test_texts_that_cannot_be_learnt_from_are_refused(write):
         judged, write(jsonl({"text": "a", "label": "good"}))
     )
     one_sided = write(jsonl(*({**row, "label": 1} for row in labelled(20))))
-    assert "needs good and bad texts" in refusal(judged, one_sided)
+    assert "needs good and bad answers (label 1 and 0), to train on and to hold out" in refusal(judged, one_sided)
     _, _, notes = read(write(jsonl(*labelled(20), {"text": "too short.", "label": 0})))
     assert notes == Counter({"texts dropped: no sentence ends after its first 32 words": 1})
 
@@ -183,8 +182,16 @@ def test_labels_of_answers_meet_too_where_a_reward_model_is_asked_for_pairs(writ
     assert refusal(feedback, path) == f"{path}: labels: use --loss kto or binary"
 
 
-TWO = " or ".join(list(OBJECTIVES)[:2])  # that learn from pairs
-NOTHING = "they do not say which answer is better"
+@pytest.mark.parametrize("label", [0, 1])
+@pytest.mark.parametrize("kind", ["labels", "texts with labels"])
+def test_labels_that_are_all_alike_are_refused(write, kind, label):
+    path = write(jsonl(*(row | {"label": label} for row in rows_of(kind))))
+    for reads, loss in ((feedback, "kto"), (feedback, "binary"), (judged, "binary")):
+        assert refusal(reads, path, loss) == f"{path}: needs good and bad answers (label 1 and 0) to train on"
+
+
+TWO = "dpo or cdpo"  # and not sigmoid, which is dpo by another name
+NOTHING = "they do not say which answer is better, which train_dpo.py and train_ppo.py can ask a --reward"
 REFUSED = {  # of a policy: (the kind of the file, --loss) -> what is said
     ("labels", "dpo"): "labels: use --loss kto or binary",
     ("labels", "infonca"): "labels: use --loss kto or binary",

@@ -148,6 +148,15 @@ def test_a_label_without_an_answer_is_no_prompt(write):
     assert refusal(read, path) == f"{path}, line 1: has no field 'completion'"
 
 
+@pytest.mark.parametrize("first", [{"prompt": "p", "rejected": "r"}, {"prompt": "p", "chosen": None, "rejected": "r"}])
+def test_pairs_are_known_by_either_of_the_two(write, first):
+    """Or a file whose first row is at fault would be taken for one of prompts."""
+    path = write(jsonl(first, {"prompt": "q", "chosen": "c", "rejected": "r"}))
+    reason = "'chosen' must be text, found a NoneType" if "chosen" in first else "has no field 'chosen'"
+    for reads in (read, read_prompts, read_to_imitate, feedback):
+        assert refusal(reads, path) == f"{path}, line 1: {reason}"
+
+
 def test_a_row_with_no_field_that_is_known_is_taken_for_a_prompt(write):
     path = write(jsonl({"question": "p"}))
     assert refusal(read, path) == f"{path}, line 1: has no field 'prompt'"

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from small_models import message_of
 
 from nanopref.data.formats import read
 from nanopref.data.groups import Encoded, Group, as_labels, encode, grouped, standardised, unrelated, write_groups
@@ -52,10 +53,15 @@ def test_ratings_have_mean_0_and_deviation_1_over_the_training_groups_alone(rati
     assert [len(group.scores) for group in training] == list(map(len, ratings))
 
 
-def test_ratings_that_are_all_alike_are_0():
-    training, held_out = standardised(rated((4.0, 4.0), (4.0, 4.0, 4.0)), rated((5.0, 4.0)))
-    assert [group.scores for group in training] == [(0.0, 0.0), (0.0, 0.0, 0.0)]
-    assert held_out[0].scores == (1.0, 0.0)  # one more than all others, whatever that means
+@pytest.mark.parametrize("ratings", [(4.0, 4.0), (0.0, 0.0), (0.1, 0.1, 0.1), (-1e9 / 3,) * 7], ids=str)
+def test_ratings_that_are_all_equal_are_refused(ratings):
+    """Whatever rounding makes of their deviation; those held out help nobody."""
+    assert "all ratings are equal" in message_of(standardised, rated(ratings), rated((5.0, 4.0)))
+
+
+def test_ratings_that_lie_close_far_from_0_are_told_apart():
+    training, held_out = standardised(rated((1e6 + 1, 1e6 - 1)), rated((1e6 + 2, 1e6)))
+    assert training[0].scores == (1.0, -1.0) and held_out[0].scores == (2.0, 0.0)
     assert all(type(score) is float for group in training + held_out for score in group.scores)
 
 
@@ -84,6 +90,41 @@ def test_unrelated_answers_are_drawn_from_all_over_the_file():
     assert random.getstate() == state
     assert sorted(found) == list(range(200))
     assert sum(abs(i - j) < 5 for i, j in enumerate(found)) < 30
+
+
+@pytest.mark.parametrize("rare", ["a", "q", "z"])
+def test_where_nearly_all_share_a_prompt_they_share_the_few_other_answers(rare):
+    groups = [Group("p", (f"p{i}",), scores=(1.0,)) for i in range(50)]
+    groups[20:20] = [Group(rare, (f"{rare}{i}",), scores=(0.0,)) for i in range(2)]
+    found = unrelated(groups)
+    assert {g.responses[0][0] for g in found if g.prompt == rare} == {"p"}
+    taken = Counter(group.responses[0] for group in found if group.prompt == "p")
+    assert taken == {f"{rare}0": 25, f"{rare}1": 25}  # neither more than the other
+
+
+class Prompt(str):
+    """A prompt that counts how often it is compared with others."""
+
+    __slots__, compared = (), 0
+
+    def __eq__(self, other):
+        Prompt.compared += 1
+        assert Prompt.compared < 1_000_000, "time grows with the square of the rows"
+        return str.__eq__(self, other)
+
+    def __ne__(self, other):
+        return not self == other
+
+    __hash__ = str.__hash__
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_a_large_file_of_one_prompt_takes_no_longer_than_another(others):
+    Prompt.compared, prompt = 0, Prompt("p")
+    groups = [Group(prompt, (f"{i}",), scores=(1.0,)) for i in range(100_000)]
+    groups += [Group(Prompt("q"), ("other",), scores=(0.0,)) for _ in range(others)]
+    found = unrelated(groups)
+    assert sum(group.responses == ("other",) for group in found) == others * 100_000
 
 
 def test_one_prompt_has_no_unrelated_answer():

@@ -1,6 +1,7 @@
 """What a reward model is judged by."""
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -64,20 +65,27 @@ REPORTED = {  # what is counted, and how many of them there are
 }
 
 
+def concluded(folder: Path, heads: torch.Tensor, groups: list[Group], **settings) -> dict:
+    """The report of a run of these flags that ends with these scores."""
+    config = SimpleNamespace(**{"data": "", "judged": "", "noise": 0.5, "annotators": 3, "init": "init"} | settings)
+    rows, written = [{"step": 1, "loss": 1.0, "held_out_loss": 0.9, "accuracy": 0.5, "held_out_accuracy": 0.75}], []
+    run = SimpleNamespace(
+        config=config, metrics=lambda: rows, folder=folder, report=written.append, seconds={"reward model": 1.0}
+    )
+    encoded = Encoded.pack([[([1], [2] * (i + 1))] for i in range(len(heads))])
+    conclude(run, heads, groups, encoded, {"score_scale": [2.0, 2.0], "score_shift": [0.5, 1.5], "data": {}})
+    (report,) = written
+    return report
+
+
 @pytest.mark.parametrize("file", ["", "file.jsonl"])
 @pytest.mark.parametrize("feedback", SAID)
 def test_the_report_says_what_the_feedback_lets_it_know(feedback, file, tmp_path, capsys, no_picture):
     """What is right at best of pairs alone; ratings of regression; the truth where it is known."""
     groups, heads = SAID[feedback], torch.tensor([[2.0, 1], [0, 0.5], [1, 1], [-1, 0], [0, 0], [0.25, 0]])
     what, loss, n = REPORTED[feedback]
-    config = SimpleNamespace(data=file, loss=loss, feedback=feedback.split()[0], noise=0.5, annotators=3, init="init")
-    rows, written = [{"step": 1, "loss": 1.0, "held_out_loss": 0.9, "accuracy": 0.5, "held_out_accuracy": 0.75}], []
-    run = SimpleNamespace(
-        config=config, metrics=lambda: rows, folder=tmp_path, report=written.append, seconds={"reward model": 1.0}
-    )
-    encoded = Encoded.pack([[([1], [2] * (i + 1))] for i in range(6)])
-    conclude(run, heads, groups, encoded, {"score_scale": [2.0, 2.0], "score_shift": [0.5, 1.5], "data": {}})
-    (report,), score, truth = written, heads.mean(1).numpy(), np.array([reviews.true_reward(text) for text in TEXTS])
+    report = concluded(tmp_path, heads, groups, data=file, loss=loss, feedback=feedback.split()[0])
+    score, truth = heads.mean(1).numpy(), np.array([reviews.true_reward(text) for text in TEXTS])
     best = best_accuracy(truth[::2], truth[1::2], noise=0.5, annotators=3)
     assert best < 1
     held_out = {"accuracy": 0.75, "loss": 0.9, "groups": len(groups)}
@@ -98,3 +106,20 @@ def test_the_report_says_what_the_feedback_lets_it_know(feedback, file, tmp_path
     assert f"held-out {what} right" in said and f"of {n}" in said
     assert ("at best" in said) == ("best_accuracy" in report["held_out"])
     assert ("--data file.jsonl" in said) == bool(file) and "--init init" in said
+
+
+def test_what_people_said_elsewhere_has_no_best_that_is_known(tmp_path, no_picture):
+    """The truth is: the answers are to the built-in task."""
+    heads = torch.tensor([[2.0, 1], [0, 0.5], [1, 1], [-1, 0], [0, 0], [0.25, 0]])
+    report = concluded(tmp_path, heads, SAID["pairs"], judged="x.jsonl", loss="bradley-terry", feedback="pairs")
+    assert "best_accuracy" not in report["held_out"] and "rank_correlation" in report
+
+
+@pytest.mark.parametrize("loss", ["infonca", "regression"])
+def test_ratings_that_all_tie_are_reported_too(loss, tmp_path, capsys):
+    """No pair of them can be right or wrong."""
+    groups = [Group(x, ("a", "b"), scores=(r, r)) for x, r in (("p", 1.0), ("q", -0.5))]
+    heads = torch.tensor([[2.0, 1], [0, 0.5], [1, 1], [-1, 0]])
+    report = concluded(tmp_path, heads, groups, data="file.jsonl", loss=loss, feedback="ratings")
+    assert "calibration" not in report and ("rating_correlation" in report) == (loss == "regression")
+    assert (tmp_path / "report.png").exists() and "of 0" in capsys.readouterr().out

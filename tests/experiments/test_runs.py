@@ -4,14 +4,17 @@ import json
 import random
 import shutil
 import subprocess
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from small_models import message_of
 
 import train_dpo
 from nanopref.data.formats import read
-from nanopref.experiments import flips, imbalance, losses, rankings, runs
+from nanopref.experiments import flips, imbalance, losses, margins, rankings, runs
 from nanopref.learning.objectives import OBJECTIVES
 from nanopref.running import flags
 from nanopref.running.flags import UserError
@@ -38,12 +41,82 @@ def test_a_ranking_holds_six_pairs_and_each_is_in_order():
     assert [row["prompt"] for row in every[:6]] != ["p0"] * 6
 
 
-def test_nine_bad_answers_stand_beside_each_good_one():
-    rows = [{"prompt": "p", "completion": str(i), "label": i % 2} for i in range(200)]
-    found = imbalance.few_good(rows, random.Random(0), 9)
+def answers(good: int, bad: int) -> list[dict]:
+    rows = [{"prompt": "p", "completion": str(i), "label": int(i < good)} for i in range(good + bad)]
+    return random.Random(1).sample(rows, len(rows))
+
+
+@pytest.mark.parametrize(
+    "rows, bad, left",
+    [
+        (answers(100, 100), 9, 11),
+        (answers(100, 100), 1, 100),
+        (answers(60, 100), 1, 60),  # there are no more
+        (answers(100, 60), 1, 60),
+        (answers(100, 3), 9, 1),
+    ],
+)
+def test_so_many_bad_answers_stand_beside_each_good_one(rows, bad, left):
+    found = imbalance.few_good(rows, random.Random(0), bad)
     assert [row for row in found if not row["label"]] == [row for row in rows if not row["label"]]
-    good = [row for row in found if row["label"]]
-    assert len(good) == 11 and all(row in rows for row in good)
+    good = [row["completion"] for row in found if row["label"]]
+    assert len(good) == left and set(good) <= {row["completion"] for row in rows if row["label"]}
+
+
+@pytest.mark.parametrize("bad", [1, 9])
+def test_as_many_answers_of_the_usual_mixture_are_each_taken_once(bad):
+    rows = answers(100, 80)
+    found = imbalance.as_many(rows, random.Random(0), bad)
+    assert len(found) == 80 + 80 // bad == len({row["completion"] for row in found})
+    assert abs(sum(row["label"] for row in found) / len(found) - 100 / 180) < 0.1
+
+
+CURVES = {("dpo", 0): [0.25] * 40, ("dpo", 1): [0.75] * 37, ("ipo", 0): [1.0] * 20 + [2.0] * 20, ("ipo", 1): [1.0] * 40}
+
+
+def test_margins_are_a_mean_over_seeds_as_far_as_the_shortest_goes(tmp_path, monkeypatch, capsys):
+    """In nats, that is by β; seeds differ by a few pairs and so by a step."""
+    folders = {name: [tmp_path / name / str(seed) for seed in range(2)] for name in ("dpo", "ipo")}
+    curves = {tmp_path / name / str(seed): curve for (name, seed), curve in CURVES.items()}
+    drawn, lines, variants = [], [], []
+    monkeypatch.setattr(runs, "results", lambda config, found: variants.append(found) or folders)
+    monkeypatch.setattr(runs, "conclude", lambda config, found, panels: drawn.extend(panels))
+    monkeypatch.setattr(margins, "read_metrics", lambda folder: [{"margin": margin} for margin in curves[folder]])
+    margins.main(margins.Config(out=str(tmp_path), beta=0.25, epochs=3))
+    assert {name: variant.words for name, variant in variants[0].items()} == {
+        name: ["--loss", name, "--beta", "0.25", "--epochs", "3"] for name in folders
+    }
+    (draw,), plot = drawn, lambda margin, label: lines.append((label, margin.tolist()))
+    nowhere = dict.fromkeys(("axhline", "set", "legend"), lambda *_, **__: None)
+    draw(SimpleNamespace(plot=plot, **nowhere))
+    assert dict(lines) == {"dpo": [2.0] * 37, "ipo": [4.0] * 20 + [6.0] * 20}
+    table = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["dpo"] + ["2.0"] * 5 in table  # the last twenty steps before 20%, 40% … of the way
+    assert ["ipo", "4.0", "4.0", f"{4 + 2 * 4 / 20:.1f}", "5.2", "6.0"] in table
+
+
+def test_an_experiment_goes_on_with_the_same_flags_alone(tmp_path, monkeypatch):
+    """More seeds, more objectives and other jobs are no other flags."""
+    (tmp_path / "some.jsonl").write_text("")
+    monkeypatch.setattr(
+        runs, "launch", lambda commands, jobs: [out.mkdir(parents=True, exist_ok=True) for out in commands]
+    )
+    monkeypatch.setattr(runs, "sampled", lambda *_: tmp_path / "some.jsonl")
+    variants = {"dpo": runs.Variant(["--loss", "dpo"])}
+
+    def start(**settings) -> dict[str, list[Path]]:
+        return runs.results(flips.Config(**{"out": str(tmp_path / "out"), "seeds": 1} | settings), variants)
+
+    start()
+    assert len(start(seeds=3, jobs=7)["dpo"]) == 3 and len(start()["dpo"]) == 1
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.json*")}
+    for other in ({"prompts": 64}, {"noise": 0.0}, {"annotators": 1}, {"share": 0.3}):
+        assert "holds runs with other flags; choose another, or remove it" in message_of(partial(start, **other))
+    assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.json*")}
+    assert "must be odd" in message_of(partial(start, annotators=2, out=str(tmp_path / "new")))
+    assert not (tmp_path / "new").exists()
+    for chosen in (("dpo",), ("dpo", "ipo")):
+        runs.results(losses.Config(out=str(tmp_path / "losses"), losses=chosen), variants)
 
 
 class OneByOne:

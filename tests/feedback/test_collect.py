@@ -18,7 +18,8 @@ from nanopref.data.formats import read_feedback
 from nanopref.data.groups import Group
 from nanopref.feedback import collect as collecting
 from nanopref.feedback import rewards
-from nanopref.feedback.collect import FEEDBACK, collect, training_prompts
+from nanopref.feedback.collect import FEEDBACK, best_possible, collect, training_prompts
+from nanopref.feedback.voting import best_accuracy
 from nanopref.generate import Answer, pack
 from nanopref.learning.objectives import OBJECTIVES, kinds
 from nanopref.models.inference import response_scores
@@ -223,6 +224,40 @@ def test_the_prompts_of_a_file_are_shuffled_and_come_again_where_more_are_asked_
     assert not notes
 
 
+A_PAIR = Group("p", (" The plot is superb.", " The acting is dull."))
+PAIRS = [A_PAIR, Group("p", (" It.", " The music is bold.")), Group("q", (" Fine.", ""))]
+
+
+def of_people(**settings) -> SimpleNamespace:
+    return SimpleNamespace(**{"data": "", "judged": "", "feedback": "pairs", "noise": 0.5, "annotators": 3} | settings)
+
+
+def test_the_best_possible_is_how_often_people_agree_with_the_truth():
+    better, worse = np.array([[reviews.true_reward(text) for text in pair.responses] for pair in PAIRS]).T
+    for settings in ({}, {"reward": ""}, {"noise": 0.1}, {"annotators": 1}):
+        config = of_people(**settings)
+        people = {"noise": config.noise, "annotators": config.annotators}
+        assert best_possible(config, PAIRS) == pytest.approx(best_accuracy(better, worse, **people))
+    assert best_possible(of_people(noise=0.1), PAIRS) > best_possible(of_people(noise=5.0), PAIRS) > 0.5
+
+
+@pytest.mark.parametrize(
+    "settings, other",
+    [
+        ({"data": "pairs.jsonl"}, A_PAIR),
+        ({"judged": "feedback.jsonl"}, A_PAIR),
+        ({"reward": "out/rm"}, A_PAIR),
+        *(({"feedback": kind}, A_PAIR) for kind in ("labels", "rankings", "ratings")),
+        ({}, Group("p", ("a", "b", "c"))),
+        ({}, Group("p", ("a",), scores=(1.0,))),  # a pair that became two labels
+        ({}, A_PAIR._replace(scores=(1.0, 0.0))),
+        ({}, A_PAIR._replace(prompts=("p", "q"))),  # which met
+    ],
+)
+def test_what_is_best_possible_is_not_said_where_it_cannot_be_known(settings, other):
+    assert best_possible(of_people(**settings), [*PAIRS, other]) is None
+
+
 # ---- rewards ---------------------------------------------------------------------------------------------------------
 
 
@@ -260,10 +295,10 @@ def test_weights_and_doubt(policy):
 
 
 def test_too_few_pairs_that_end_are_an_error_that_says_what_to_do(policy):
-    with pytest.raises(UserError, match=r"only \d+ of 30 groups of answers end: raise --max-new-tokens"):
-        collect(
-            *policy, training_prompts("", 30, "x"), rewards.true_reward, noise=0.0, **SETTING | {"max_new_tokens": 2}
-        )
+    setting, prompts = SETTING | {"max_new_tokens": 2, "noise": 0.0}, training_prompts("", 30, "x")
+    for asked, more in (("30 pairs", {}), ("90 labels", {"feedback": "labels", "answers": 3})):
+        with pytest.raises(UserError, match=rf"only \d+ of {asked} can be used: raise --max-new-tokens"):
+            collect(*policy, prompts, rewards.true_reward, **setting, **more)
 
 
 def test_prompts_come_from_the_file_or_the_task(tmp_path):

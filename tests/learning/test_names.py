@@ -1,5 +1,6 @@
 """The tables of objectives: what each name sets, which flags it has no use for, what it learns from."""
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ from nanopref.learning import objectives
 from nanopref.learning.objectives import LOSSES, OBJECTIVES, SCORES, Knobs
 
 PLAIN = {"logprobs": "sum", "reference": "model", "beta": 0.1, "margin": 0.0, "likelihood": 0.0, "label_smoothing": 0.0}
+PLAIN |= {"rating_temperature": 1.0}
 ALONE_IN_IT = {"reference": "none", "likelihood": 1.0}
 PUBLISHED = {  # what is not as in DPO
     "dpo": {},
@@ -50,6 +52,22 @@ LEARNS_FROM = {
     "bradley-terry": ("pairs",),
 }
 SCORED = ["bradley-terry", "plackett-luce", "regression", "binary", "infonca", "nca"]
+LOGISTIC = {"dpo", "cdpo", "robust", "simpo", "cpo", "orpo", "rpo", "sigmoid", "bradley-terry"}
+OF_PAIRS = {"ipo", "ipo-mean", "slic", "unlikelihood", "hinge", "squared-hinge", "exponential", "discopop"} | LOGISTIC
+OF_LABELS, EVERY = {"kto", "binary"}, PUBLISHED.keys() | SCORED
+OBEY = {  # a value of each flag that is not its default, and who obeys the flag
+    "beta": (0.3, EVERY - {"preferred"}),  # which has no reward
+    "logprobs": ("log-odds", EVERY - {"preferred"}),
+    "reference": ("none", EVERY - {"preferred"}),
+    "margin": (0.5, OF_PAIRS),
+    "likelihood": (0.5, EVERY - OF_LABELS),
+    "label_smoothing": (0.2, LOGISTIC),
+    "rating_temperature": (0.5, {"infonca", "nca"}),
+    "good_weight": (1.0, OF_LABELS),
+    "bad_weight": (1.0, OF_LABELS),
+}
+OF_POLICIES = {"beta", "logprobs", "reference", "likelihood"}
+SCRIPTS = {"train_dpo": (train_dpo.Config, OBJECTIVES), "train_rm": (train_rm.Config, SCORES)}
 
 
 def test_every_objective_is_looked_at_here():
@@ -74,45 +92,65 @@ def test_flags_not_given_are_as_its_authors_have_them(name):
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_flags_that_are_given_stay(name):
-    given = {"logprobs": "log-odds", "reference": "none", "beta": 0.3, "margin": 0.0, "likelihood": 0.0}
-    given |= {"label_smoothing": 0.0, "feedback": LEARNS_FROM.get(name, ("pairs",))[-1], "answers": 2}
-    before = train_dpo.Config(loss=name, **given)
-    assert objectives.resolve(before, OBJECTIVES[name]) == before
+    """Those that its loss obeys; and what turns a term off, whether it has that term or not."""
+    off = {"margin": 0.0, "likelihood": 0.0, "label_smoothing": 0.0}
+    for given in ({flag: value for flag, (value, users) in OBEY.items() if name in users}, off):
+        given |= {"feedback": LEARNS_FROM.get(name, ("pairs",))[-1], "answers": 2}
+        found = vars(objectives.resolve(train_dpo.Config(loss=name, **given), OBJECTIVES[name]))
+        assert {flag: found[flag] for flag in given} == given
 
 
 @pytest.mark.parametrize("name", SCORED)
 def test_reward_models_have_no_flags_of_policies(name):
-    expected = {"margin": 0.0, "label_smoothing": 0.0, "feedback": LEARNS_FROM[name][0]}
+    expected = {"margin": 0.0, "label_smoothing": 0.0, "rating_temperature": 1.0, "feedback": LEARNS_FROM[name][0]}
     expected |= {"answers": 4 if expected["feedback"] in ("rankings", "ratings") else 2}
     before = train_rm.Config(loss=name)
     assert vars(objectives.resolve(before, SCORES[name])) == vars(before) | expected
 
 
-OF_PAIRS = {"dpo", "cdpo", "robust", "ipo", "ipo-mean", "slic", "simpo", "cpo", "orpo", "rpo", "unlikelihood"}
-OF_PAIRS |= {"sigmoid", "hinge", "squared-hinge", "exponential", "discopop", "bradley-terry"}
-LOGISTIC = {"dpo", "cdpo", "robust", "simpo", "cpo", "orpo", "rpo", "sigmoid", "bradley-terry"}
-OF_LABELS = {"kto", "binary"}
+@pytest.mark.parametrize("script, flag", list(itertools.product(SCRIPTS, OBEY)))
+def test_a_flag_that_a_loss_does_not_obey_is_refused(script, flag):
+    (Config, table), (value, users) = SCRIPTS[script], OBEY[flag]
+    if script == "train_rm" and flag in OF_POLICIES:
+        assert not hasattr(Config(), flag)
+        return
+    for name in table:
+        config = Config(loss=name, **{flag: value})
+        if name in users:
+            objectives.resolve(config, table[name])
+        else:
+            message = f"--loss {name} has no use for --{flag.replace('_', '-')}"
+            assert message_of(objectives.resolve, config, table[name]) == message
 
 
-@pytest.mark.parametrize("scripts, table", [(train_dpo, OBJECTIVES), (train_rm, SCORES)], ids=["train_dpo", "train_rm"])
-def test_a_flag_that_a_loss_has_no_use_for_is_refused(scripts, table):
-    for flag, users, words in (
-        ({"label_smoothing": 0.2}, LOGISTIC, "--label-smoothing"),
-        ({"margin": 0.5}, OF_PAIRS, "--margin"),
-        ({"margin": -0.5}, OF_PAIRS, "--margin"),
-        ({"rating_temperature": 0.5}, {"infonca", "nca"}, "--rating-temperature"),
-        ({"good_weight": 1.0}, OF_LABELS, "--good-weight and --bad-weight"),
-        ({"bad_weight": 1.0}, OF_LABELS, "--good-weight and --bad-weight"),
-        ({"likelihood": 0.5}, table.keys() - OF_LABELS, "--likelihood"),
-    ):
-        if flag.keys() == {"likelihood"} and scripts is train_rm:
-            continue
-        for name in table:
-            config = scripts.Config(loss=name, **flag)
-            if name in users:
-                objectives.resolve(config, table[name])
-            else:
-                assert message_of(objectives.resolve, config, table[name]) == f"--loss {name} has no use for {words}"
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_what_people_said_is_read_or_asked_for_but_not_both(script):
+    """--feedback and --answers say how answers are sampled, which they are of a file of prompts with --reward too."""
+    Config, table = SCRIPTS[script]
+    loss, a_file = next(iter(table)), "--feedback and --answers are for answers that are sampled, and here a file"
+    cases = [
+        ({"judged": "x", "data": "y"}, "--judged belongs to the built-in task: give it or --data"),
+        *(
+            ({read: "x", **asked}, a_file)
+            for read in ("data", "judged")
+            for asked in ({"feedback": "pairs"}, {"answers": 2})
+        ),
+        ({"feedback": "pairs", "answers": 2}, ""),
+        ({"data": "x"}, ""),
+        ({"judged": "x"}, ""),
+    ]
+    if script == "train_dpo":
+        cases += [
+            ({"judged": "x", "reward": "y"}, "people have --judged already: leave --reward out"),
+            ({"data": "x", "reward": "y", "feedback": "pairs", "answers": 2}, ""),
+        ]
+    for settings, message in cases:
+        config = Config(loss=loss, **settings)
+        if message:
+            assert message_of(objectives.resolve, config, table[loss]).startswith(message), settings
+        else:
+            found = objectives.resolve(config, table[loss])
+            assert (found.feedback, found.answers) == ("pairs", 2)
 
 
 @pytest.mark.parametrize("feedback", ["pairs", "labels", "rankings", "ratings"])
@@ -123,7 +161,8 @@ def test_feedback_that_a_loss_cannot_learn_from_is_refused(feedback):
             found = objectives.resolve(config, OBJECTIVES[name])
             assert (found.feedback, found.answers) == (feedback, 4 if feedback in ("rankings", "ratings") else 2)
         else:
-            assert message_of(objectives.resolve, config, OBJECTIVES[name]).endswith(f"from {' or '.join(kinds)}")
+            message = f"--feedback {feedback}: --loss {name} learns from {' or '.join(kinds)}"
+            assert message_of(objectives.resolve, config, OBJECTIVES[name]) == message
 
 
 @pytest.mark.parametrize(

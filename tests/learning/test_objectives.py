@@ -287,7 +287,7 @@ def test_where_one_always_wins_ipo_stops_at_its_distance_and_dpo_goes_on():
 @given(st.lists(st.lists(st.tuples(*[st.integers(-2, 2)] * 2), min_size=1, max_size=4), min_size=1, max_size=5))
 @settings(max_examples=20)
 def test_ranked_right_counts_pairs_that_differ_and_ties_half(groups):
-    """Of those of whom the same was said neither can be right; without a pair that differs it is 0."""
+    """Of those of whom the same was said neither can be right; without a pair that differs it is 1/2, as by chance."""
     sizes = [len(group) for group in groups]
     flat = torch.tensor([row for group in groups for row in group], dtype=torch.float64)
     rewards, there = grouped(flat[:, 0], sizes)
@@ -295,7 +295,7 @@ def test_ranked_right_counts_pairs_that_differ_and_ties_half(groups):
     for group in groups:
         pairs = [(a, b) for a, b in itertools.permutations(group, 2) if a[1] > b[1]]
         right = sum((a > b) + 0.5 * (a == b) for (a, _), (b, _) in pairs)
-        expected.append(right / len(pairs) if pairs else 0.0)
+        expected.append(right / len(pairs) if pairs else 0.5)
     assert objectives.ranked_right(rewards, there, grouped(flat[:, 1], sizes)[0]).tolist() == pytest.approx(expected)
 
 
