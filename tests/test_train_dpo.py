@@ -27,10 +27,17 @@ SMALL |= {"epochs": 3, "max_new_tokens": 48, "device": "cpu"}
 
 
 @pytest.fixture(scope="module")
-def left_alone(sft_folder, tmp_path_factory) -> Path:
+def started(tmp_path_factory) -> dict:
+    """Flags of a run on answers of a tiny model to the built-in task, which differ and end, whatever they say."""
+    init = by_hand.tiny_model(tmp_path_factory.mktemp("init") / "init")
+    return SMALL | {"init": init, "max_new_tokens": 24, "epochs": 8}
+
+
+@pytest.fixture(scope="module")
+def left_alone(started, tmp_path_factory) -> Path:
     """A small run that nobody disturbed."""
     folder = tmp_path_factory.mktemp("dpo")
-    Fork(folder / "log", "train_dpo.py", *flags(out=folder / "run", init=sft_folder, **SMALL)).succeed()
+    Fork(folder / "log", "train_dpo.py", *flags(out=folder / "run", **started)).succeed()
     return folder / "run"
 
 
@@ -63,26 +70,26 @@ def test_the_last_look_is_at_all_that_is_held_out_the_others_at_a_part(tmp_path,
     assert looks == [256, 300]
 
 
-def test_killed_at_random_moments_and_resumed_it_ends_the_same(sft_folder, left_alone, tmp_path):
+def test_killed_at_random_moments_and_resumed_it_ends_the_same(started, left_alone, tmp_path):
     """Once before it has logged anything, then further and further on, each time somewhere in a step or a save."""
-    words = flags(out=tmp_path / "run", init=sft_folder, resume=True, **SMALL)
+    words = flags(out=tmp_path / "run", resume=True, **started)
     metrics, moments = tmp_path / "run" / "metrics.jsonl", random.Random(0)
     for kill in range(4):
         script = Fork(tmp_path / "log", "train_dpo.py", *words)
-        while kill and script.is_alive() and (not metrics.exists() or metrics.read_text().count("\n") < 4 * kill):
-            time.sleep(0.005)
-        time.sleep(moments.uniform(0, 0.2 if kill else 1.0))
+        while kill and script.is_alive() and (not metrics.exists() or metrics.read_text().count("\n") < 8 * kill):
+            time.sleep(0.002)
+        time.sleep(moments.uniform(0, 0.03 if kill else 0.5))
         assert script.kill() == -signal.SIGKILL
     Fork(tmp_path / "log", "train_dpo.py", *words).succeed()
     assert results(tmp_path / "run") == results(left_alone)
 
 
-def test_ctrl_c_saves_and_says_how_to_continue(sft_folder, left_alone, tmp_path):
-    words = flags(out=tmp_path / "run", init=sft_folder, **(SMALL | {"save_seconds": 1000}))
+def test_ctrl_c_saves_and_says_how_to_continue(started, left_alone, tmp_path):
+    words = flags(out=tmp_path / "run", **(started | {"save_seconds": 1000}))
     script = Fork(tmp_path / "log", "train_dpo.py", *words)
     metrics = tmp_path / "run" / "metrics.jsonl"
     while script.is_alive() and not (metrics.exists() and metrics.read_text().count("\n") >= 3):
-        time.sleep(0.02)
+        time.sleep(0.002)
     os.kill(script.pid, signal.SIGINT)
     code, errors = script.finish()
     assert code == 130 and "--resume" in errors and "Traceback" not in errors
@@ -92,8 +99,8 @@ def test_ctrl_c_saves_and_says_how_to_continue(sft_folder, left_alone, tmp_path)
     assert results(tmp_path / "run") == results(left_alone)
 
 
-def test_two_processes_give_the_losses_of_one(sft_folder, left_alone, tmp_path):
-    for script in two_processes(tmp_path, "train_dpo.py", *flags(out=tmp_path / "run", init=sft_folder, **SMALL)):
+def test_two_processes_give_the_losses_of_one(started, left_alone, tmp_path):
+    for script in two_processes(tmp_path, "train_dpo.py", *flags(out=tmp_path / "run", **started)):
         script.succeed()
     one, two = results(left_alone)[0], results(tmp_path / "run")[0]
     one[0]["accuracy"] = two[0]["accuracy"]  # where π_θ is π_ref rounding decides

@@ -31,21 +31,19 @@ SMALL |= {"device": "cpu", "value_warmup": 1, "max_new_tokens": 48}
 
 
 @pytest.fixture(scope="module")
-def reward_folder(sft_folder, tmp_path_factory) -> str:
-    """A reward model that knows nothing, which is all that most tests need."""
-    model, tokenizer = models.load(sft_folder)
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("rm") / "rm"
-    models.save(ScalarModel(model), tokenizer, folder / "model")
-    return str(folder)
+def started(tmp_path_factory) -> dict:
+    """Flags of a run of a tiny policy and a reward model, which know nothing."""
+    folder = tmp_path_factory.mktemp("started")
+    init = by_hand.tiny_model(folder / "init")
+    judge = by_hand.tiny_judge(folder / "rm", init, heads=1)
+    return SMALL | {"init": init, "reward": judge, "kl_target": 1.0, "max_new_tokens": 24, "iterations": 9}
 
 
 @pytest.fixture(scope="module")
-def left_alone(sft_folder, reward_folder, tmp_path_factory) -> Path:
+def left_alone(started, tmp_path_factory) -> Path:
     """A small run that nobody disturbed."""
     folder = tmp_path_factory.mktemp("ppo")
-    words = flags(out=folder / "run", init=sft_folder, reward=reward_folder, kl_target=1.0, **SMALL)
-    Fork(folder / "log", "train_ppo.py", *words).succeed()
+    Fork(folder / "log", "train_ppo.py", *flags(out=folder / "run", **started)).succeed()
     return folder / "run"
 
 
@@ -121,7 +119,7 @@ def test_the_run_folder_holds_what_the_design_promises(left_alone):
     names = {path.name for path in left_alone.iterdir()}
     assert {"config.json", "metrics.jsonl", "report.json", "report.png", "model", "critic", "state.pt"} <= names
     metrics, report = results(left_alone)
-    assert [row["step"] for row in metrics] == list(range(1, SMALL["iterations"] + 1))
+    assert [row["step"] for row in metrics] == list(range(1, 10))
     expected = {"score", "true_reward", "kl", "kl_k3", "entropy", "clip_fraction", "value_clip_fraction", "value_loss"}
     expected |= {"explained_variance", "response_length", "unended", "beta", "approx_kl", "grad_norm"}
     assert expected | {"critic_grad_norm"} <= metrics[0].keys()
@@ -141,14 +139,14 @@ def test_the_first_round_starts_at_the_reference(left_alone):
     assert metrics[2]["kl_k3"] > 1e-3 and metrics[1]["approx_kl"] > 0
 
 
-def test_killed_and_resumed_it_ends_the_same(sft_folder, reward_folder, left_alone, tmp_path):
-    words = flags(out=tmp_path / "run", init=sft_folder, reward=reward_folder, kl_target=1.0, resume=True, **SMALL)
+def test_killed_and_resumed_it_ends_the_same(started, left_alone, tmp_path):
+    words = flags(out=tmp_path / "run", resume=True, **started)
     metrics, moments = tmp_path / "run" / "metrics.jsonl", random.Random(0)
     for kill in range(3):
         script = Fork(tmp_path / "log", "train_ppo.py", *words)
         while script.is_alive() and (not metrics.exists() or metrics.read_text().count("\n") < 2 * kill):
-            time.sleep(0.005)
-        time.sleep(moments.uniform(0, 0.3))
+            time.sleep(0.002)
+        time.sleep(moments.uniform(0, 0.1))
         assert script.kill() == -signal.SIGKILL
     Fork(tmp_path / "log", "train_ppo.py", *words).succeed()
     assert results(tmp_path / "run") == results(left_alone)
