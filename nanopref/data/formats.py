@@ -146,9 +146,6 @@ def passages(text: str) -> Iterator[tuple[str, str]]:
             passage = []
 
 
-SIGNS = {"response": "completion", "rejected": "chosen"}  # fields that say the same of a row's kind
-
-
 class Kind(NamedTuple):
     """Rows that have all `fields` and belong together: how one is read, and what one that holds nothing lacks."""
 
@@ -183,8 +180,10 @@ def read(path: str | Path) -> tuple[str, list[Group], Counter]:
     for where, row in read_rows(path):
         if kind is None:
             fields = {name for name, value in row.items() if value is not None}
-            fields = {SIGNS.get(name, name) for name in fields}
-            name, kind = next((name, kind) for name, kind in KINDS.items() if fields >= set(kind.fields))
+            fields = {"completion" if name == "response" else name for name in fields}
+            name = next(name for name, kind in KINDS.items() if fields >= set(kind.fields))
+            name = "pairs" if name == "prompts" and "rejected" in fields else name  # which will say what it lacks
+            kind = KINDS[name]
         if name == "pairs" and "text" in row and "chosen" not in row:
             raise UserError(f"{where}: a text in a file of pairs")
         groups += kind.read(where, row, notes)
@@ -231,7 +230,7 @@ def read_feedback(
     if "labels" in wanted:
         both = {group.scores for group in parts[0]} == {(0.0,), (1.0,)}
         require(both, f"{path}: needs good and bad answers (label 1 and 0) to train on")
-    return *(standardised(*parts) if kind == "ratings" else parts), notes
+    return *(standardised(str(path), *parts) if kind == "ratings" else parts), notes
 
 
 def _meet(path: str | Path, groups: list[Group], notes: Counter) -> list[list[Group]]:

@@ -86,14 +86,15 @@ def as_labels(groups: Sequence[Group]) -> list[Group]:
     ]
 
 
-def standardised(groups: Sequence[Group], held_out: Sequence[Group]) -> tuple[list[Group], list[Group]]:
+def standardised(path: str, groups: Sequence[Group], held_out: Sequence[Group]) -> tuple[list[Group], list[Group]]:
     """Both parts with their ratings brought to mean 0 and deviation 1 over the first, whatever scale the file uses.
 
-    Raises UserError where all are equal.
+    Raises UserError, which names the file, where all are equal.
     """
     ratings = np.array([score for group in groups for score in group.scores])
     mean, spread = ratings.mean(), ratings.std()
-    require(bool(spread > 1e-9 * max(1.0, abs(mean))), "all ratings are equal, so there is nothing to learn from them")
+    differ = bool(spread > 1e-9 * abs(ratings).max())
+    require(differ, f"{path}: all ratings are equal, so there is nothing to learn from them")
     first, second = (
         [group._replace(scores=tuple(float((score - mean) / spread) for score in group.scores)) for group in part]
         for part in (groups, held_out)

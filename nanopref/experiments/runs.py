@@ -55,11 +55,11 @@ def results(config: ExperimentFlags, variants: dict[str, Variant]) -> dict[str, 
     root, commands = Path(config.out).absolute(), {}
     flags.require_odd(config.annotators)
     settings = {name: value for name, value in asdict(config).items() if name not in ("out", "seeds", "jobs", "losses")}
-    if (path := root / "config.json").exists():
-        same = json.loads(path.read_text()) == settings
-        require(same, f"--out {root}: holds runs with other flags; choose another, or remove it")
+    path, content = root / "config.json", json.dumps(settings | {"experiment": type(config).__doc__}, indent=2) + "\n"
+    same = not path.exists() or path.read_text() == content
+    require(same, f"--out {root}: holds runs of another experiment, or with other flags; choose another, or remove it")
     root.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, json.dumps(settings, indent=2) + "\n")
+    write_atomic(path, content)
     for seed in range(config.seeds):
         sft = root / f"seed-{seed}" / "sft"
         launch({sft: ["-m", "nanopref.sft", "--seed", str(seed)]}, 1)

@@ -44,7 +44,7 @@ def rated(*ratings) -> list[Group]:
 def test_ratings_have_mean_0_and_deviation_1_over_the_training_groups_alone(ratings, a, b):
     every = np.array([score for scores in ratings for score in scores])
     assume(every.std() > 1e-3 * max(1, abs(every).max()))
-    training, held_out = standardised(rated(*ratings), rated((a, b)))
+    training, held_out = standardised("f", rated(*ratings), rated((a, b)))
     found = np.array([score for group in training for score in group.scores])
     assert found.mean() == pytest.approx(0, abs=1e-6) and found.std() == pytest.approx(1)
     expected = tuple((x - every.mean()) / every.std() for x in (a, b))  # by the numbers of training
@@ -56,11 +56,12 @@ def test_ratings_have_mean_0_and_deviation_1_over_the_training_groups_alone(rati
 @pytest.mark.parametrize("ratings", [(4.0, 4.0), (0.0, 0.0), (0.1, 0.1, 0.1), (-1e9 / 3,) * 7], ids=str)
 def test_ratings_that_are_all_equal_are_refused(ratings):
     """Whatever rounding makes of their deviation; those held out help nobody."""
-    assert "all ratings are equal" in message_of(standardised, rated(ratings), rated((5.0, 4.0)))
+    message = message_of(standardised, "f.jsonl", rated(ratings), rated((5.0, 4.0)))
+    assert message.startswith("f.jsonl: all ratings are equal")
 
 
 def test_ratings_that_lie_close_far_from_0_are_told_apart():
-    training, held_out = standardised(rated((1e6 + 1, 1e6 - 1)), rated((1e6 + 2, 1e6)))
+    training, held_out = standardised("f", rated((1e6 + 1, 1e6 - 1)), rated((1e6 + 2, 1e6)))
     assert training[0].scores == (1.0, -1.0) and held_out[0].scores == (2.0, 0.0)
     assert all(type(score) is float for group in training + held_out for score in group.scores)
 

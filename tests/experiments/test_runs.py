@@ -111,7 +111,9 @@ def test_an_experiment_goes_on_with_the_same_flags_alone(tmp_path, monkeypatch):
     assert len(start(seeds=3, jobs=7)["dpo"]) == 3 and len(start()["dpo"]) == 1
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.json*")}
     for other in ({"prompts": 64}, {"noise": 0.0}, {"annotators": 1}, {"share": 0.3}):
-        assert "holds runs with other flags; choose another, or remove it" in message_of(partial(start, **other))
+        assert "holds runs of another experiment, or with other flags; choose another, or remove it" in message_of(
+            partial(start, **other)
+        )
     assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.json*")}
     assert "must be odd" in message_of(partial(start, annotators=2, out=str(tmp_path / "new")))
     assert not (tmp_path / "new").exists()
