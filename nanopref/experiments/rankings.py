@@ -17,10 +17,11 @@ from nanopref.running import flags
 class Config(ExperimentFlags):
     """Train on rankings of four, and on pairs drawn from them.
 
-    Example: python -m nanopref.experiments.rankings --prompts 1280
+    Example: python -m nanopref.experiments.rankings --prompts 2560
     """
 
     out: str = "out/rankings"
+    prompts: int = 1280
 
 
 def all_pairs(rows: list[dict], rng: Random) -> list[dict]:

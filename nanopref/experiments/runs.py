@@ -139,11 +139,19 @@ def conclude(
     table, root = "".join(f"| {' | '.join(line)} |\n" for line in lines), Path(config.out)
 
     def over_kl(axis) -> None:
-        for name, runs in found.items():
-            x, y = ([run[figure] for run in runs] for figure in ("kl", "gain"))
-            axis.scatter(x, y, s=14)
-            axis.annotate(name, (np.mean(x), np.mean(y)), fontsize=8)
-        axis.set(title="what it gains, what it costs", xlabel="KL, nats", ylabel="gain in true reward, std")
+        """Runs as points, and in a column beside them the names of their means, in order."""
+        means = {name: np.mean([(run["gain"], run["kl"]) for run in runs], axis=0) for name, runs in found.items()}
+        names, side = sorted(means, key=lambda name: means[name][0]), 1.5 * max(0.01, *(kl for _, kl in means.values()))
+        for name, place in zip(names, np.linspace(means[names[0]][0], means[names[-1]][0], len(names)), strict=True):
+            gain, kl = means[name]
+            kl = max(kl, 0.01)  # an estimate may fall below 0
+            axis.scatter(*([run[figure] for run in found[name]] for figure in ("kl", "gain")), s=10)
+            line = {"arrowstyle": "-", "linewidth": 0.3}
+            axis.annotate(name, (kl, gain), (side, place), fontsize=7, verticalalignment="center", arrowprops=line)
+        axis.set(
+            title="what it gains, what it costs", xlabel="KL, nats", ylabel="gain in true reward, std", xscale="log"
+        )
+        axis.set_xlim(right=4 * side)
 
     report.plot([over_kl, *panels], root / "plot.png")
     write_atomic(root / "results.json", json.dumps(found, indent=2) + "\n")
