@@ -1,7 +1,7 @@
 """Labels that are wrong: does robust DPO hold where DPO does not? `python -m nanopref.experiments.flips`
 
 A share ε of the pairs is turned round. Chowdhury et al. 2024 correct the loss for a known ε, so that on average it is
-that of the labels as they were; conservative DPO (Mitchell 2023) only asks for less certainty.
+that of the labels as they were.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from nanopref.running.flags import flag
 
 @dataclass
 class Config(ExperimentFlags):
-    """Turn a share of the pairs round, and train DPO and its two kinds that know of it.
+    """Turn a share of the pairs round, and train DPO and robust DPO, which knows of it.
 
     Example: python -m nanopref.experiments.flips --share 0.3
     """
@@ -38,8 +38,10 @@ def flipped(rows: list[dict], rng: Random, share: float) -> list[dict]:
 def main(config: Config) -> None:
     flags.check(config)
     known, change = ["--label-smoothing", str(config.share)], partial(flipped, share=config.share)
-    flags_of = {"dpo": [], "cdpo": known, "robust": known}
-    variants = {name: Variant(["--loss", name, *more], change=change) for name, more in flags_of.items()}
+    variants = {
+        "dpo": Variant(["--loss", "dpo"], change=change),
+        "robust": Variant(["--loss", "robust", *known], change=change),
+    }
     runs.conclude(config, runs.results(config, variants))
 
 
