@@ -100,7 +100,8 @@ def collect(
         if all(text.strip() for text in group.responses) and len(set(group.responses)) == len(group.responses)
     ]
     asked = len(prompts) * (answers if feedback == "labels" else 1)
-    require(len(kept) >= 20, f"only {len(kept)} of {asked} {feedback} can be used: raise --max-new-tokens")
+    hint = "start again with --overwrite and a higher --max-new-tokens"
+    require(len(kept) >= 20, f"only {len(kept)} of {asked} {feedback} can be used: {hint}")
     return kept
 
 
