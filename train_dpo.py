@@ -158,7 +158,7 @@ def reference_point(policy: GPT, strangers: Part, groups: Sequence[int], config:
     total = torch.zeros((), device=policy.device)
     if not len(strangers.rows):
         return total
-    for piece in micro_batches(groups, strangers.rows.lengths(), config.micro_batch, share=True):
+    for piece in micro_batches(groups, strangers.rows.row_lengths, config.micro_batch, share=True):
         _, _, values, baseline = response_values(policy, strangers, piece, config)
         total += (values - baseline).sum()
     return (parallel.sum_processes(total) / len(groups)).clamp(min=0)

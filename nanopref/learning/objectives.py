@@ -111,9 +111,8 @@ def _gain(values: Tensor, baseline: Tensor, said: Tensor, knobs: Knobs) -> tuple
 
 
 REWARD = ("beta", "logprobs", "reference")  # flags that say what an implicit reward is
-OF_PAIRS = (*REWARD, "likelihood", "margin", "label_smoothing")
-OF_LABELS = (*REWARD, "good_weight", "bad_weight")
-OF_RATINGS = (*REWARD, "likelihood", "rating_temperature")
+COMPARED = (*REWARD, "likelihood")  # those of losses that know a better answer
+LABELLED = (*REWARD, "good_weight", "bad_weight")
 
 
 class Loss(NamedTuple):
@@ -125,16 +124,18 @@ class Loss(NamedTuple):
     reference_point: bool = False  # whether rewards are counted from KTO's z₀
 
 
-LOSSES = {
-    name: Loss(partial(margin_losses, loss=name), ("pairs",), OF_PAIRS if name in SMOOTHED else OF_PAIRS[:-1])
-    for name in MARGIN_LOSSES
-} | {
-    "plackett-luce": Loss(plackett_luce, ("rankings", "pairs"), OF_PAIRS[:-2]),
-    "infonca": Loss(infonca, ("ratings", "pairs"), OF_RATINGS),
-    "nca": Loss(nca, ("ratings", "pairs"), OF_RATINGS),
-    "regression": Loss(regression, ("ratings",), OF_RATINGS[:-1]),
-    "kto": Loss(kto, ("labels", "pairs"), OF_LABELS, reference_point=True),
-    "binary": Loss(binary, ("labels", "pairs"), OF_LABELS),
+def _of_margin(name: str) -> Loss:
+    smoothing = ("label_smoothing",) if name in SMOOTHED else ()
+    return Loss(partial(margin_losses, loss=name), ("pairs",), (*COMPARED, "margin", *smoothing))
+
+
+LOSSES = {name: _of_margin(name) for name in MARGIN_LOSSES} | {
+    "plackett-luce": Loss(plackett_luce, ("rankings", "pairs"), COMPARED),
+    "infonca": Loss(infonca, ("ratings", "pairs"), (*COMPARED, "rating_temperature")),
+    "nca": Loss(nca, ("ratings", "pairs"), (*COMPARED, "rating_temperature")),
+    "regression": Loss(regression, ("ratings",), COMPARED),
+    "kto": Loss(kto, ("labels", "pairs"), LABELLED, reference_point=True),
+    "binary": Loss(binary, ("labels", "pairs"), LABELLED),
     "nothing": Loss(nothing, ("pairs", "rankings", "ratings"), ("likelihood",)),
 }
 
@@ -229,7 +230,7 @@ def resolve(config: Any, objective: Objective) -> Any:
     Raises UserError for flags that the objective has no use for.
     """
     loss, row = LOSSES[objective.loss], objective._asdict()
-    for name in (*OF_PAIRS, *OF_LABELS, *OF_RATINGS):
+    for name in dict.fromkeys(name for other in LOSSES.values() for name in other.flags):
         fits = not getattr(config, name, None) or name in loss.flags
         require(fits, f"--loss {config.loss} has no use for --{name.replace('_', '-')}")
     require(not config.judged or not config.data, "--judged belongs to the built-in task: give it or --data")
