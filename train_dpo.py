@@ -116,11 +116,10 @@ def train(config: Config) -> None:
                 losses, sums = preference_losses(policy, data, z0, piece, config, knobs)
                 (losses.sum() / len(batch)).backward()  # a mean over the batch of all pieces and processes
                 totals += sums
-            loss, accuracy, best, worst = objectives.averages(totals, len(batch))
-            (norm,) = run.update(loss, config.grad_clip, list(policy.parameters()))
+            metrics = objectives.averages(totals, len(batch))
+            (norm,) = run.update(metrics["loss"], config.grad_clip, list(policy.parameters()))
 
-            metrics = {"loss": loss, "accuracy": accuracy, "margin": best - worst, "chosen_reward": best}
-            metrics |= {"rejected_reward": worst, "grad_norm": norm, "lr": lr}
+            metrics |= {"grad_norm": norm, "lr": lr}
             tokens = int(data.rows.row_lengths[data.rows.rows(batch)].sum())
             metrics["tokens_per_second"] = tokens / (time.monotonic() - began)
             if (step + 1) % config.eval_every == 0 or step + 1 == steps:
@@ -179,8 +178,8 @@ def held_out_metrics(policy: GPT, part: Part, z0: Tensor, n: int, config: Config
     totals = torch.zeros(6, device=policy.device)
     for piece in micro_batches(range(n), part.rows.lengths(), config.micro_batch, share=True):
         totals += preference_losses(policy, part, z0, piece, config, knobs)[1]
-    loss, accuracy, best, worst = objectives.averages(totals, n)
-    return {"held_out_loss": loss, "held_out_accuracy": accuracy, "held_out_margin": best - worst}
+    found = objectives.averages(totals, n)
+    return {f"held_out_{name}": found[name] for name in ("loss", "accuracy", "margin") if name in found}
 
 
 def report(
@@ -196,7 +195,8 @@ def report(
             true=not config.data, score=score,
         )  # fmt: skip
     last = run.metrics()[-1]
-    result |= {"held_out": {name: last[f"held_out_{name}"] for name in ("loss", "accuracy", "margin")}, "data": notes}
+    held_out = {k.removeprefix("held_out_"): v for k, v in last.items() if k.startswith("held_out_")}
+    result |= {"held_out": held_out, "data": notes}
     if best := best_possible(config, held_out_groups):
         result["held_out"]["best_accuracy"] = best
     conclude(run, result, answers, DPO_CURVES)

@@ -103,10 +103,11 @@ def train(config: Config) -> None:
                 losses = by_head(scores, config.margin * margins, there, said, config.loss, knobs) * counts[piece]
                 (losses.mean(1).sum() / len(batch)).backward()  # a mean over the batch of all pieces and processes
                 totals += objectives.figures(losses.mean(1), scores.mean(2), there, said)
-            loss, accuracy, best, worst = objectives.averages(totals, len(batch))
-            (norm,) = run.update(loss, config.grad_clip, list(model.parameters()))
+            found = objectives.averages(totals, len(batch))
+            (norm,) = run.update(found["loss"], config.grad_clip, list(model.parameters()))
 
-            metrics = {"loss": loss, "accuracy": accuracy, "score_gap": best - worst, "grad_norm": norm, "lr": lr}
+            names = {"loss": "loss", "accuracy": "accuracy", "margin": "score_gap"}
+            metrics = {name: found[k] for k, name in names.items() if k in found} | {"grad_norm": norm, "lr": lr}
             if (step + 1) % config.eval_every == 0 or step + 1 == steps:
                 n = len(held_out) if step + 1 == steps else 256  # on the way a part is enough
                 metrics |= held_out_metrics(model, held_out, n, config, knobs)
@@ -152,8 +153,8 @@ def held_out_metrics(model: ScalarModel, data: Encoded, n: int, config: Config, 
         score = scores.mean(2)
         losses = by_head(score[..., None], 0 * margins, there, said, config.loss, knobs)[:, 0]
         totals += objectives.figures(losses, score, there, said)
-    loss, accuracy, _, _ = objectives.averages(totals, len(groups))
-    return {"held_out_loss": loss, "held_out_accuracy": accuracy}
+    found = objectives.averages(totals, len(groups))
+    return {f"held_out_{name}": found[name] for name in ("loss", "accuracy")}
 
 
 def ensure_reward_model(run: Run) -> str:

@@ -287,8 +287,11 @@ def figures(losses: Tensor, rewards: Tensor, there: Tensor, said: Tensor) -> Ten
     return torch.stack([x.sum() for x in (losses, right, rewards[:, 0] * best, last * worst, best, worst)])
 
 
-def averages(sums: Tensor, groups: int) -> tuple[float, float, float, float]:
-    """Loss, accuracy, best and worst reward of a batch of so many groups, from the `figures` of all its pieces and
-    processes. Without an answer that is good, or bad, its reward is 0."""
+def averages(sums: Tensor, groups: int) -> dict[str, float]:
+    """Of a batch of so many groups, from the `figures` of all its pieces and processes: loss, accuracy, the rewards of
+    the chosen and of the rejected answers, and their margin; without those of which a batch of labels holds none."""
     loss, right, best, worst, n_best, n_worst = parallel.sum_processes(sums).tolist()
-    return loss / groups, right / groups, best / max(1, n_best), worst / max(1, n_worst)
+    found = {"loss": loss / groups, "accuracy": right / groups}
+    found |= {"chosen_reward": best / n_best} if n_best else {}
+    found |= {"rejected_reward": worst / n_worst} if n_worst else {}
+    return found | ({"margin": best / n_best - worst / n_worst} if n_best and n_worst else {})

@@ -329,12 +329,19 @@ def test_figures_are_sums_over_groups(groups, expected):
 
 
 def test_averages_are_over_all_processes(monkeypatch):
-    """Loss and accuracy of groups, rewards of the answers that are best or worst; 0 where there are none."""
-    assert objectives.averages(torch.tensor([6.0, 3.0, 8.0, -9.0, 4.0, 2.0]), 4) == (1.5, 0.75, 2.0, -4.5)
-    assert objectives.averages(torch.tensor([6.0, 3.0, 0.0, -9.0, 0.0, 3.0]), 3) == (2.0, 1.0, 0.0, -3.0)
-    assert objectives.averages(torch.tensor([6.0, 3.0, 9.0, 0.0, 3.0, 0.0]), 3) == (2.0, 1.0, 3.0, 0.0)
+    """Loss and accuracy of groups, rewards of the answers that are best or worst; no reward where there are none."""
+
+    def averages(sums: list[float], groups: int) -> list[float]:
+        return list(objectives.averages(torch.tensor(sums), groups).items())
+
+    names = "loss", "accuracy", "chosen_reward", "rejected_reward", "margin"
+    every = list(zip(names, (1.5, 0.75, 2.0, -4.5, 6.5), strict=True))
+    assert averages([6.0, 3.0, 8.0, -9.0, 4.0, 2.0], 4) == every
+    assert averages([6.0, 3.0, 0.0, -9.0, 0.0, 3.0], 3) == [("loss", 2.0), ("accuracy", 1.0), ("rejected_reward", -3.0)]
+    assert averages([6.0, 3.0, 9.0, 0.0, 3.0, 0.0], 3) == [("loss", 2.0), ("accuracy", 1.0), ("chosen_reward", 3.0)]
     monkeypatch.setattr(parallel, "sum_processes", lambda x: x + torch.tensor([6.0, 1.0, 4.0, 1.0, 4.0, 2.0]))
-    assert objectives.averages(torch.tensor([6.0, 3.0, 8.0, -9.0, 4.0, 2.0]), 8) == (1.5, 0.5, 1.5, -2.0)
+    every = list(zip(names, (1.5, 0.5, 1.5, -2.0, 3.5), strict=True))
+    assert averages([6.0, 3.0, 8.0, -9.0, 4.0, 2.0], 8) == every
 
 
 @given(st.floats(-40, -1e-3), st.integers(1, 9))
