@@ -27,7 +27,7 @@ from nanopref.evaluation.compare import compare, new_prompts
 from nanopref.evaluation.report import PPO_CURVES, conclude
 from nanopref.feedback import rewards
 from nanopref.feedback.collect import training_prompts
-from nanopref.generate import Answer, pack, respond, room_for_prompt
+from nanopref.models.sampling import Answer, pack, respond, room_for_prompt
 from nanopref.learning import advantages as estimate
 from nanopref.learning.objectives import SCORES, kinds
 from nanopref.models.actor_critic import Learner, new_critic

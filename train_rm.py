@@ -18,7 +18,7 @@ from nanopref.data.groups import Encoded, grouped, micro_batches, prepare
 from nanopref.evaluation.reward_model import conclude
 from nanopref.feedback import rewards
 from nanopref.feedback.collect import ensure_feedback
-from nanopref.generate import pack, respond
+from nanopref.models.sampling import pack, respond
 from nanopref.learning import objectives
 from nanopref.learning.objectives import LOSSES, SCORES, Knobs
 from nanopref.models.inference import response_scores

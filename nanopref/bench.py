@@ -2,7 +2,7 @@
 
     step        train_dpo.py, started as its users start it, and TRL's DPOTrainer
     parts       what the parts of that step cost, and what compiling them or sharing the prompt could save
-    rollouts    nanopref.generate and transformers' generate, and the time that reading the memory alone would take
+    rollouts    sampling here and transformers' generate, and the time that reading the memory alone would take
 
 Weights and text are random, so nothing is downloaded. Results go to <out>/<card or cpu>-<measurement>.json, every
 figure with its unit in its name. Times are medians of steps or repeats, after some that do not count.
@@ -40,8 +40,8 @@ from nanopref.data.formats import read
 from nanopref.data.groups import Encoded, Group, encode, split, write_groups
 from nanopref.data.tokenizer import Tokenizer
 from nanopref.evaluation.report import table
-from nanopref.generate import generate
 from nanopref.models.gpt2 import GPT, PRESETS, GPTConfig, preset
+from nanopref.models.sampling import generate
 from nanopref.running import flags, optim, parallel
 from nanopref.running.flags import flag, require
 from nanopref.running.folder import version, write_atomic

@@ -15,9 +15,9 @@ from nanopref.data.formats import read_to_imitate
 from nanopref.data.groups import Encoded, Group, encode, micro_batches, split
 from nanopref.data.tokenizer import Tokenizer
 from nanopref.evaluation import report
-from nanopref.generate import respond
 from nanopref.models.gpt2 import GPT, PRESETS, preset
 from nanopref.models.inference import evaluating
+from nanopref.models.sampling import respond
 from nanopref.running import flags, optim, parallel
 from nanopref.running.flags import LearningFlags, RunFlags, flag, require
 from nanopref.running.folder import Run

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import train_rm
 from nanopref import models
 from nanopref.evaluation.metrics import rank_correlation
-from nanopref.generate import respond
+from nanopref.models.sampling import respond
 from nanopref.models.scalar import ScalarModel
 from nanopref.running import parallel
 from nanopref.running.optim import batches

@@ -17,9 +17,9 @@ from nanopref.data.groups import encode_prompt
 from nanopref.data.tokenizer import Tokenizer
 from nanopref.evaluation.metrics import win_rate
 from nanopref.feedback.rewards import Reward, true_reward
-from nanopref.generate import pack, respond
 from nanopref.models.gpt2 import GPT
 from nanopref.models.inference import response_logprobs
+from nanopref.models.sampling import pack, respond
 
 
 def new_prompts(file: str, n: int, seed: int) -> list[str]:

@@ -14,8 +14,8 @@ from nanopref.data.groups import Group, write_groups
 from nanopref.data.tokenizer import Tokenizer
 from nanopref.feedback import voting
 from nanopref.feedback.rewards import Reward, as_answers, true_rewards
-from nanopref.generate import respond
 from nanopref.models.gpt2 import GPT
+from nanopref.models.sampling import respond
 from nanopref.running.flags import require
 from nanopref.running.folder import Run, write_atomic
 from nanopref.running.parallel import barrier, rank

@@ -13,9 +13,9 @@ from nanopref import models
 from nanopref.data import reviews
 from nanopref.data.groups import Encoded, Group, encode
 from nanopref.data.tokenizer import Tokenizer
-from nanopref.generate import Answer, pack
 from nanopref.models.gpt2 import GPT
 from nanopref.models.inference import response_scores
+from nanopref.models.sampling import Answer, pack
 from nanopref.models.scalar import ScalarModel
 from nanopref.running.flags import require
 

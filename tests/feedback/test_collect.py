@@ -20,9 +20,9 @@ from nanopref.feedback import collect as collecting
 from nanopref.feedback import rewards
 from nanopref.feedback.collect import FEEDBACK, best_possible, collect, training_prompts
 from nanopref.feedback.voting import best_accuracy
-from nanopref.generate import Answer, pack
 from nanopref.learning.objectives import OBJECTIVES, kinds
 from nanopref.models.inference import response_scores
+from nanopref.models.sampling import Answer, pack
 from nanopref.models.scalar import ScalarModel
 from nanopref.running.flags import UserError
 

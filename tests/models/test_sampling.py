@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from small_models import scripted
 
 import kernels
-import nanopref.generate
 from nanopref.data.tokenizer import Tokenizer
-from nanopref.generate import (
+from nanopref.models import sampling
+from nanopref.models.actor_critic import Learner
+from nanopref.models.gpt2 import GPT, GPTConfig, preset
+from nanopref.models.sampling import (
     check_sampling,
     draw,
     generate,
@@ -26,8 +28,6 @@ from nanopref.generate import (
     room_for_prompt,
     token_distribution,
 )
-from nanopref.models.actor_critic import Learner
-from nanopref.models.gpt2 import GPT, GPTConfig, preset
 from nanopref.running import parallel
 from nanopref.running.flags import UserError
 
@@ -302,7 +302,7 @@ def test_the_static_path_draws_the_same(data):
     setting = {"end_of_text": data.draw(st.integers(0, 40)), "temperature": data.draw(st.sampled_from([0, 0.7, 1.0]))}
     new, seed = data.draw(st.integers(1, 20)), data.draw(st.integers(0, 99))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nanopref.generate, "CHUNK", data.draw(st.integers(1, 8)))
+        patch.setattr(sampling, "CHUNK", data.draw(st.integers(1, 8)))
         static, dynamic = (
             generate(model, prompts, new, static=flag, generator=torch.Generator().manual_seed(seed), **setting)
             for flag in (True, False)
@@ -324,7 +324,7 @@ def test_the_recorded_step_draws_what_the_ordinary_one_does(bfloat16, monkeypatc
             return generate(model, prompts, 150, end_of_text=7, generator=torch.Generator("cuda").manual_seed(0))
 
     recorded = sample()
-    monkeypatch.setattr(nanopref.generate, "record", lambda step: step)
+    monkeypatch.setattr(sampling, "record", lambda step: step)
     assert recorded == sample()
 
 
