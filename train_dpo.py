@@ -29,14 +29,14 @@ from nanopref.models.gpt2 import GPT
 from nanopref.models.inference import reference_logprobs
 from nanopref.running import flags, optim, parallel
 from nanopref.running.flags import (
-    FeedbackFlags, LearningFlags, ObjectiveFlags, RunFlags, SamplingFlags, StartFlags, flag, require,
+    FeedbackFlags, LearningFlags, ObjectiveFlags, RewardFlags, RunFlags, SamplingFlags, StartFlags, flag, require,
 )  # fmt: skip
 from nanopref.running.folder import Run
 from nanopref.sft import ensure_sft
 
 
 @dataclass
-class Config(SamplingFlags, LearningFlags, ObjectiveFlags, FeedbackFlags, StartFlags, RunFlags):
+class Config(SamplingFlags, LearningFlags, ObjectiveFlags, FeedbackFlags, RewardFlags, StartFlags, RunFlags):
     """Train a GPT on preferences with DPO and its kin: on the built-in film reviews, or on a file.
 
     Example: python train_dpo.py --data pairs.jsonl --init gpt2 --out out/mine
@@ -48,8 +48,9 @@ class Config(SamplingFlags, LearningFlags, ObjectiveFlags, FeedbackFlags, StartF
     logprobs: str | None = flag(None, "rewards by their sum, mean or odds (by --loss)", among=tuple(LOGPROBS))
     reference: str | None = flag(None, "whether π_ref is taken off (by --loss)", among=("model", "none"))
     likelihood: float | None = flag(None, "weight of the chosen answer's loss, nats a token (by --loss)", least=0)
-    reward: str = flag("", "a reward model (of train_rm.py) judges the answers instead of people")
-    epochs: int = flag(1, "passes over the data", least=1)
+    rounds: int = flag(1, "of answering, judging and learning, which share the --prompts: online DPO", least=1)
+    fresh_reference: bool = flag(False, "hold each round to the policy that it began with, not to the run's first")
+    epochs: int = flag(1, "passes over the data, in each round", least=1)
     batch_size: int = 32
     lr: float | None = flag(None, "peak learning rate", above=0, task=1e-3, file=2e-4, pretrained=5e-6)
     eval_every: int = 40
@@ -64,44 +65,59 @@ def train(config: Config) -> None:
     # What can be wrong is found before anything is written.
     flags.check(config)
     device = parallel.start(config.device, config.seed)
-    config.init = config.init or rewards.made_from(config.reward)
+    config.init = config.init or rewards.made_from(config.reward or ())
     policy, tokenizer, origin = models.load_init(config.init)
     config = objectives.resolve(flags.resolve(config, origin), OBJECTIVES[config.loss])
-    flags.require_odd(config.annotators)
+    flags.check_people(config)
     run, kinds = Run(config), objectives.kinds(OBJECTIVES)
     if file := config.judged or ("" if config.reward else config.data):
         groups, held_out_groups, notes = read_feedback(file, kinds, config.loss)  # SFT holds out the same
     prompts = new_prompts(config.data, config.eval_prompts, config.seed)
-    reward, reward_model = rewards.true_reward, None
-    if config.reward:
-        models.find(config.reward)  # so that a missing folder is called that
-        require(policy is not None, "--reward: name the policy that it was trained for with --init")
-        reward_model = rewards.load_model(config.reward, policy.to(device), tokenizer)
-        reward = rewards.model_reward(reward_model, batch_size=4 * config.micro_batch)
+    require(not file or config.rounds == 1, "--rounds asks who judges anew, and here a file is read")
+    require(config.prompts >= 20 * config.rounds, f"--prompts: at least 20 for each of the {config.rounds} --rounds")
+    judge, chooser = rewards.who(config, policy and policy.to(device), tokenizer)
     run.begin()
 
     # 1. π_SFT: where the policy starts, and the reference that it is held to.
+    start = config.init or ensure_sft(run)
     if policy is None:
-        policy, tokenizer = models.load(ensure_sft(run))
-    policy.to(device)
+        policy, tokenizer = models.load(start)
+        judge, chooser = rewards.who(config, policy.to(device), tokenizer)
 
-    # 2. Groups: some responses of π_SFT to each prompt, and what is said of them; as pairs y_w ≻ y_l.
-    if not file:
-        groups, held_out_groups, notes = ensure_feedback(run, policy, tokenizer, reward, kinds)
-    rows = prepare("DPO", groups, held_out_groups, notes, tokenizer, policy.config.block_size)
-    loss, knobs = LOSSES[OBJECTIVES[config.loss].loss], objectives.knobs(config, groups)
-    for known in (groups, held_out_groups):  # for KTO each prompt also meets the answer to another
-        rows += encode(unrelated(known) if loss.reference_point else [], tokenizer, policy.config.block_size)[:1]
+    for round in run.rounds(config.rounds):
+        # 2. Groups: some responses of the policy to each prompt, and what is said of them; as pairs y_w ≻ y_l.
+        if not file:
+            asked = ensure_feedback(run, policy, tokenizer, judge, chooser, kinds, round, config.rounds)
+            groups, held_out_groups, notes = asked
+        rows = prepare("DPO", groups, held_out_groups, notes, tokenizer, policy.config.block_size)
+        for known in (groups, held_out_groups):  # for KTO each prompt also meets the answer to another
+            met = unrelated(known) if LOSSES[OBJECTIVES[config.loss].loss].reference_point else []
+            rows += encode(met, tokenizer, policy.config.block_size)[:1]
 
-    # 3. What is taken off the value of each row, log π_ref, once. After this no reference model is held.
-    with run.stage("reference"):
-        model, path = policy if config.reference == "model" else None, run.folder / "reference.safetensors"
-        logprobs = reference_logprobs(path, model, *rows, batch_size=4 * config.micro_batch)
-    values = [LOGPROBS[config.logprobs](y, x.response_lengths) for x, y in zip(rows, logprobs, strict=True)]
-    baselines = [(y if model else torch.zeros_like(y)).to(device) for y in values]
-    data, held_out, strangers, held_out_strangers = map(Part, rows, baselines)
+        # 3. What is taken off the value of each row, log π_ref, once. After this no reference model is held.
+        with run.stage("reference"):
+            reference = policy if config.fresh_reference or round == 0 else models.load(start)[0].to(device)
+            reference = reference if config.reference == "model" else None
+            path, size = run.path("reference.safetensors"), 4 * config.micro_batch
+            logprobs = reference_logprobs(path, reference, *rows, batch_size=size)
+        values = [LOGPROBS[config.logprobs](y, x.response_lengths) for x, y in zip(rows, logprobs, strict=True)]
+        baselines = [(y if reference else torch.zeros_like(y)).to(device) for y in values]
+        del reference
 
-    # 4. Descend the objective, as DPO's -log σ(β log π_θ(y_w|x)/π_ref(y_w|x) - β log π_θ(y_l|x)/π_ref(y_l|x)).
+        # 4. Fit them.
+        fit(run, policy, *map(Part, rows, baselines), objectives.knobs(config, groups))
+
+    # 5. What came of it.
+    if parallel.rank() == 0:
+        models.save(policy, tokenizer, run.folder / "model")
+        report(run, policy, tokenizer, prompts, held_out_groups, dict(notes), judge if config.reward else None)
+
+
+def fit(
+    run: Run, policy: GPT, data: Part, held_out: Part, strangers: Part, held_out_strangers: Part, knobs: Knobs
+) -> None:
+    """Descend the objective, as DPO's -log σ(β log π_θ(y_w|x)/π_ref(y_w|x) - β log π_θ(y_l|x)/π_ref(y_l|x))."""
+    config, device = run.config, policy.device
     optimizer = optim.OPTIMIZERS[config.optimizer](policy, config.lr, config.weight_decay, betas=(0.9, 0.99))
     n, lengths = len(data.rows), data.rows.lengths()
     size = optim.batch_size(config.batch_size, n)
@@ -111,7 +127,7 @@ def train(config: Config) -> None:
             began = time.monotonic()
             lr = optim.set_lr(optimizer, step, steps, config.warmup)
             z0 = reference_point(policy, strangers, batch, config)  # KTO's, of the whole batch; for others 0
-            totals = torch.zeros(6, device=device)
+            totals = torch.zeros(7, device=device)
             for piece in micro_batches(batch, lengths, config.micro_batch, share=True):
                 losses, sums = preference_losses(policy, data, z0, piece, config, knobs)
                 (losses.sum() / len(batch)).backward()  # a mean over the batch of all pieces and processes
@@ -127,11 +143,6 @@ def train(config: Config) -> None:
                 z0 = reference_point(policy, held_out_strangers, range(looked_at), config)
                 metrics |= held_out_metrics(policy, held_out, z0, looked_at, config, knobs)
             run.log(metrics)
-
-    # 5. What came of it.
-    if parallel.rank() == 0:
-        models.save(policy, tokenizer, run.folder / "model")
-        report(run, policy, tokenizer, prompts, held_out_groups, dict(notes), reward if reward_model else None)
 
 
 def preference_losses(
@@ -175,7 +186,7 @@ def response_values(policy: GPT, part: Part, groups: list[int], config: Config) 
 @torch.no_grad()
 def held_out_metrics(policy: GPT, part: Part, z0: Tensor, n: int, config: Config, knobs: Knobs) -> dict[str, float]:
     """Loss, accuracy and margin of the implicit rewards on the first n groups; each process takes its share."""
-    totals = torch.zeros(6, device=policy.device)
+    totals = torch.zeros(7, device=policy.device)
     for piece in micro_batches(range(n), part.rows.lengths(), config.micro_batch, share=True):
         totals += preference_losses(policy, part, z0, piece, config, knobs)[1]
     found = objectives.averages(totals, n)
@@ -183,7 +194,7 @@ def held_out_metrics(policy: GPT, part: Part, z0: Tensor, n: int, config: Config
 
 
 def report(
-    run: Run, policy: GPT, tokenizer, prompts, held_out_groups, notes: dict, score: rewards.Reward | None
+    run: Run, policy: GPT, tokenizer, prompts, held_out_groups, notes: dict, score: rewards.Rewards | None
 ) -> None:
     """Let policy and reference answer the same new prompts; write report.json and report.png, print the table."""
     config = run.config
@@ -196,7 +207,7 @@ def report(
         )  # fmt: skip
     last = run.metrics()[-1]
     held_out = {k.removeprefix("held_out_"): v for k, v in last.items() if k.startswith("held_out_")}
-    result |= {"held_out": held_out, "data": notes}
+    result |= {"held_out": held_out, "data": notes, "rounds": run.notes("rounds.jsonl")}
     if best := best_possible(config, held_out_groups):
         result["held_out"]["best_accuracy"] = best
     conclude(run, result, answers, DPO_CURVES)

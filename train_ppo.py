@@ -11,7 +11,6 @@ import copy
 import time
 from collections import Counter
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -33,25 +32,29 @@ from nanopref.learning.objectives import SCORES, kinds
 from nanopref.models.actor_critic import Learner, new_critic
 from nanopref.models.gpt2 import GPT
 from nanopref.running import flags, parallel
-from nanopref.running.flags import FeedbackFlags, RunFlags, SamplingFlags, StartFlags, StepFlags, flag, require
+from nanopref.running.flags import (
+    FeedbackFlags,
+    RewardFlags,
+    RunFlags,
+    SamplingFlags,
+    StartFlags,
+    StepFlags,
+    flag,
+    require,
+)
 from nanopref.running.folder import Run
 from nanopref.running.parallel import say
 from train_rm import ensure_reward_model
 
 
 @dataclass
-class Config(SamplingFlags, StepFlags, FeedbackFlags, StartFlags, RunFlags):
+class Config(SamplingFlags, StepFlags, FeedbackFlags, RewardFlags, StartFlags, RunFlags):
     """Train a GPT with PPO against a reward model: on the built-in film reviews, or on a file.
 
     Example: python train_ppo.py --reward out/rm --kl-target 6 --out out/mine
     """
 
     out: str = "out/ppo"
-    reward: tuple[str, ...] | None = flag(
-        None, "reward models, or `true` (the task's own); default: one is trained first"
-    )
-    reward_weights: tuple[float, ...] = flag((), "a weight for each --reward, whose scores are added; default: 1 each")
-    doubt: float = flag(0.0, "subtract this many times the spread of a reward model's heads from its score", least=0)
     missing_end: float = flag(1.0, "subtract this from the score of a response that does not end", least=0)
     advantage: str = flag("gae", "from a critic, or the other responses to the prompt", among=("gae", "rloo", "grpo"))
     group: int | None = flag(None, "responses to each prompt", least=1, gae=1, groups=4)
@@ -97,18 +100,14 @@ def train(config: Config) -> None:
     flags.check(config)
     device = parallel.start(config.device, config.seed)
     require(parallel.world_size() == 1, "train_ppo.py runs as one process: start it without torchrun")
-    names = config.reward or ()
-    config.init = config.init or next(filter(None, map(rewards.made_from, names)), "")
+    config.init = config.init or rewards.made_from(config.reward or ())
     policy, tokenizer, origin = models.load_init(config.init)
     config = resolve(config, origin)
     run = Run(config)
-    load = partial(rewards.load, weights=config.reward_weights, doubt=config.doubt, batch_size=4 * config.micro_batch)
-    if policy is not None:
-        reward, judges = load(names, policy=policy.to(device), tokenizer=tokenizer)
-    else:
-        folders = [models.find(name) for name in names if name != "true"]
-        require(not folders, "--reward: name the policy that it was trained for with --init")
-    if config.data and not names:
+    given, reward = config.reward, None
+    if given is not None:
+        reward = rewards.load(given, policy and policy.to(device), tokenizer, config)
+    elif config.data:
         hint = "give a --reward of train_rm.py --loss"  # or else it trains one on pairs
         read_feedback(config.data, kinds(SCORES), "bradley-terry", meet=True, hint=hint)
     asked = config.batch_size // config.group  # prompts a round
@@ -117,15 +116,14 @@ def train(config: Config) -> None:
     run.begin()
 
     # 1. π_SFT, where the policy starts and what it is held to; and who judges.
-    if policy is None or not names:
-        if policy is None:
-            policy, tokenizer = models.load(sft.ensure_sft(run))
-        names = names or (ensure_reward_model(run),)
-        reward, judges = load(names, policy=policy.to(device), tokenizer=tokenizer)
+    if policy is None:
+        policy, tokenizer = models.load(sft.ensure_sft(run))
+    if reward is None:
+        reward = rewards.load(given or (ensure_reward_model(run),), policy.to(device), tokenizer, config)
     reference = copy.deepcopy(policy).eval()
 
     # 2. What learns. No dropout: it would make π_θ another policy at each look (Huang et al. 2023).
-    critic = new_critic(config.critic, policy, judges) if config.advantage == "gae" else None
+    critic = new_critic(config.critic, policy, reward.models) if config.advantage == "gae" else None
     learner = Learner(policy, critic, config.beta).to(device).eval()
     shared = set(policy.parameters())
     parts = [list(policy.parameters()), [p for p in learner.parameters() if p not in shared]]
@@ -154,7 +152,8 @@ def train(config: Config) -> None:
 
             # 4. Rewards: r_t = -β (log π_θ - log π_ref)_t + [t = T] r(x, y) (Stiennon et al. 2020), less a penalty
             # where T is not the end (Huang et al. 2024, the EOS trick).
-            scores = reward(rollout.answers).to(device)
+            each = reward.each(rollout.answers)
+            scores = reward.total(each).to(device)
             unended = torch.tensor([not answer.ended for answer in rollout.answers], device=device)
             scored, beta = scores - config.missing_end * unended, learner.beta.float()
             token_rewards = estimate.token_rewards(scored, rollout.logprobs, rollout.ref_logprobs, mask, beta)
@@ -186,6 +185,7 @@ def train(config: Config) -> None:
                 "rollout_tokens_per_second": tokens / rollout.sampling_seconds,
                 "learning_tokens_per_second": metrics.pop("learned_tokens") / learning,
             }
+            metrics |= reward.means(each)
             if not config.data:
                 metrics["true_reward"] = rewards.true_reward(rollout.answers).mean().item()
             if config.kl_target:
@@ -198,7 +198,7 @@ def train(config: Config) -> None:
         result, answers = compare(
             policy, reference, tokenizer, held_out_prompts, max_new_tokens=config.max_new_tokens, seed=config.seed,
             sample_batch=config.sample_batch, batch_size=4 * config.micro_batch, true=not config.data, score=reward,
-            temperature=config.temperature,
+            temperature=config.temperature, asked=given is not None,
         )  # fmt: skip
     stop_if_collapsed(run, result["kl"], not any(answer["policy"] for answer in answers))
     models.save(policy, tokenizer, run.folder / "model")
@@ -284,17 +284,15 @@ def stop_if_collapsed(run: Run, kl: float, empty: bool) -> None:
 
 def resolve(config: Config, origin: str) -> Config:
     """The defaults that depend on other flags filled in, and flags that do not go together refused."""
-    names, weights, compares = config.reward or (), len(config.reward_weights), config.advantage != "gae"
+    own = any(rewards.parse(word)[0] == "implicit" for word in config.reward or ())
+    compares = config.advantage != "gae"
     early = config.value_warmup is None  # a default that leaves a round for the policy
     config = flags.resolve(config, "groups" if compares else "gae", origin)
     config.value_warmup = min(config.value_warmup, config.iterations - 1) if early else config.value_warmup
     config.critic_lr = config.critic_lr or config.lr
-    config.reward_weights = config.reward_weights or (1.0,) * max(1, len(names))
     for holds, message in (
-        (config.reward != (), "--reward: name at least one reward model, or leave the flag out"),
-        (weights in (0, len(names)), f"--reward-weights: {weights} weights for {len(names)} reward models"),
-        ("true" not in names or not config.data, "--reward true: only the built-in task knows its own"),
-        (not config.doubt or names, "--doubt needs a --reward with several heads (train_rm.py --heads)"),
+        (not own, "--reward implicit: of a policy that learns it would change; name a folder, as implicit:out/dpo"),
+        (not config.doubt or config.reward, "--doubt needs a --reward with several heads (train_rm.py --heads)"),
         (not compares or config.group > 1, f"--advantage {config.advantage} compares, so --group must be at least 2"),
         (config.batch_size % config.group == 0, f"--batch-size must be a multiple of --group {config.group}"),
         (config.value_warmup < config.iterations, "--value-warmup leaves none of the --iterations for the policy"),
@@ -302,7 +300,7 @@ def resolve(config: Config, origin: str) -> Config:
         (config.beta > 0 or not config.kl_target, "--kl-target multiplies --beta, which must not be 0 then"),
     ):
         require(holds, message)
-    flags.require_odd(config.annotators)
+    flags.check_people(config)
     return config
 
 

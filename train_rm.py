@@ -25,7 +25,7 @@ from nanopref.models.inference import response_scores
 from nanopref.models.scalar import ScalarModel
 from nanopref.running import flags, optim, parallel
 from nanopref.running.flags import (
-    FeedbackFlags, LearningFlags, ObjectiveFlags, RunFlags, SamplingFlags, StartFlags, flag,
+    FeedbackFlags, LearningFlags, ObjectiveFlags, RewardFlags, RunFlags, SamplingFlags, StartFlags, flag,
 )  # fmt: skip
 from nanopref.running.folder import Run
 from nanopref.running.parallel import say
@@ -33,7 +33,7 @@ from nanopref.sft import ensure_sft
 
 
 @dataclass
-class Config(SamplingFlags, LearningFlags, ObjectiveFlags, FeedbackFlags, StartFlags, RunFlags):
+class Config(SamplingFlags, LearningFlags, ObjectiveFlags, FeedbackFlags, RewardFlags, StartFlags, RunFlags):
     """Train a reward model on preferences: on the built-in film reviews, or on a file.
 
     Example: python train_rm.py --data pairs.jsonl --init out/sft --heads 4
@@ -59,22 +59,24 @@ def train(config: Config) -> None:
     # What can be wrong is found before anything is written.
     flags.check(config)
     device = parallel.start(config.device, config.seed)
+    config.init = config.init or rewards.made_from(config.reward or ())
     reference, tokenizer, origin = models.load_init(config.init)
     config = objectives.resolve(flags.resolve(config, origin), SCORES[config.loss])
-    flags.require_odd(config.annotators)
+    flags.check_people(config)
     run, kinds = Run(config), objectives.kinds(SCORES)
-    if file := config.judged or config.data:
+    if file := config.judged or ("" if config.reward else config.data):
         groups, held_out_groups, notes = read_feedback(file, kinds, config.loss, meet=True)
+    judge, chooser = rewards.who(config, reference and reference.to(device), tokenizer)
     run.begin()
 
     # 1. π_SFT, where the reward model starts and whose responses it is to judge.
     if reference is None:
         reference, tokenizer = models.load(ensure_sft(run))
-    reference.to(device)
+        judge, chooser = rewards.who(config, reference.to(device), tokenizer)
 
     # 2. Groups: some responses of π_SFT to each prompt, and what is said of them; as pairs y_w ≻ y_l.
     if not file:
-        groups, held_out_groups, notes = ensure_feedback(run, reference, tokenizer, rewards.true_reward, kinds)
+        groups, held_out_groups, notes = ensure_feedback(run, reference, tokenizer, judge, chooser, kinds)
     data, held_out = prepare("reward model", groups, held_out_groups, notes, tokenizer, reference.config.block_size)
     knobs = objectives.knobs(config, groups)
 
@@ -97,7 +99,7 @@ def train(config: Config) -> None:
     with run.stage("reward model"):
         for step, batch in run.steps("reward model", len(data), size, steps, model, optimizer):
             lr = optim.set_lr(optimizer, step, steps, config.warmup)
-            totals = torch.zeros(6, device=device)
+            totals = torch.zeros(7, device=device)
             for piece in micro_batches(batch, lengths, config.micro_batch, share=True):
                 scores, there, margins, said = group_scores(model, data, piece)  # [G, K, heads], the others [G, K]
                 losses = by_head(scores, config.margin * margins, there, said, config.loss, knobs) * counts[piece]
@@ -147,7 +149,7 @@ def by_head(scores: Tensor, margins: Tensor, there: Tensor, said: Tensor, loss: 
 @torch.no_grad()
 def held_out_metrics(model: ScalarModel, data: Encoded, n: int, config: Config, knobs: Knobs) -> dict[str, float]:
     """Loss, without margins, and accuracy of the mean score on the first n groups; each process takes its share."""
-    groups, totals = range(min(n, len(data))), torch.zeros(6, device=model.device)
+    groups, totals = range(min(n, len(data))), torch.zeros(7, device=model.device)
     for piece in micro_batches(groups, data.lengths(), config.micro_batch, share=True):
         scores, there, margins, said = group_scores(model, data, piece)
         score = scores.mean(2)
@@ -162,8 +164,9 @@ def ensure_reward_model(run: Run) -> str:
     folder, config = run.folder / "rm", run.config
     if not (folder / "report.json").exists():
         say(f"no --reward: a reward model first, in {folder}")
-        names = ("data", "prompts", "annotators", "noise", "seed", "device", "kernels", "resume", "save_seconds")
-        same = {name: getattr(config, name) for name in (*names, "max_new_tokens", "sample_batch", "micro_batch")}
+        names = ("data", "prompts", "annotators", "noise", "voters", "votes", "seed", "device", "kernels", "resume")
+        names += ("save_seconds", "max_new_tokens", "sample_batch", "micro_batch")
+        same = {name: getattr(config, name) for name in names}
         train(Config(out=str(folder), init=config.init or str(run.folder / "sft"), **same))
     run.add_seconds(folder, "reward model")
     return str(folder)

@@ -7,12 +7,12 @@ from nanopref.evaluation import report
 from nanopref.evaluation.compare import compare, new_prompts
 from nanopref.feedback import rewards
 from nanopref.running import flags, parallel
-from nanopref.running.flags import flag, require
+from nanopref.running.flags import RewardFlags, flag, require
 from nanopref.running.parallel import say
 
 
 @dataclass
-class Config:
+class Config(RewardFlags):
     """Compare policies with a reference: KL, length and, on the built-in task, true reward and win rate.
 
     Example: python -m nanopref.evaluate --policy out/dpo out/ppo --reference out/dpo/sft
@@ -21,7 +21,6 @@ class Config:
     policy: tuple[str, ...] = flag(("out/dpo",), "one or more models: run folders, Hugging Face folders, or hub names")
     reference: str = flag("out/dpo/sft", "the model that they are held against")
     data: str = flag("", "take the held-out prompts of this file; default: new ones of the built-in task")
-    reward: str = flag("", "let a reward model judge too, preferably one that no policy was trained against")
     eval_prompts: int = flag(512, "how many prompts all models answer", least=1)
     max_new_tokens: int = flag(64, "longest response that is sampled", least=1)
     sample_batch: int = flag(512, "responses that are sampled at once", least=1)
@@ -41,7 +40,7 @@ def main(config: Config) -> None:
         same = policy.config.block_size == reference.config.block_size
         require(same, f"{name} and {config.reference} have contexts of different length")
     reference.to(device)
-    judge = config.reward and rewards.model_reward(rewards.load_model(config.reward, reference, tokenizer))
+    judge = None if config.reward is None else rewards.load(config.reward, reference, tokenizer, config)
     for name in config.policy:
         result, rows = compare(
             found[name][0].to(device),
@@ -52,7 +51,7 @@ def main(config: Config) -> None:
             sample_batch=config.sample_batch,
             seed=config.seed,
             true=not config.data,
-            score=judge or None,
+            score=judge,
         )
         say(f"\n{name} (after) against {config.reference} (before), {len(prompts)} prompts\n")
         say(report.comparison_table(result))

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,14 +34,16 @@ class Group(NamedTuple):
     prompts: tuple[str, ...] = ()  # where each response answers another prompt, of which only reward models can learn
     whole: bool = False  # where K = 1, the prompt is to be learnt too, as in plain text, which has none, or a dialogue
     source: str = ""  # the text that prompt and response were cut from
+    about: tuple[tuple[str, Any], ...] = ()  # what else a file is to say of it, for people to read
 
     def asked(self) -> tuple[str, ...]:
         """What each of the responses answers."""
         return self.prompts or (self.prompt,) * len(self.responses)
 
     def said(self) -> tuple[float, ...]:
-        """A number for each response. Where the order says all, each is ahead of the next beyond all measure."""
-        return self.scores or tuple(-FAR * k for k in range(len(self.responses)))
+        """A number for each response. Where the order says all, each is ahead of the next beyond all measure, and what
+        is to be imitated is beyond what any label says."""
+        return self.scores or tuple(-FAR * k for k in range(len(self.responses))) * (len(self.responses) > 1) or (FAR,)
 
 
 def write_groups(groups: Sequence[Group]) -> str:
@@ -49,12 +51,12 @@ def write_groups(groups: Sequence[Group]) -> str:
     lines = []
     for group in groups:
         if len(group.responses) == 1:
-            row = {"completion": group.responses[0], "label": int(group.scores[0])}
+            row = {"completion": group.responses[0]} | ({"label": int(group.scores[0])} if group.scores else {})
         elif len(group.responses) == 2 and not group.scores:
             row = dict(zip(("chosen", "rejected"), group.responses, strict=True))
         else:
             row = {"responses": group.responses} | ({"scores": group.scores} if group.scores else {})
-        row |= {} if group.margin == 1 else {"margin": group.margin}
+        row |= ({} if group.margin == 1 else {"margin": group.margin}) | dict(group.about)
         lines.append(json.dumps({"prompt": group.prompt, **row}, ensure_ascii=False) + "\n")
     return "".join(lines)
 

@@ -93,6 +93,11 @@ _DETAIL = re.compile(
 )
 
 
+def sentences(response: str) -> list[str]:
+    """A text in lower case, cut where `judgements` expects it; some may be empty."""
+    return _SENTENCE_END.split(response.lower().replace("’", "'"))
+
+
 def judgements(sentence: str) -> list[tuple[str, str, float]]:
     """What one lower-case sentence says, as (aspect, opinion word, value) in reading order, repetitions included."""
     found: list[tuple[str, str, float, float]] = []
@@ -127,7 +132,7 @@ def judgements(sentence: str) -> list[tuple[str, str, float]]:
 def true_reward(response: str) -> float:
     """The reward of any text, in [-5, 5]; 0 if it judges nothing. The formula is at the top of this file."""
     total, paid = 0.0, set()
-    for sentence in _SENTENCE_END.split(response.lower().replace("’", "'")):
+    for sentence in sentences(response):
         for aspect, word, value in judgements(sentence):
             praise = value > 0
             if (aspect, praise) not in paid and (word, praise) not in paid:

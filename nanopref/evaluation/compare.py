@@ -16,7 +16,7 @@ from nanopref.data.formats import read_prompts
 from nanopref.data.groups import encode_prompt
 from nanopref.data.tokenizer import Tokenizer
 from nanopref.evaluation.metrics import win_rate
-from nanopref.feedback.rewards import Reward, true_reward
+from nanopref.feedback.rewards import Rewards, true_reward
 from nanopref.models.gpt2 import GPT
 from nanopref.models.inference import response_logprobs
 from nanopref.models.sampling import pack, respond
@@ -42,13 +42,14 @@ def compare(
     sample_batch: int = 256,
     batch_size: int = 64,
     true: bool = False,
-    score: Reward | None = None,
+    score: Rewards | None = None,
+    asked: bool = True,
     temperature: float = 1.0,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Both models answer all prompts -> (the report's figures, one row a prompt with both answers).
 
-    With `true` the built-in task's reward judges, and says who wins; else `score` does, where there is one. Without
-    either KL and length are what is measured.
+    `score` judges, and with `true` the built-in task's reward; who wins is what the score says if it was `asked` for,
+    else the true reward. Without either KL and length are what is measured.
     """
     setting = {"max_new_tokens": max_new_tokens, "seed": seed, "batch_size": sample_batch, "temperature": temperature}
     answers = {
@@ -74,16 +75,21 @@ def compare(
         {"prompt": prompt, "reference": r.text, "policy": p.text}
         for prompt, r, p in zip(prompts, answers["reference"], answers["policy"], strict=True)
     ]
-    rewards: dict[str, list[float]] = {}
+    judged: dict[str, dict[str, np.ndarray]] = {}  # by whom: what is said of the answers of each model
     if score:
-        rewards = {name: score(said).tolist() for name, said in answers.items()}
-        report["score"] = {name: float(np.mean(rewards[name])) for name in rewards}
+        each = {name: score.each(said) for name, said in answers.items()}
+        judged["score"] = {name: score.total(found).numpy() for name, found in each.items()}
+        means = {name: score.means(found) for name, found in each.items()}
+        report["scores"] = {part: {name: means[name][part] for name in means} for part in means["policy"]}
     if true:
-        rewards = {name: true_reward(said).tolist() for name, said in answers.items()}
-        report["true_reward"] = {name: float(np.mean(rewards[name])) for name in ("reference", "policy")}
-        report["true_reward"] |= {f"{name}_std": float(np.std(rewards[name])) for name in ("reference", "policy")}
+        judged["true_reward"] = {name: true_reward(said).numpy() for name, said in answers.items()}
+    for judge, found in judged.items():
+        report[judge] = {name: float(found[name].mean(dtype=np.float64)) for name in ("reference", "policy")}
+        report[judge] |= {f"{name}_std": float(found[name].std(dtype=np.float64)) for name in ("reference", "policy")}
+        report[judge]["win_rate"], report[judge]["win_rate_95"] = win_rate(found["policy"], found["reference"])
         for i, row in enumerate(rows):
-            row["reference_true_reward"], row["policy_true_reward"] = rewards["reference"][i], rewards["policy"][i]
-    if rewards:
-        report["win_rate"], report["win_rate_95"] = win_rate(rewards["policy"], rewards["reference"])
+            row |= {f"{name}_{judge}": float(found[name][i]) for name in ("reference", "policy")}
+    if judged:
+        headline = "score" if score and (asked or not true) else "true_reward"
+        report |= {name: report[headline][name] for name in ("win_rate", "win_rate_95")} | {"win_rate_by": headline}
     return report, rows

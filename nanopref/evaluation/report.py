@@ -58,9 +58,14 @@ def conclude(
             # in the unit of the score: what a reward model believes and what is so part where the policy games it
             row["true_reward_std"] = (row["true_reward"] - true["reference"]) / (true["reference_std"] or 1.0)
     panels = [curves(metrics, names, title, xlabel) for title, names in titles.items()]
-    if true:
-        rewards = {name: [row[f"{name}_true_reward"] for row in answers] for name in ("reference", "policy")}
-        panels.append(histograms(rewards, "true reward, before and after", "true reward"))
+    if len(rounds := result.get("rounds", [])) > 1:
+        names = {name: name.removeprefix("score ") for name in rounds[0] if "score" in name or name == "true_reward"}
+        by_round = [{"step": row["round"], **row} for row in rounds]
+        panels.append(curves(by_round, names, "answers that are sampled, before each round", "round"))
+    if by := result.get("win_rate_by"):
+        rewards = {name: [row[f"{name}_{by}"] for row in answers] for name in ("reference", "policy")}
+        by = by.replace("_", " ")
+        panels.append(histograms(rewards, f"{by}, before and after", by))
     plot(panels, run.folder / "report.png")
     run.report({**result, "samples": answers[:3]})
     print_samples(answers[:3])
@@ -89,17 +94,16 @@ def table(rows: Sequence[tuple[str, ...]], header: tuple[str, ...]) -> str:
 def comparison_table(report: dict[str, Any]) -> str:
     """Before (the reference) and after (the policy), for the terminal."""
     length, ended = report["response_length"], report["ended"]
-    rows = []
-    if reward := report.get("true_reward"):
+    rows, by = [], report.get("win_rate_by", "")
+    for name in sorted({"score", "true_reward"} & report.keys(), key=lambda name: name != by):
+        reward, judge = report[name], name.replace("_", " ")
         gain, std = reward["policy"] - reward["reference"], reward["reference_std"]
         note = f"{gain / std:+.2f} std" if std > 0 else ""  # a reference that says nothing has no spread
-        rows.append(("true reward", f"{reward['reference']:.2f}", f"{reward['policy']:.2f}", note))
-    if score := report.get("score"):
-        rows.append(("score", f"{score['reference']:.2f}", f"{score['policy']:.2f}", ""))
-    if "win_rate" in report:
-        low, high = report["win_rate_95"]
-        judge = "true reward" if reward else "score"
-        rows.append((f"win rate by {judge}", "", f"{report['win_rate']:.1%}", f"95%: {low:.1%} to {high:.1%}"))
+        rows.append((judge, f"{reward['reference']:.2f}", f"{reward['policy']:.2f}", note))
+        for part, found in report["scores"].items() if name == "score" else ():
+            rows.append((f"  {part.removeprefix('score ')}", f"{found['reference']:.2f}", f"{found['policy']:.2f}", ""))
+        low, high = reward["win_rate_95"]
+        rows.append((f"win rate by {judge}", "", f"{reward['win_rate']:.1%}", f"95%: {low:.1%} to {high:.1%}"))
     rows += [
         ("KL to the reference, nats", "0", f"{report['kl']:.2f}", f"± {report['kl_standard_error']:.2f}"),
         ("response length, tokens", f"{length['reference']:.1f}", f"{length['policy']:.1f}", ""),
@@ -109,7 +113,8 @@ def comparison_table(report: dict[str, Any]) -> str:
         rows.append(("prompts cut on the left", "", f"{report['prompts_cut']}", f"of {report['prompts']}"))
     if held_out := report.get("held_out"):
         best = f"{held_out['best_accuracy']:.1%} at best" if "best_accuracy" in held_out else ""
-        rows.append(("held-out answers ranked right", "", f"{held_out['accuracy']:.1%}", best))
+        if "accuracy" in held_out:
+            rows.append(("held-out answers ranked right", "", f"{held_out['accuracy']:.1%}", best))
         rows.append(("held-out loss", "", f"{held_out['loss']:.3f}", ""))
     return table(rows, ("", "before", "after", ""))
 
@@ -125,8 +130,8 @@ def side_by_side(row: dict[str, Any], width: int) -> str:
     column = (width - 3) // 2
     cells = []
     for name, title in (("reference", "before"), ("policy", "after")):
-        reward = row.get(f"{name}_true_reward")
-        head = title if reward is None else f"{title}, true reward {reward:.2f}"
+        judges = [judge for judge in ("score", "true_reward") if f"{name}_{judge}" in row]
+        head = ", ".join([title, *(f"{judge.replace('_', ' ')} {row[f'{name}_{judge}']:.2f}" for judge in judges)])
         paragraphs = row[name].strip().splitlines() or ["(empty)"]
         cells.append([head, *(line for p in paragraphs for line in textwrap.wrap(p, column) or [""])])
     prompt = textwrap.wrap(row["prompt"].strip()[-3 * width :], width)

@@ -21,8 +21,8 @@ from nanopref import models
 from nanopref.data.formats import read_rows
 from nanopref.data.groups import write_groups
 from nanopref.evaluation import report
+from nanopref.feedback import rewards
 from nanopref.feedback.collect import collect, training_prompts
-from nanopref.feedback.rewards import true_reward
 from nanopref.learning.objectives import ANSWERS
 from nanopref.running import flags
 from nanopref.running.flags import flag, require
@@ -80,8 +80,8 @@ def sampled(config: ExperimentFlags, sft: Path, seed: int, kind: str) -> Path:
     if not path.exists():
         policy, tokenizer = models.load(sft)
         prompts = training_prompts("", config.prompts, f"pairs {seed}")
-        groups = collect(
-            policy.to(start("auto", seed)), tokenizer, prompts, true_reward, feedback=kind,
+        groups, _ = collect(
+            policy.to(start("auto", seed)), tokenizer, prompts, rewards.alone(rewards.true_reward), feedback=kind,
             answers=ANSWERS[kind], noise=config.noise, annotators=config.annotators, max_new_tokens=64,
             sample_batch=512, seed=seed,
         )  # fmt: skip
@@ -116,8 +116,8 @@ def read_report(folder: Path) -> dict[str, float]:
     found = json.loads((folder / "report.json").read_text())
     true = found["true_reward"]
     gain = (true["policy"] - true["reference"]) / true["reference_std"]
-    figures = {"gain": gain, "win_rate": found["win_rate"], "kl": found["kl"]}
-    return figures | {"tokens": found["response_length"]["policy"], "accuracy": found["held_out"]["accuracy"]}
+    figures = {"gain": gain, "win_rate": true["win_rate"], "kl": found["kl"]}
+    return figures | {"tokens": found["response_length"]["policy"], "accuracy": found["held_out"].get("accuracy")}
 
 
 def conclude(

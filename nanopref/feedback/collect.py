@@ -3,22 +3,23 @@
 import itertools
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from nanopref.data import reviews
 from nanopref.data.formats import read_feedback, read_prompts, read_rows
 from nanopref.data.groups import Group, write_groups
 from nanopref.data.tokenizer import Tokenizer
 from nanopref.feedback import voting
-from nanopref.feedback.rewards import Reward, as_answers, true_rewards
+from nanopref.feedback.rewards import Rewards, as_answers, true_reward, true_rewards
 from nanopref.models.gpt2 import GPT
 from nanopref.models.sampling import respond
 from nanopref.running.flags import require
 from nanopref.running.folder import Run, write_atomic
-from nanopref.running.parallel import barrier, rank
+from nanopref.running.parallel import barrier, rank, say
 
 
 def training_prompts(file: str, n: int, stream: str) -> list[str]:
@@ -29,113 +30,238 @@ def training_prompts(file: str, n: int, stream: str) -> list[str]:
     return [reviews.sample_prompt(rng) for _ in range(n)]
 
 
-# What people say: (answers to a prompt as groups [G] of K, rewards [G, K], how they err) -> groups of this kind.
+# ---- which answers are judged: (scores [K], heads' scores [K, H], those that can be used, β, rng) -> some of them ----
 
 
-def _pairs(groups: list[Group], rewards: np.ndarray, **people) -> list[Group]:
-    first_is_better = voting.annotate(*rewards.T, **people)
+def best_worst(scores: np.ndarray, heads: np.ndarray, usable: list[int], beta: float, rng) -> tuple[int, ...]:
+    """The best and the worst of K."""
+    ordered = sorted(usable, key=lambda k: -scores[k])
+    return ordered[0], ordered[-1]
+
+
+def most_doubtful(scores: np.ndarray, heads: np.ndarray, usable: list[int], beta: float, rng) -> tuple[int, ...]:
+    """The two whose difference the heads of a reward model disagree about most (Gleave & Irving 2022)."""
+    return max(itertools.combinations(usable, 2), key=lambda pair: np.std(heads[pair[0]] - heads[pair[1]]))
+
+
+def rejection_sampled(scores: np.ndarray, heads: np.ndarray, usable: list[int], beta: float, rng) -> tuple[int, ...]:
+    """Two drawn as from π* ∝ π_ref e^{r/β}: of the candidates in turn each is taken with probability e^{(r - max r)/β},
+    the largest reward of those not yet taken, until two are (RSO: Liu et al. 2023, algorithm 1)."""
+    left, taken = list(usable), []
+    while len(taken) < 2:
+        most = max(scores[k] for k in left)
+        for k in list(left):
+            if len(taken) < 2 and rng.random() < np.exp((scores[k] - most) / beta):
+                taken.append(k)
+                left.remove(k)
+    return tuple(taken)
+
+
+def best(scores: np.ndarray, heads: np.ndarray, usable: list[int], beta: float, rng) -> tuple[int, ...]:
+    """The best of K alone, to be imitated."""
+    return (max(usable, key=lambda k: scores[k]),)
+
+
+SELECTIONS = {"best-worst": best_worst, "doubt": most_doubtful, "rso": rejection_sampled, "best": best}
+
+
+def _selected(
+    how: str, feedback: str, scores: np.ndarray, heads: np.ndarray, texts: list[list[str]],
+    beta: float, rng: np.random.Generator,
+) -> Iterator[tuple[int, tuple[int, ...]]]:  # fmt: skip
+    """(prompt's number, numbers of the answers that are judged together), for scores [G, K] and heads' [G, K, H]. `all`
+    takes each pair, or the K at once; the others pass over a prompt with fewer than two answers that can be used."""
+    for g, answers in enumerate(texts):
+        usable = [k for k, text in enumerate(answers) if text.strip()]
+        if how == "all":
+            K = range(len(answers))
+            yield from ((g, chosen) for chosen in (itertools.combinations(K, 2) if feedback == "pairs" else [tuple(K)]))
+        elif len(usable) >= 2:
+            yield g, SELECTIONS[how](scores[g], heads[g], usable, beta, rng)
+
+
+# ---- what people say: (answers to a prompt as groups [G] of K, rewards [G, K], how they err) -> groups, figures ------
+
+
+def _pairs(groups: list[Group], rewards: np.ndarray, *, votes: str, **people) -> tuple[list[Group], dict]:
+    """Two that are alike to people who never err are no pair."""
+    rows, about, figures = np.arange(len(groups)), [()] * len(groups), {}
+    if votes == "majority" and np.ndim(people["noise"]) == 0:  # alike people need not be told apart
+        first = voting.annotate(*rewards.T, **people)
+    else:
+        noise = np.broadcast_to(people["noise"], people["annotators"])
+        said = voting.votes(*rewards.T, noise=noise, rng=people["rng"])
+        rows, first = voting.AGGREGATES[votes](said)
+        figures = {"voters": voting.estimates(said, rewards[:, 0] - rewards[:, 1], noise)}
+        about = [(("votes", [int(vote) for vote in column]),) for column in said.T]  # for the answer sampled first
+    differ = (rewards[:, 0] != rewards[:, 1]) | (np.max(people["noise"]) > 0)
     return [
-        group._replace(responses=group.responses if first else group.responses[::-1])
-        for group, first in zip(groups, first_is_better, strict=True)
-    ]
+        groups[row]._replace(responses=groups[row].responses[:: 1 if is_first else -1], about=about[row])
+        for row, is_first in zip(rows, first, strict=True)
+        if differ[row]
+    ], figures
 
 
-def _rankings(groups: list[Group], rewards: np.ndarray, **people) -> list[Group]:
+def _rankings(groups: list[Group], rewards: np.ndarray, *, votes: str, **people) -> tuple[list[Group], dict]:
     return [
         group._replace(responses=tuple(group.responses[k] for k in order))
         for group, order in zip(groups, voting.rank(rewards, **people), strict=True)
-    ]
+    ], {}
 
 
-def _ratings(groups: list[Group], rewards: np.ndarray, **people) -> list[Group]:
+def _ratings(groups: list[Group], rewards: np.ndarray, *, votes: str, **people) -> tuple[list[Group], dict]:
     rated = voting.rate(rewards, **people)
     return [
         Group(group.prompt, tuple(group.responses[k] for k in order), scores=tuple(row[order].tolist()))
         for group, row, order in zip(groups, rated, np.argsort(-rated, axis=1, kind="stable"), strict=True)
-    ]
+    ], {}
 
 
-def _labels(groups: list[Group], rewards: np.ndarray, **people) -> list[Group]:
+def _labels(groups: list[Group], rewards: np.ndarray, *, votes: str, **people) -> tuple[list[Group], dict]:
     """Good is what people prefer to an answer of the middle."""
     good = voting.annotate(rewards, np.full_like(rewards, np.median(rewards)), **people)
     return [
         Group(group.prompt, (text,), scores=(float(label),))
         for group, labels in zip(groups, good, strict=True)
         for text, label in zip(group.responses, labels, strict=True)
-    ]
+    ], {}
 
 
-FEEDBACK = {"pairs": _pairs, "labels": _labels, "rankings": _rankings, "ratings": _ratings}
+def _responses(groups: list[Group], rewards: np.ndarray, **people) -> tuple[list[Group], dict]:
+    """Nothing: an answer that was chosen is there to be imitated."""
+    return groups, {}
+
+
+FEEDBACK = {"pairs": _pairs, "labels": _labels, "rankings": _rankings, "ratings": _ratings, "responses": _responses}
+
+
+# ---- all of it -------------------------------------------------------------------------------------------------------
 
 
 def collect(
     policy: GPT,
     tokenizer: Tokenizer,
     prompts: list[str],
-    reward: Reward,
+    judge: Rewards,
+    chooser: Rewards | None = None,
     *,
     feedback: str = "pairs",
     answers: int = 2,
+    select: str = "all",
+    beta: float = 1.0,
     noise: float,
     annotators: int,
+    voters: Sequence[float] = (),
+    votes: str = "majority",
     max_new_tokens: int,
     sample_batch: int,
     seed: int,
-) -> list[Group]:
-    """So many responses of the policy to each prompt, and what the annotators say of them: a kind of feedback.
+    round: int = 0,
+    true: bool = True,
+) -> tuple[list[Group], dict[str, Any]]:
+    """So many responses of the policy to each prompt, some of them selected, and what the annotators say of these: a
+    kind of feedback. And what is thought of all responses, on average, also by the task's own reward if it is `true`.
 
-    `reward` gives what they see. Groups that hold two equal answers, or one that is empty or has no end, are left out.
-    UserError if few remain.
+    `judge` gives what annotators see, `chooser` (default: the judge) what is selected by. Groups that hold two equal
+    answers, or one that is empty or has no end, are left out. UserError if few remain.
     """
+    number = f" {round}" if round else ""
     setting = {"max_new_tokens": max_new_tokens, "batch_size": sample_batch, "seed": seed}
-    found = respond(policy, tokenizer, prompts * answers, stream="sampling pairs", **setting)
+    found = respond(policy, tokenizer, prompts * answers, stream=f"sampling pairs{number}", **setting)
     # an answer without an end is no answer: as text it would be given one
-    texts = [answer.text if answer.ended else "" for answer in found]
-    groups = [Group(x, tuple(texts[i :: len(prompts)])) for i, x in enumerate(prompts)]
-    rewards = reward(as_answers(groups, tokenizer, policy.config.block_size)).double().numpy().reshape(-1, answers)
-    people = {"noise": noise, "annotators": annotators, "rng": np.random.default_rng(seed)}
+    texts = [[answer.text if answer.ended else "" for answer in found[i :: len(prompts)]] for i in range(len(prompts))]
+    there = np.array([[bool(text.strip()) for text in row] for row in texts])
+    asked = [Group(x, (text,)) for x, row in zip(prompts, texts, strict=True) for text in row if text.strip()]
+    said = as_answers(asked, tokenizer, policy.config.block_size)
+
+    def spread(numbers: Tensor) -> np.ndarray:
+        """[N, …] of the answers that are there -> [G, K, …], 0 for the others."""
+        whole = np.zeros((*there.shape, *numbers.shape[1:]))
+        whole[there] = numbers.numpy()
+        return whole
+
+    each = judge.each(said)
+    total = judge.total(each)
+    rewards = spread(total)
+    scores = spread(chooser(said)) if chooser else rewards
+    heads = spread((chooser or judge).heads(said)) if select == "doubt" else scores[..., None]
+    rng = np.random.default_rng(seed if not round else [seed, round])
+    picked = list(_selected(select, feedback, scores, heads, texts, beta, rng))
+    groups = [Group(prompts[g], tuple(texts[g][k] for k in chosen)) for g, chosen in picked]
+    rewards = np.array([[rewards[g, k] for k in chosen] for g, chosen in picked])
+    people = {"noise": voters or noise, "annotators": len(voters) or annotators, "votes": votes, "rng": rng}
+    judged, figures = FEEDBACK[feedback](groups, rewards, **people) if groups else ([], {})
     kept = [
         group
-        for group in FEEDBACK[feedback](groups, rewards, **people)
+        for group in judged
         if all(text.strip() for text in group.responses) and len(set(group.responses)) == len(group.responses)
     ]
-    asked = len(prompts) * (answers if feedback == "labels" else 1)
+    asked_for = len(prompts) * (answers if feedback == "labels" else 1)
     hint = "start again with --overwrite and a higher --max-new-tokens"
-    require(len(kept) >= 20, f"only {len(kept)} of {asked} {feedback} can be used: {hint}")
-    return kept
+    require(len(kept) >= 20, f"only {len(kept)} of {asked_for} {feedback} can be used: {hint}")
+    if len(judge.parts) > 1:
+        spoken = {(group.prompt, *group.responses): row for group, row in zip(asked, each.T, strict=True)}
+        kept = [_with_reason(group, judge, spoken) for group in kept]
+    means = {"answers": len(found), "score": float(total.mean()), **judge.means(each)}
+    means |= {"true_reward": float(true_reward(said).mean())} if true else {}
+    return kept, means | figures
+
+
+def _with_reason(group: Group, judge: Rewards, spoken: dict[tuple[str, str], Tensor]) -> Group:
+    """The group with whose number, of several, spoke most for the first answer against the last."""
+    lead = judge.weights * (spoken[group.prompt, group.responses[0]] - spoken[group.prompt, group.responses[-1]])
+    why = (("why", list(judge.parts)[int(lead.argmax())]),) if lead.max() > 0 else ()
+    return group._replace(about=group.about + why)
 
 
 def ensure_feedback(
-    run: Run, policy: GPT, tokenizer: Tokenizer, reward: Reward, kinds: dict[str, Sequence[str]]
+    run: Run,
+    policy: GPT,
+    tokenizer: Tokenizer,
+    judge: Rewards,
+    chooser: Rewards | None,
+    kinds: dict[str, Sequence[str]],
+    round: int = 0,
+    rounds: int = 1,
 ) -> tuple[list[Group], list[Group], Counter]:
     """`collect`, kept in OUT/feedback.jsonl so that a resumed run goes on with the same; as `read_feedback` reads it.
 
-    The prompts are those that --data has for training, or new ones of the built-in task. The run's config has the flags
-    of FeedbackFlags, ObjectiveFlags and SamplingFlags.
+    The prompts, of which each round has its share, are those that --data has for training, or new ones of the built-in
+    task. The run's config has the flags of FeedbackFlags, ObjectiveFlags and SamplingFlags.
     """
-    config, path = run.config, run.folder / "feedback.jsonl"
+    config, path = run.config, run.path("feedback.jsonl")
+    n = config.prompts // rounds
     if not path.exists() and rank() == 0:
         stream = f"pairs {config.seed}"
-        prompts = training_prompts(config.data, config.prompts, stream)
+        prompts = training_prompts(config.data, n * rounds, stream)
         if config.data:
             shuffled = random.Random(stream).sample(prompts, len(prompts))
-            prompts = list(itertools.islice(itertools.cycle(shuffled), config.prompts))
-        names = ("feedback", "answers", "noise", "annotators", "max_new_tokens", "sample_batch", "seed")
+            prompts = list(itertools.islice(itertools.cycle(shuffled), n * rounds))
+        names = ("feedback", "answers", "select", "noise", "annotators", "voters", "votes", "max_new_tokens")
+        setting = {name: getattr(config, name) for name in (*names, "sample_batch", "seed")}
         with run.stage("feedback"):
-            found = collect(policy, tokenizer, prompts, reward, **{name: getattr(config, name) for name in names})
+            asked = prompts[round * n : (round + 1) * n]
+            found, means = collect(
+                policy, tokenizer, asked, judge, chooser, beta=getattr(config, "beta", 1.0), round=round,
+                true=not config.data, **setting,
+            )  # fmt: skip
+            for voter in means.get("voters", ()):
+                words = "  a voter of noise {noise:g}: by all votes {accuracy:.0%} right, as with noise {estimated_noise:.2g}"
+                say(words.format(**voter))
+            run.note("rounds.jsonl", {"round": round + 1, **means}, round)
             write_atomic(path, write_groups(found))
     barrier()
     groups, held_out, notes = read_feedback(path, kinds, config.loss)
-    asked = config.prompts * (config.answers if config.feedback == "labels" else 1)
-    if missing := asked - sum(1 for _ in read_rows(path)):
-        notes[f"{config.feedback} dropped: answers equal, empty or without an end"] = missing
+    asked = n * (config.answers if config.feedback == "labels" else 1)
+    if (missing := asked - sum(1 for _ in read_rows(path))) > 0:
+        notes[f"{config.feedback} dropped: answers equal, alike in reward, empty or without an end"] = missing
     return groups, held_out, notes
 
 
 def best_possible(config: Any, groups: Sequence[Group]) -> float | None:
     """How often one who knows the true reward agrees with the people of this run on these pairs: the best that can be
     expected. None where it cannot be known, as of other feedback, or of people who were asked elsewhere."""
-    asked = not (config.data or config.judged or getattr(config, "reward", ""))
+    asked = not (config.data or config.judged or config.reward or config.voters or config.votes != "majority")
     if not asked or config.feedback != "pairs" or any(len(g.responses) != 2 or g.scores or g.prompts for g in groups):
         return None
     return voting.best_accuracy(

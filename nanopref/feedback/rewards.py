@@ -1,9 +1,23 @@
-"""Whoever judges gives numbers to answers: the built-in task's true reward, or a reward model. Higher is better."""
+"""Whoever judges gives numbers to answers, higher is better; and one notation for all of them:
 
+    true, specificity          what the built-in task pays, and its second attribute
+    out/rm                     a reward model, by its folder; with --doubt less the spread of its heads
+    rules, rules:mine.toml     written rules (feedback/rules.py), a number each: -1 where it is broken
+    implicit:out/dpo           β log π/π_ref of a policy (Rafailov et al. 2023, eq. 5); `implicit`: of the one in hand
+    mine.py:score              a Python function of yours, (prompt, response) -> number
+
+`*0.7` behind one is its weight; the weighted numbers of several are added.
+"""
+
+import importlib.util
+import inspect
 import json
+import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,11 +27,12 @@ from nanopref import models
 from nanopref.data import reviews
 from nanopref.data.groups import Encoded, Group, encode
 from nanopref.data.tokenizer import Tokenizer
+from nanopref.feedback import rules
 from nanopref.models.gpt2 import GPT
-from nanopref.models.inference import response_scores
-from nanopref.models.sampling import Answer, pack
+from nanopref.models.inference import response_logprobs, response_scores
+from nanopref.models.sampling import Answer, pack, response_text
 from nanopref.models.scalar import ScalarModel
-from nanopref.running.flags import require
+from nanopref.running.flags import RewardError, UserError, require
 
 Reward = Callable[[Sequence[Answer]], Tensor]  # N answers -> [N] float32
 
@@ -32,6 +47,11 @@ def true_rewards(groups: Sequence[Group]) -> np.ndarray:
     return np.array([reviews.true_reward(text) for group in groups for text in group.responses])
 
 
+def specificity(answers: Sequence[Answer]) -> Tensor:
+    """The built-in task's second attribute of each answer."""
+    return torch.tensor([reviews.specificity(answer.text) for answer in answers])
+
+
 def model_reward(model: ScalarModel, doubt: float = 0.0, batch_size: int = 64) -> Reward:
     """What a reward model says: the mean of its heads, less `doubt` times their spread (Coste et al. 2024)."""
 
@@ -42,57 +62,225 @@ def model_reward(model: ScalarModel, doubt: float = 0.0, batch_size: int = 64) -
     return reward
 
 
-def weighted(rewards: Sequence[Reward], weights: Sequence[float]) -> Reward:
-    """Their weighted sum. Raises UserError where a score is not finite."""
+def implicit_reward(policy: GPT, reference: GPT, beta: float, batch_size: int = 64) -> Reward:
+    """β log π(y|x)/π_ref(y|x) (Rafailov et al. 2023, eq. 5), of the policy as it is when it is asked."""
 
     def reward(answers: Sequence[Answer]) -> Tensor:
-        total = sum(weight * one(answers) for one, weight in zip(rewards, weights, strict=True))
-        require(bool(total.isfinite().all()), "the weighted scores of --reward are no finite numbers")
-        return total
+        logprobs = [response_logprobs(model, pack(answers), batch_size=batch_size) for model in (policy, reference)]
+        return beta * (logprobs[0] - logprobs[1])
 
     return reward
 
 
-def load(
-    names: Sequence[str],
-    weights: Sequence[float],
-    doubt: float,
-    policy: GPT,
-    tokenizer: Tokenizer,
-    batch_size: int = 64,
-) -> tuple[Reward, list[ScalarModel]]:
-    """The weighted sum of what `true` and the reward models in folders say, and those models.
+def rule_reward(rule: rules.Rule, answers: Sequence[Answer]) -> Tensor:
+    """-1 for each answer that breaks the rule."""
+    return torch.tensor([rule.kept(answer.text) - 1.0 for answer in answers])
 
-    Raises UserError where one does not fit the policy, or where there is doubt to subtract and none has any.
+
+def function_reward(name: str, function: Callable, tokenizer: Tokenizer, batch_size: int, answers) -> Tensor:
+    """What a user's function says. It is called with a prompt and a response; or, if it names its arguments `prompts`
+    and `responses`, with lists of them, for which it gives a list. UserError, with what was asked, where it fails."""
+    together = {"prompts", "responses"} <= inspect.signature(function).parameters.keys()
+    asked = [(response_text(answer.prompt, tokenizer), answer.text) for answer in answers]
+    found: list[float] = []
+    for i in range(0, len(asked), size := batch_size if together else 1):
+        part = asked[i : i + size]
+        try:
+            said = list(function(*map(list, zip(*part, strict=True)))) if together else [function(*part[0])]
+            numbers = [float(number) for number in said]
+        except Exception as error:  # which may be any, since the code is not ours
+            if len(part) > 1:  # one of them did it: the first that does so alone
+                for answer in answers[i : i + size]:
+                    function_reward(name, function, tokenizer, 1, [answer])
+            raise UserError(
+                f"--reward {name}: {type(error).__name__}: {error}; it was asked {_asked(*part[0])}"
+            ) from None
+        require(len(numbers) == len(part), f"--reward {name}: gives {len(numbers)} numbers for {len(part)} responses")
+        found += numbers
+    return torch.tensor(found, dtype=torch.float32)
+
+
+def _asked(prompt: str, response: str) -> str:
+    """Prompt and response, in a sentence."""
+    short = (text if len(text) <= 200 else f"{text[:97]} … {text[-100:]}" for text in (prompt, response))
+    return "for the prompt {!r} and the response {!r}".format(*short)
+
+
+class Rewards(NamedTuple):
+    """Whoever was named with --reward."""
+
+    parts: dict[str, Reward]
+    weights: Tensor  # of each part [J]
+    models: list[ScalarModel]  # the reward models among them
+
+    def each(self, answers: Sequence[Answer]) -> Tensor:
+        """What each part says of each answer [J, N]. Raises UserError for what is no finite number."""
+        try:
+            found = torch.stack([part(answers).float() for part in self.parts.values()])
+        except UserError as error:
+            raise RewardError(str(error)) from None
+        for name, row in zip(self.parts, found, strict=True):
+            if bad := (~row.isfinite()).nonzero().flatten().tolist():
+                answer = f"an answer of {len(answers[bad[0]].tokens)} tokens, {answers[bad[0]].text[:200]!r}"
+                raise RewardError(
+                    f"--reward {name}: gives {row[bad[0]].item()}, which is no finite number, to {answer}"
+                )
+        return found
+
+    def __call__(self, answers: Sequence[Answer]) -> Tensor:
+        """The weighted sum of what they say [N]."""
+        return self.total(self.each(answers))
+
+    def total(self, each: Tensor) -> Tensor:
+        """Of what each part says [J, N] the weighted sum [N]."""
+        total = self.weights @ each
+        if not total.isfinite().all():
+            raise RewardError("the weighted scores of --reward are no finite numbers")
+        return total
+
+    def heads(self, answers: Sequence[Answer]) -> Tensor:
+        """What each head of each reward model says [N, heads]."""
+        return torch.cat([response_scores(model, pack(answers)) for model in self.models], 1)
+
+    def means(self, each: Tensor) -> dict[str, float]:
+        """Of scores [J, N] the mean of each part, for a log; nothing where there is but one."""
+        found = {f"score {name}": mean for name, mean in zip(self.parts, each.mean(1).tolist(), strict=True)}
+        return found if len(found) > 1 else {}
+
+
+def alone(reward: Reward, name: str = "true") -> Rewards:
+    """One reward as the only judge."""
+    return Rewards({name: reward}, torch.ones(1), [])
+
+
+# ---- the notation ----------------------------------------------------------------------------------------------------
+
+
+def parse(word: str) -> tuple[str, float]:
+    """A word of --reward -> who, and the weight. Raises UserError for a weight that is none."""
+    name, star, weight = word.rpartition("*")
+    try:
+        found = (name, float(weight)) if star else (word, 1.0)
+    except ValueError:
+        found = word, math.nan
+    require(math.isfinite(found[1]), f"--reward {word}: what stands behind * must be a finite number")
+    require(bool(found[0]), f"--reward {word!r}: names nobody")
+    return found
+
+
+def load(words: Sequence[str], policy: GPT | None, tokenizer: Tokenizer | None, config: Any) -> Rewards | None:
+    """Whoever `words` name, on the policy's device; None where there is no policy yet, for which all is checked that
+    can be. The config has the flags data, init, doubt and perhaps micro_batch.
+
+    Raises UserError for what cannot be found, or cannot judge what the policy writes.
     """
-    found = {name: load_model(name, policy, tokenizer) for name in names if name != "true"}
-    several = any(model.heads > 1 for model in found.values())
-    require(not doubt or several, "--doubt needs a --reward with several heads (train_rm.py --heads)")
-    rewards = [model_reward(found[name], doubt, batch_size) if name in found else true_reward for name in names]
-    return weighted(rewards, weights), list(found.values())
+    require(bool(words), "--reward: name at least one, or leave the flag out")
+    weights, found, scalar = [], {}, []
+    batch_size = 4 * getattr(config, "micro_batch", 16)
+    for word in words:
+        name, weight = parse(word)
+        parts: dict[str, tuple[float, Reward | None]] = {}
+        if name in TASK:
+            require(not config.data, f"--reward {name}: only the built-in task knows that of its answers")
+            parts[name] = 1.0, TASK[name]
+        elif name.partition(":")[0] == "rules":
+            for rule in rules.load(name.partition(":")[2]):
+                parts[rule.name] = rule.weight, partial(rule_reward, rule)
+        elif name.partition(":")[0] == "implicit":
+            parts[name] = 1.0, _implicit(name, policy, tokenizer, getattr(config, "init", ""), batch_size)
+        elif ".py:" in name:
+            parts[name] = 1.0, partial(function_reward, name, _imported(name), tokenizer, batch_size)
+        elif policy is None:
+            models.find(name)  # so that a missing folder is called that
+            raise UserError(f"--reward {name}: name the policy that it was trained for with --init")
+        else:
+            scalar.append(load_model(name, policy, tokenizer))
+            parts[name] = 1.0, model_reward(scalar[-1], config.doubt, batch_size)
+        for part in parts:
+            require(part not in found, f"--reward: {part} is named twice; give it one weight")
+        found |= {part: reward for part, (_, reward) in parts.items()}
+        weights += [weight * own for own, _ in parts.values()]
+    several = any(model.heads > 1 for model in scalar)
+    require(not config.doubt or several, "--doubt needs a --reward with several heads (train_rm.py --heads)")
+    return None if policy is None else Rewards(found, torch.tensor(weights), scalar)
+
+
+def who(config: Any, policy: GPT | None, tokenizer: Tokenizer | None) -> tuple[Rewards | None, Rewards | None]:
+    """Who judges, by --reward, or else with the built-in task's true reward in mind; and who selects, by --chooser."""
+    people = () if config.data or config.judged else ("true",)  # what they said elsewhere is read and not asked
+    words = people if config.reward is None else config.reward
+    judge = load(words, policy, tokenizer, config) if words or config.reward == () else None
+    chooser = load(config.chooser, policy, tokenizer, config) if config.chooser is not None else None
+    if policy is not None and config.select == "doubt":
+        several = any(model.heads > 1 for model in (chooser or judge).models)
+        require(several, "--select doubt needs a --chooser or --reward with several heads (train_rm.py --heads)")
+    return judge, chooser
+
+
+TASK = {"true": true_reward, "specificity": specificity}  # what only the built-in task has
 
 
 def load_model(name: str | Path, policy: GPT, tokenizer: Tokenizer) -> ScalarModel:
     """The reward model of a folder, on the policy's device. Raises UserError where it cannot judge what that writes."""
     model, other = models.load_scalar(name)
-    require(other == tokenizer, f"--reward {name}: its tokenizer is not the policy's, so it would misread it")
+    _check_fit(name, model, other, policy, tokenizer)
     model.to(policy.device).eval()
-    longest, needed = model.config.block_size, policy.config.block_size
-    require(longest >= needed, f"--reward {name}: its context of {longest} is less than the policy's {needed}")
     said = response_scores(model, Encoded.pack([[([tokenizer.end_of_text], [tokenizer.end_of_text])]]))
     require(bool(said.isfinite().all()), f"--reward {name}: gives a score that is no finite number")
     return model
 
 
-def made_from(reward_model: str) -> str:
-    """The policy from which a run of train_rm.py made a reward model, where its folder says so; else nothing."""
-    if not reward_model:  # which as a path would be the folder one stands in
-        return ""
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        flags = json.loads((Path(reward_model) / "config.json").read_text())["flags"]
-        init = Path(flags["init"] or Path(reward_model) / "sft")
-        if (init / "config.json").is_file():
-            return str(init)
+def _check_fit(name: str | Path, model: GPT | ScalarModel, other: Tokenizer, policy: GPT, tokenizer: Tokenizer) -> None:
+    require(other == tokenizer, f"--reward {name}: its tokenizer is not the policy's, so it would misread it")
+    longest, needed = model.config.block_size, policy.config.block_size
+    require(longest >= needed, f"--reward {name}: its context of {longest} is less than the policy's {needed}")
+
+
+def _implicit(name: str, policy: GPT | None, tokenizer: Tokenizer, init: str, batch_size: int) -> Reward | None:
+    """The implicit reward of a run's policy, or of the one in hand, whose folder --init names."""
+    folder = name.partition(":")[2]
+    start = made_from([folder or init])
+    hint = "no run of train_dpo.py or train_ppo.py, which would say its β and which policy it is held against"
+    beta = start and _flags_of(folder or init).get("beta")
+    require(isinstance(beta, float), f"--reward {name}: {folder or init or 'no folder is named, so'}: {hint}")
+    if policy is None:
+        return None
+    pair = []
+    for path in (folder, start):
+        model, other = models.load(path) if path else (policy, tokenizer)
+        _check_fit(name, model, other, policy, tokenizer)
+        pair.append(model.to(policy.device))
+    return implicit_reward(*pair, beta, batch_size)
+
+
+def _imported(name: str) -> Callable:
+    """The function that `file.py:function` names."""
+    path, _, function = name.rpartition(":")
+    require(Path(path).is_file(), f"--reward {name}: {path}: no such file")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # the code is not ours
+        raise UserError(f"--reward {name}: {path} cannot be imported: {type(error).__name__}: {error}") from None
+    found = getattr(module, function, None)
+    require(callable(found), f"--reward {name}: {path} has no function {function!r}")
+    return found
+
+
+def _flags_of(folder: str) -> dict[str, Any]:
+    """The flags of the run in a folder; KeyError or the like where it holds none."""
+    return json.loads((Path(folder) / "config.json").read_text())["flags"]
+
+
+def made_from(words: Sequence[str]) -> str:
+    """The policy from which the runs that --reward names were made: the first that a folder speaks of, or nothing."""
+    for word in words:
+        name = word and parse(word)[0].removeprefix("implicit:")  # an empty path would be the folder one stands in
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            init = Path(_flags_of(name)["init"] or Path(name) / "sft") if name else Path()
+            if (init / "config.json").is_file() and name:
+                return str(init)
     return ""
 
 

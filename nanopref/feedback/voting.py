@@ -2,10 +2,12 @@
 
 They answer by the model of Bradley and Terry (Biometrika 39, 1952): P(a preferred over b) = σ((r_a - r_b) / noise),
 with the noise in units of reward; without any, the annotator is never wrong. Each of k annotators votes on their own
-and the majority decides, so k is odd.
+and the majority decides, so k is odd. Where each has a noise of their own, `votes` tells who said what, and
+AGGREGATES are the ways to make labelled pairs of it.
 """
 
 import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -15,6 +17,21 @@ def _check_annotators(annotators: int) -> None:
         raise ValueError(
             f"the number of annotators must be odd and at least 1, so that a majority exists: {annotators}"
         )
+
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    return 0.5 * (1 + np.tanh(x / 2))  # the form that cannot overflow
+
+
+def _of_each(noise: float | Sequence[float], annotators: int, rewards: np.ndarray) -> float | np.ndarray:
+    """A noise for all as it is; or one for each annotator, in the shape that broadcasts with [annotators, *rewards]."""
+    _check_annotators(annotators)
+    each = np.asarray(noise, dtype=np.float64)
+    if each.shape not in ((), (annotators,)):
+        raise ValueError(f"noise must be a number or one for each of {annotators} annotators, not {each.shape}")
+    if not ((each >= 0) & (each < math.inf)).all():
+        raise ValueError(f"noise must be a finite number of at least 0: {noise}")
+    return noise if each.ndim == 0 else each.reshape(-1, *[1] * np.ndim(rewards))
 
 
 def bradley_terry_probability(reward_a, reward_b, *, noise: float) -> np.ndarray:
@@ -28,7 +45,7 @@ def bradley_terry_probability(reward_a, reward_b, *, noise: float) -> np.ndarray
         raise ValueError(f"noise must be a finite number of at least 0: {noise}")
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         logit = np.where(a == b, 0.0, (a - b) / np.float64(noise))
-    return 0.5 * (1 + np.tanh(logit / 2))  # σ, in the form that cannot overflow
+    return _sigmoid(logit)
 
 
 def majority_probability(p, k: int) -> np.ndarray:
@@ -38,30 +55,35 @@ def majority_probability(p, k: int) -> np.ndarray:
     return sum(math.comb(k, yes) * p**yes * (1 - p) ** (k - yes) for yes in range(k // 2 + 1, k + 1))
 
 
-def annotate(reward_a, reward_b, *, noise: float = 1.0, annotators: int = 1, rng: np.random.Generator) -> np.ndarray:
-    """Labels [N], True where the majority of the annotators prefers a, for true rewards [N] and [N]."""
+def annotate(
+    reward_a, reward_b, *, noise: float | Sequence[float] = 1.0, annotators: int = 1, rng: np.random.Generator
+) -> np.ndarray:
+    """Labels [N], True where the majority of the annotators prefers a, for true rewards [N] and [N]. The noise is one
+    for all, or one for each."""
     _check_annotators(annotators)
+    if np.ndim(noise):
+        return 2 * votes(reward_a, reward_b, noise=noise, rng=rng).sum(0) > annotators
     p = bradley_terry_probability(reward_a, reward_b, noise=noise)
     return 2 * rng.binomial(annotators, p) > annotators
 
 
-def rank(rewards, *, noise: float = 1.0, annotators: int = 1, rng: np.random.Generator) -> np.ndarray:
+def rank(rewards, *, noise: float | Sequence[float] = 1.0, annotators: int = 1, rng: np.random.Generator) -> np.ndarray:
     """Rankings [G, K], the numbers of the answers with the best first, for rewards [G, K].
 
     Each annotator ranks as Plackett and Luce have it, the best chosen of all, the next of the rest …, which is to sort
     by reward plus Gumbel noise (Yellott 1977); for K = 2 that is Bradley and Terry's. The mean place of an answer
-    decides (Borda), and between equals the first annotator.
+    decides (Borda), and between equals the first annotator. The noise is one for all, or one for each.
     """
-    _check_annotators(annotators)
+    noise = _of_each(noise, annotators, rewards)
     heard = np.asarray(rewards, dtype=np.float64) + noise * rng.gumbel(size=(annotators, *np.shape(rewards)))
     places = heard.argsort(-1).argsort(-1)  # the worst has place 0
     return np.argsort(-(places.sum(0) + places[0] / places.shape[-1]), axis=-1, kind="stable")
 
 
-def rate(rewards, *, noise: float = 1.0, annotators: int = 1, rng: np.random.Generator) -> np.ndarray:
-    """Ratings like the rewards: the mean of what the annotators give, each off by normal noise."""
-    _check_annotators(annotators)
+def rate(rewards, *, noise: float | Sequence[float] = 1.0, annotators: int = 1, rng: np.random.Generator) -> np.ndarray:
+    """Ratings like the rewards: the mean of what people give, each off by normal noise (one for all or for each)."""
     rewards = np.asarray(rewards, dtype=np.float64)
+    noise = _of_each(noise, annotators, rewards)
     return rewards + rng.normal(scale=noise, size=(annotators, *rewards.shape)).mean(0)
 
 
@@ -69,3 +91,90 @@ def best_accuracy(reward_a, reward_b, *, noise: float = 1.0, annotators: int = 1
     """The share of such labels that one who knows the true reward gets right, on average; no model can expect more."""
     p = majority_probability(bradley_terry_probability(reward_a, reward_b, noise=noise), annotators)
     return float(np.maximum(p, 1 - p).mean())
+
+
+# ---- people who differ -----------------------------------------------------------------------------------------------
+
+
+def votes(reward_a, reward_b, *, noise: Sequence[float], rng: np.random.Generator) -> np.ndarray:
+    """Who prefers a [k, N], a row for each of k people with a noise of their own, for rewards [N] and [N]."""
+    p = np.array([bradley_terry_probability(reward_a, reward_b, noise=one) for one in noise])
+    return rng.random(p.shape) < p
+
+
+def _check_votes(said) -> np.ndarray:
+    said = np.asarray(said, dtype=bool)
+    if said.ndim != 2 or not said.size:
+        raise ValueError(f"votes must be [people, pairs] with at least one of both, not {said.shape}")
+    return said
+
+
+def dawid_skene(said, *, steps: int = 1000, tolerance: float = 1e-8) -> tuple[np.ndarray, np.ndarray]:
+    """The probability [N] that a is better, and how reliable people are [k, 2], from nothing but their votes [k, N].
+
+    The model of Dawid and Skene (Applied Statistics 28, 1979) with two classes: person i says a with probability
+    accuracy[i, 0] where a is better, and b with accuracy[i, 1] where b is, each on their own. EM from the mean vote
+    until no probability moves by the tolerance; so a is what most of the people take for it, and a majority that is
+    worse than chance would turn all round. Each rate counts as if it had been seen once to hold and once not, a prior
+    of Beta(2, 2) which keeps it off 0 and 1, where nothing could ever change one's mind. Pairs that are hard for all
+    make people agree in their errors, which the model takes for skill.
+    """
+    a = _check_votes(said).astype(np.float64)
+    p = a.mean(0)
+    for _ in range(steps):
+        share = (p.sum() + 1) / (len(p) + 2)  # of the pairs in which a is better
+        accuracy = np.stack([(a @ p + 1) / (p.sum() + 2), ((1 - a) @ (1 - p) + 1) / ((1 - p).sum() + 2)], axis=1)
+        right_a, right_b = accuracy.T
+        evidence = np.log(right_a / (1 - right_b)) @ a + np.log((1 - right_a) / right_b) @ (1 - a)
+        before, p = p, _sigmoid(np.log(share / (1 - share)) + evidence)
+        if np.abs(p - before).max() < tolerance:
+            break
+    return p, accuracy
+
+
+def noise_of(accuracy: float, gaps) -> float:
+    """The noise with which one is right so often, mean σ(|gap| / noise) = accuracy, for reward gaps [N]; by bisection.
+
+    An accuracy that no noise gives, 1/2 and below or nearly 1, has the end of the range: 10^±6 times the mean gap.
+    """
+    gaps = np.abs(np.asarray(gaps, dtype=np.float64))
+    if not 0 <= accuracy <= 1 or not 0 < gaps.mean() < math.inf:
+        raise ValueError(f"an accuracy in [0, 1] and finite gaps, not all 0, are needed: {accuracy}, {gaps}")
+    low, high = gaps.mean() * 1e-6, gaps.mean() * 1e6
+    for _ in range(60):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if _sigmoid(gaps / middle).mean() > accuracy else (low, middle)
+    return float(high)
+
+
+def estimates(said, gaps, noise: Sequence[float]) -> list[dict[str, float]]:
+    """Of each simulated person: the noise they have; how often Dawid and Skene's model takes them to be right, from the
+    votes [k, N] alone; and the noise that belongs to this, for the reward gaps [N]."""
+    accuracy = dawid_skene(said)[1].mean(1)
+    return [
+        {"noise": float(own), "accuracy": float(right), "estimated_noise": noise_of(right, gaps)}
+        for own, right in zip(noise, accuracy, strict=True)
+    ]
+
+
+# How votes [k, N] become labelled pairs: which of the N it is [M], and whether its first answer is the better one [M].
+
+
+def _majority(said) -> tuple[np.ndarray, np.ndarray]:
+    said = _check_votes(said)
+    _check_annotators(len(said))
+    return np.arange(said.shape[1]), 2 * said.sum(0) > len(said)
+
+
+def _count(said) -> tuple[np.ndarray, np.ndarray]:
+    """Every vote is a pair of its own, those on the same one after the other."""
+    said = _check_votes(said)
+    return np.repeat(np.arange(said.shape[1]), len(said)), said.T.ravel()
+
+
+def _dawid_skene(said) -> tuple[np.ndarray, np.ndarray]:
+    p, _ = dawid_skene(said)
+    return np.arange(len(p)), p > 0.5
+
+
+AGGREGATES: dict[str, Callable] = {"majority": _majority, "count": _count, "dawid-skene": _dawid_skene}

@@ -136,7 +136,7 @@ LOSSES = {name: _of_margin(name) for name in MARGIN_LOSSES} | {
     "regression": Loss(regression, ("ratings",), COMPARED),
     "kto": Loss(kto, ("labels", "pairs"), LABELLED, reference_point=True),
     "binary": Loss(binary, ("labels", "pairs"), LABELLED),
-    "nothing": Loss(nothing, ("pairs", "rankings", "ratings"), ("likelihood",)),
+    "nothing": Loss(nothing, ("pairs", "rankings", "ratings", "responses"), ("likelihood",)),
 }
 
 LOGPROBS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # log π(y|x) [B] and the tokens of y [B] -> values [B]
@@ -217,6 +217,8 @@ OBJECTIVES = {
 SCORES = {name: OBJECTIVES[name] for name in ("plackett-luce", "regression", "binary", "infonca", "nca")}
 SCORES = {"bradley-terry": OBJECTIVES["dpo"]} | SCORES  # of reward models
 ANSWERS = {"pairs": 2, "labels": 2, "rankings": 4, "ratings": 4}  # answers to a prompt, where they are sampled
+# the same for each --select but all, with the kind of feedback that comes of it
+SELECTED = {"best-worst": ("pairs", 4), "doubt": ("pairs", 4), "rso": ("pairs", 8), "best": ("responses", 16)}
 
 
 def kinds(objectives: dict[str, Objective]) -> dict[str, tuple[str, ...]]:
@@ -235,17 +237,22 @@ def resolve(config: Any, objective: Objective) -> Any:
         require(fits, f"--loss {config.loss} has no use for --{name.replace('_', '-')}")
     require(not config.judged or not config.data, "--judged belongs to the built-in task: give it or --data")
     read = config.judged or (config.data and not getattr(config, "reward", ""))
-    given = config.feedback or config.answers
-    require(not read or not given, "--feedback and --answers are for answers that are sampled, and here a file is read")
+    selects = config.select != "all"
+    given = config.feedback or config.answers or selects
+    hint = "--feedback, --answers and --select are for answers that are sampled, and here a file is read"
+    require(not read or not given, hint)
     require(not config.judged or not getattr(config, "reward", ""), "people have --judged already: leave --reward out")
-    row |= {"beta": objective.beta if config.data else objective.task_beta, "feedback": loss.kinds[0]}
-    row |= {"answers": ANSWERS[config.feedback or loss.kinds[0]], "rating_temperature": 1.0}
+    kind, answers = SELECTED.get(config.select, (loss.kinds[0], None))
+    row |= {"beta": objective.beta if config.data else objective.task_beta, "feedback": kind}
+    row |= {"answers": answers or ANSWERS[config.feedback or kind], "rating_temperature": 1.0}
     names = row.keys() - {"loss", "formula"}
     config = replace(config, **{name: row[name] for name in names if getattr(config, name, 0) is None})
     learns = f"--loss {config.loss} learns from {' or '.join(loss.kinds)}"
-    require(config.feedback in loss.kinds, f"--feedback {config.feedback}: {learns}")
-    fits = {"pairs": config.answers == 2, "labels": True}.get(config.feedback, config.answers > 1)
+    made = f"--select {config.select} makes {kind}" if selects else f"--feedback {config.feedback}"
+    require(config.feedback in loss.kinds and (not selects or config.feedback == kind), f"{made}: {learns}")
+    fits = config.answers > 1 or config.feedback == "labels"
     require(fits, f"--answers {config.answers} make no {config.feedback}")
+    require(selects or not config.chooser, "--chooser: it is --select that goes by its numbers")
     return config
 
 
@@ -278,20 +285,23 @@ def ranked_right(rewards: Tensor, there: Tensor, said: Tensor) -> Tensor:
 
 @torch.no_grad()
 def figures(losses: Tensor, rewards: Tensor, there: Tensor, said: Tensor) -> Tensor:
-    """Sums over groups [6]: loss, how much is right, the rewards of the best and of the worst answers, and how many of
-    these there are. Of labels the good are best, the bad worst, and right is a reward above 0 or below."""
+    """Sums over groups [7]: loss, how much is right, the rewards of the best and of the worst answers, how many of
+    these there are, and how many groups say what is right. Of labels the good are best, the bad worst, and right is a
+    reward above 0 or below; an answer to be imitated is best, and has nothing to be right about."""
     alone, good = there.sum(1) == 1, said[:, 0] > 0.5
+    judged = ~alone | (said[:, 0] <= 1)
     right = is_right(torch.where(good, rewards[:, 0], -rewards[:, 0])).where(alone, ranked_right(rewards, there, said))
     best, worst = ~alone | good, ~alone | ~good
     last = rewards.gather(1, there.sum(1, keepdim=True) - 1)[:, 0]
-    return torch.stack([x.sum() for x in (losses, right, rewards[:, 0] * best, last * worst, best, worst)])
+    found = losses, right * judged, rewards[:, 0] * best, last * worst, best, worst, judged
+    return torch.stack([x.sum() for x in found])
 
 
 def averages(sums: Tensor, groups: int) -> dict[str, float]:
     """Of a batch of so many groups, from the `figures` of all its pieces and processes: loss, accuracy, the rewards of
-    the chosen and of the rejected answers, and their margin; without those of which a batch of labels holds none."""
-    loss, right, best, worst, n_best, n_worst = parallel.sum_processes(sums).tolist()
-    found = {"loss": loss / groups, "accuracy": right / groups}
+    the chosen and of the rejected answers, and their margin; without those of which the batch holds none."""
+    loss, right, best, worst, n_best, n_worst, judged = parallel.sum_processes(sums).tolist()
+    found = {"loss": loss / groups} | ({"accuracy": right / judged} if judged else {})
     found |= {"chosen_reward": best / n_best} if n_best else {}
     found |= {"rejected_reward": worst / n_worst} if n_worst else {}
     return found | ({"margin": best / n_best - worst / n_worst} if n_best and n_worst else {})

@@ -24,6 +24,10 @@ class UserError(Exception):
     """Something the user can mend: one sentence that says what. Commands print it and exit with code 2."""
 
 
+class RewardError(UserError):
+    """A judge that failed: the weights are as good as they were, and are saved where a loop was under way."""
+
+
 def require(condition: bool, message: str) -> None:
     """Raise UserError with this message unless the condition holds."""
     if not condition:
@@ -92,6 +96,15 @@ def require_odd(annotators: int | None) -> None:
     """Raise UserError where a vote could tie."""
     odd = annotators is None or annotators % 2 == 1
     require(odd, f"--annotators must be odd, so that a vote cannot tie, not {annotators}")
+
+
+def check_people(config: Any) -> None:
+    """Raise UserError where what people say of answers would not make what is learnt from."""
+    feedback, voters = getattr(config, "feedback", "pairs"), len(config.voters)
+    require_odd(config.annotators)
+    require(config.votes == "majority" or feedback == "pairs", f"--votes {config.votes} makes pairs and no {feedback}")
+    odd = voters % 2 == 1 or not voters or config.votes != "majority"
+    require(odd, f"--voters must be an odd number of people, so that a vote cannot tie, not {voters}")
 
 
 def resolve(config: Any, *situations: str) -> Any:
@@ -210,11 +223,27 @@ class StartFlags:
 
 
 @dataclass
+class RewardFlags:
+    reward: tuple[str, ...] | None = flag(
+        None, "who judges, instead of people: reward models' folders, true, specificity, rules, rules:FILE.toml, "
+        "implicit:FOLDER (a DPO policy's), FILE.py:FUNCTION; `*0.5` behind one is its weight, several are added",
+    )  # fmt: skip
+    doubt: float = flag(0.0, "subtract this many times the spread of a reward model's heads from its score", least=0)
+
+
+@dataclass
 class FeedbackFlags:
     data: str = flag("", "preferences: a file of pairs, rankings, ratings or labels (README); default: film reviews")
     prompts: int = flag(5120, "prompts whose answers are sampled and judged, where no file tells what was", least=20)
     annotators: int | None = flag(None, "who vote on each sampled answer (odd)", least=1, task=3, reward=1)
     noise: float | None = flag(None, "how often they err, in units of reward; 0: never", least=0, task=0.5, reward=0.0)
+    voters: tuple[float, ...] = flag(
+        (), "people with a noise of their own each, instead of --annotators alike", least=0
+    )
+    votes: str = flag(
+        "majority", "what makes of votes a pair: the majority; each vote a pair of its own; or the majority weighed by "
+        "how reliable each voter's own votes show them to be", among=("majority", "count", "dawid-skene"),
+    )  # fmt: skip
 
 
 @dataclass
@@ -226,7 +255,20 @@ class ObjectiveFlags:
     judged: str = flag(
         "", "feedback.jsonl of another run on film reviews: what people said there is taken, instead of asking anew"
     )
-    answers: int | None = flag(None, "answers to a prompt (default: 2, for rankings and ratings 4)", least=1, most=64)
+    answers: int | None = flag(
+        None,
+        "answers to a prompt (default: 2; for rankings, ratings and --select 4, rso 8, best 16)",
+        least=1,
+        most=256,
+    )
+    select: str = flag(
+        "all", "which of them are judged: best against worst; the two on whose order a reward model's heads differ "
+        "most (doubt); two drawn as from π* (rso: Liu et al. 2023); or the best alone, to be imitated",
+        among=("all", "best-worst", "doubt", "rso", "best"),
+    )  # fmt: skip
+    chooser: tuple[str, ...] | None = flag(
+        None, "whose numbers --select goes by, in the notation of --reward (default: who judges)"
+    )
     margin: float | None = flag(
         None, "by how much the better answer is to lead, times the pair's `margin` in the file (default: 0; simpo 1)",
         least=0,

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import kernels
-from nanopref.running.flags import RunFlags, UserError, require
+from nanopref.running.flags import RewardError, RunFlags, UserError, require
 from nanopref.running.optim import Both, batches
 from nanopref.running.parallel import barrier, progress, rank, say, sum_gradients, sum_processes, world_size
 
@@ -99,6 +99,8 @@ class Run:
         self._model: nn.Module | None = None  # what `steps` trains, and where it is
         self._optimizer: Optimizer | Both | None = None
         self._step, self._bar, self._shown = 0, None, {}
+        self._round, self._before = 0, 0
+        self._clean = False  # whether a step has begun of which no weight knows yet
         self._next_save, self.last_saved = 0.0, 0
         require(not self.folder.exists() or self.folder.is_dir(), f"--out {self.folder}: that is a file; name a folder")
         require(
@@ -176,6 +178,10 @@ class Run:
         try:
             with kernels.use(self.config.kernels):
                 yield
+        except RewardError:
+            if self._clean:
+                self.save()
+            raise
         finally:
             self._remember_seconds()
             self._stage = ""
@@ -198,7 +204,7 @@ class Run:
         for name, value in metrics.items():
             require(
                 math.isfinite(value),
-                f"{name} became {value} after step {self._step + 1}: lower --lr, or look at the data, and start again "
+                f"{name} became {value} after step {self.step + 1}: lower --lr, or look at the data, and start again "
                 "with --overwrite",
             )
         if rank() == 0:
@@ -207,7 +213,7 @@ class Run:
             if self._bar is not None:
                 self._bar.set_postfix(self._shown, refresh=False)
             with (self.folder / "metrics.jsonl").open("a") as f:
-                f.write(json.dumps({"step": self._step + 1, **metrics}) + "\n")
+                f.write(json.dumps({"step": self.step + 1, **metrics}) + "\n")
 
     def metrics(self) -> list[dict[str, float]]:
         """The rows logged so far."""
@@ -220,7 +226,32 @@ class Run:
             report = {**report, **({"peak_memory_MiB": peak} if peak else {}), "seconds": self.seconds}
             write_atomic(self.folder / "report.json", json.dumps(report, indent=2) + "\n")
 
-    # ---- steps, and the state to resume from -------------------------------------------------------------------------
+    def note(self, name: str, row: dict[str, Any], after: int) -> None:
+        """Let a file of JSON Lines hold this row behind its first `after`."""
+        rows = [*self.notes(name)[:after], row]
+        write_atomic(self.folder / name, "".join(json.dumps(row) + "\n" for row in rows))
+
+    def notes(self, name: str) -> list[dict[str, Any]]:
+        """The rows of such a file."""
+        return read_lines(self.folder / name)
+
+    # ---- rounds, steps, and the state to resume from -----------------------------------------------------------------
+
+    def rounds(self, n: int) -> Iterator[int]:
+        """0 … n - 1: rounds of steps, counted on from one to the next, each with files and a state of its own. Those
+        that are done yield no step and leave the model as it was after them."""
+        for self._round in range(n):
+            yield self._round
+
+    def path(self, name: str) -> Path:
+        """The file of this name in the folder; from the second round on, one of its own, as feedback-2.jsonl."""
+        stem, dot, suffix = name.partition(".")
+        return self.folder / (f"{stem}-{self._round + 1}{dot}{suffix}" if self._round else name)
+
+    @property
+    def step(self) -> int:
+        """How many steps of all rounds are done."""
+        return self._before + self._step
 
     def steps(
         self, name: str, n: int, size: int, total: int, model: nn.Module, optimizer: Optimizer | Both,
@@ -232,7 +263,7 @@ class Run:
         Ctrl-C, or SIGTERM, lets the step in hand finish, saves, and raises KeyboardInterrupt with how to continue.
         """
         self._model, self._optimizer = model, optimizer
-        start = self._step = self.load()
+        start = self._step = self.load(total)
         self._bar = progress(name, total, "step", start)
         interrupted = []
         signals = {number: signal.signal(number, lambda *_: interrupted.append(True)) for number in (SIGINT, SIGTERM)}
@@ -241,8 +272,9 @@ class Run:
             for step, rows in batches(n, size, total, self.config.seed, start, lengths):
                 if step > start and self.save_is_due():
                     self.save()
+                self._clean = True
                 yield step, rows
-                self._step = step + 1
+                self._step, self._clean = step + 1, False
                 self._bar.update()
                 # all processes must agree to stop, or some would wait for the others' gradients for ever
                 if sum_processes(torch.tensor(len(interrupted), device=device)) if world_size() > 1 else interrupted:
@@ -251,6 +283,7 @@ class Run:
             if interrupted:
                 where = f"{self._step} of {total} steps are saved in {self.folder}"
                 raise KeyboardInterrupt(f"{where}; add --resume to the same command to continue")
+            self._before, self._step = self._before + self._step, 0
         finally:
             self._bar.close()
             for number, handler in signals.items():
@@ -263,6 +296,7 @@ class Run:
         Where the loss or a norm is not finite nothing may reach the weights: they are saved as they were before the
         step, and UserError says so. (Asking costs the step's one wait for the GPU.)
         """
+        self._clean = False
         figures = [torch.as_tensor(loss)]
         for part in parts:
             sum_gradients(part)
@@ -272,8 +306,8 @@ class Run:
             self._optimizer.zero_grad()
             self.save()
             raise UserError(
-                f"the loss or its gradient became {loss + sum(norms)} at step {self._step + 1}; the weights before "
-                f"that step are in {self.folder / 'state.pt'}: lower --lr, or look at the data, and start again with "
+                f"the loss or its gradient became {loss + sum(norms)} at step {self.step + 1}; the weights before "
+                f"that step are in {self.path('state.pt')}: lower --lr, or look at the data, and start again with "
                 "--overwrite"
             )
         self._optimizer.step()
@@ -295,15 +329,16 @@ class Run:
                 "random": torch.get_rng_state(),
                 "cuda_random": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
             }
-            write_atomic(self.folder / "state.pt", lambda path: torch.save(state, path))
+            write_atomic(self.path("state.pt"), lambda path: torch.save(state, path))
             now, self.last_saved = time.monotonic(), self._step
             self._next_save = now + max(self.config.save_seconds, 20 * (now - began))
         if self._stage:
             self._remember_seconds()
 
-    def load(self) -> int:
-        """Continue from state.pt where there is one; forget what was logged after it. Returns the updates done."""
-        path = self.folder / "state.pt"
+    def load(self, total: int) -> int:
+        """Continue from state.pt where there is one; forget what the round's `total` steps logged after it. Returns the
+        updates done."""
+        path = self.path("state.pt")
         step = 0
         if path.is_file():
             try:
@@ -318,7 +353,8 @@ class Run:
                 reason = f"{path}: no state of this run can be read from it ({type(error).__name__})"
                 raise UserError(f"{reason}; remove it and --resume starts this stage from its beginning") from None
         if rank() == 0:
-            rows = [row for row in self.metrics() if row["step"] <= step]
+            last = self._before + total
+            rows = [row for row in self.metrics() if row["step"] <= self._before + step or row["step"] > last]
             write_atomic(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         barrier()
         self._next_save, self.last_saved = time.monotonic() + self.config.save_seconds, step
@@ -334,8 +370,13 @@ def version(package: str) -> str | None:
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """The rows that a run has logged; a line cut off by a kill is left out."""
-    path, rows = folder / "metrics.jsonl", []
+    """The rows that a run has logged."""
+    return read_lines(folder / "metrics.jsonl")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file of JSON Lines, if it is there; a line cut off by a kill is left out."""
+    rows = []
     for line in path.read_text().splitlines() if path.is_file() else []:
         with suppress(ValueError):
             rows.append(json.loads(line))
