@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from nanopref import models
-from nanopref.evaluation import report
+from nanopref.evaluation import best_of_n, report
 from nanopref.evaluation.compare import compare, new_prompts
 from nanopref.feedback import rewards
 from nanopref.running import flags, parallel
@@ -21,6 +21,7 @@ class Config(RewardFlags):
     policy: tuple[str, ...] = flag(("out/dpo",), "one or more models: run folders, Hugging Face folders, or hub names")
     reference: str = flag("out/dpo/sft", "the model that they are held against")
     data: str = flag("", "take the held-out prompts of this file; default: new ones of the built-in task")
+    best_of: int = flag(1, "also the best of 1, 2, 4 … of so many of the reference's answers, by --reward", least=1)
     eval_prompts: int = flag(512, "how many prompts all models answer", least=1)
     max_new_tokens: int = flag(64, "longest response that is sampled", least=1)
     sample_batch: int = flag(512, "responses that are sampled at once", least=1)
@@ -31,6 +32,9 @@ class Config(RewardFlags):
 def main(config: Config) -> None:
     flags.check(config)
     require(len(config.policy) > 0, "--policy: name at least one policy")
+    require(
+        config.best_of == 1 or config.reward is not None, "--best-of needs a --reward, by which the best is the best"
+    )
     device = parallel.start(config.device, config.seed)
     prompts = new_prompts(config.data, config.eval_prompts, config.seed)
     found = {name: models.load(name) for name in (config.reference, *config.policy)}
@@ -56,6 +60,14 @@ def main(config: Config) -> None:
         say(f"\n{name} (after) against {config.reference} (before), {len(prompts)} prompts\n")
         say(report.comparison_table(result))
     report.print_samples(rows[:3])
+    if config.best_of > 1:
+        sampling = {"max_new_tokens": config.max_new_tokens, "batch_size": config.sample_batch, "seed": config.seed}
+        others = {} if config.data else {"true reward": rewards.true_reward}
+        found = best_of_n.measure(reference, tokenizer, prompts, judge, others, config.best_of, **sampling)
+        say(f"\nthe best of n answers of {config.reference}, by the score\n")
+        columns = [name for name in found[0] if name not in ("n", "bound")]
+        cells = [[str(row["n"]), *(f"{row[name]:.2f}" for name in columns), f"{row['bound']:.2f}"] for row in found]
+        say(report.table(cells, ("n", *columns, "log n - (n-1)/n")))
 
 
 if __name__ == "__main__":

@@ -68,9 +68,8 @@ WRONG_KINDS = {  # (what the file holds, --loss) -> what is said of it
     ("pairs", "regression"): ([GOOD], "pairs: use --loss dpo or cdpo"),
     ("pairs in an array", "regression"): ([[GOOD]], "pairs: use --loss dpo or cdpo"),
     ("prompts", "kto"): ([{"prompt": "x"}], "prompts: they do not say which answer is better"),
-    ("responses", "preferred"): (
-        [{"prompt": "x", "response": "b"}], "responses: they do not say which answer is better",
-    ),
+    ("responses", "dpo"): ([{"prompt": "x", "response": "b"}], "responses: they do not say which answer is better"),
+    ("responses to one prompt", "preferred"): ([{"prompt": "x", "response": "b"}], "hold only one prompt"),
     ("labels of one kind", "kto"): (
         [{"prompt": x, "completion": "b", "label": 1} for x in "xy"], "rows.jsonl: needs good and bad answers (label 1",
     ),
@@ -112,8 +111,9 @@ def test_a_missing_file_or_folder_is_refused(tmp_path, capsys):
         ({"label_smoothing": 0.1, "loss": "ipo"}, "--loss ipo has no use for --label-smoothing"),
         ({"judged": "x.jsonl", "data": "y.jsonl"}, "--judged belongs to the built-in task"),
         ({"judged": "nowhere.jsonl"}, "nowhere.jsonl: no such file"),
-        ({"judged": "x.jsonl", "reward": "out/rm"}, "people have --judged already"),
-        ({"data": "x.jsonl", "answers": 2}, "--feedback and --answers are for answers that are sampled"),
+        ({"judged": "x.jsonl", "reward": ("out/rm",)}, "people have --judged already"),
+        ({"data": "x.jsonl", "answers": 2}, "--feedback, --answers and --select are for answers that are sampled"),
+        ({"data": "x.jsonl", "select": "rso"}, "--feedback, --answers and --select are for answers that are sampled"),
         ({"loss": "preferred", "beta": 0.2}, "--loss preferred has no use for --beta"),
         ({"lr": -1.0}, "--lr must be above 0"),
         ({"seed": -1}, "--seed must be at least 0"),

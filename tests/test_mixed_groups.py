@@ -116,7 +116,7 @@ def test_groups_of_one_two_and_four_sum_to_the_same_losses_however_they_are_cut(
         config = train_dpo.Config(loss="plackett-luce", beta=0.3)
         config = objectives.resolve(config, objectives.OBJECTIVES["plackett-luce"])
         part, knobs = train_dpo.Part(data, reference), objectives.knobs(config, groups)
-        totals, losses = torch.zeros(6), torch.zeros(7)
+        totals, losses = torch.zeros(7), torch.zeros(7)
         policy.zero_grad()
         for rank in range(2 if share else 1):
             monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)

@@ -128,7 +128,7 @@ def processes(monkeypatch, call, n: int) -> list:
 
 def step(monkeypatch, model, data, z0: Tensor, config, knobs, size: int, n: int) -> tuple[Tensor, Tensor, Tensor]:
     """As a step of train_dpo.py on all groups: losses in order, summed figures and the gradient."""
-    G, losses, totals = len(data.rows), [], torch.zeros(6)
+    G, losses, totals = len(data.rows), [], torch.zeros(7)
     model.zero_grad()
     for rank in range(n):
         monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
@@ -184,7 +184,7 @@ def test_losses_figures_and_gradients_are_those_of_the_paper_however_a_batch_is_
 
 
 def figures(losses: Tensor, rewards: list[list[float]], answers: list[list[Answer]]) -> list[float]:
-    right, best, worst = 0.0, [], []
+    right, best, worst = 0.0, [], []  # here every group says what is right
     for r, ys in zip(rewards, answers, strict=True):
         if len(ys) == 1:
             right += r[0] > 0 if ys[0].said else r[0] < 0
@@ -194,7 +194,7 @@ def figures(losses: Tensor, rewards: list[list[float]], answers: list[list[Answe
         right += sum(a > b for a, b in pairs) / len(pairs) if pairs else 0.0
         best.append(r[0])
         worst.append(r[-1])
-    return [losses.sum().item(), right, sum(best), sum(worst), len(best), len(worst)]
+    return [losses.sum().item(), right, sum(best), sum(worst), len(best), len(worst), len(answers)]
 
 
 # ---- KTO's reference point -------------------------------------------------------------------------------------------

@@ -16,10 +16,11 @@ from nanopref.running import parallel
 from nanopref.running.optim import batches
 
 FLAGS = {"iterations": 3, "batch_size": 12, "group": 2, "epochs": 2, "minibatch": 5, "micro_batch": 2, "seed": 3}
-FLAGS |= {"reward_weights": (0.7, -0.4), "doubt": 0.5, "missing_end": 0.6, "beta": 0.3, "kl_target": 0.5}
+FLAGS |= {"doubt": 0.5, "missing_end": 0.6, "beta": 0.3, "kl_target": 0.5}
 FLAGS |= {"kl_horizon": 40, "temperature": 0.8, "gamma": 0.9, "lam": 0.7, "clip": 0.1, "value_clip": 0.05}
 FLAGS |= {"value_weight": 0.3, "value_warmup": 1, "entropy": 0.05, "lr": 0.01, "critic_lr": 0.02, "grad_clip": 0.1}
 FLAGS |= {"whiten_rewards": True, "whiten_advantages": True, "sample_batch": 5, "max_new_tokens": 12}
+WEIGHTS = 0.7, -0.4  # of the reward model and of the true reward
 VARIANTS = {
     "network": {"critic": "network"},
     "head": {"critic": "head", "early_stop_kl": 0.002, "epochs": 3},
@@ -32,7 +33,7 @@ class Hand:
     """Policy, critic and what they are judged by, in float64; and what they say of a prompt x and an answer y."""
 
     def __init__(self, init: str, judge: str, critic: str | None, flags: SimpleNamespace):
-        self.flags, self.beta = flags, flags.beta
+        self.flags, self.beta, self.name = flags, flags.beta, judge
         self.policy, self.tokenizer = by_hand.in_float64(init)
         self.reference, _ = by_hand.in_float64(init)
         self.judge = models.load_scalar(judge)[0].double()
@@ -64,8 +65,8 @@ class Hand:
         hidden = self.judge.transformer.hidden(torch.tensor([answer.prompt + answer.tokens]))[0, -1]
         heads = self.judge.score.weight @ hidden
         said = heads.mean() - self.flags.doubt * ((heads - heads.mean()) ** 2).mean().sqrt()
-        first, second = self.flags.reward_weights
-        return first * said.item() + second * reviews.true_reward(answer.text)
+        self.said.append((said.item(), reviews.true_reward(answer.text)))
+        return WEIGHTS[0] * said.item() + WEIGHTS[1] * reviews.true_reward(answer.text)
 
     @torch.no_grad()
     def prepare(self, answers) -> list[SimpleNamespace]:
@@ -134,6 +135,7 @@ class Hand:
         return [*sums.tolist(), *norms]
 
     def round(self, step: int, answers) -> dict[str, float]:
+        self.said = []
         flags, rows, done = self.flags, self.prepare(answers), []
         shuffle = parallel.generator(flags.seed, f"minibatches {step}")
         order = [torch.randperm(len(rows), generator=shuffle).tolist() for _ in range(flags.epochs)]
@@ -155,6 +157,8 @@ class Hand:
         figures |= {"unended": sum(row.unended for row in rows) / len(rows), "minibatches": len(done)}
         figures |= {"response_length": sum(len(row.y) for row in rows) / len(rows), "beta": self.beta}
         figures["true_reward"] = sum(reviews.true_reward(answer.text) for answer in answers) / len(rows)
+        for name, said in zip((self.name, "true"), zip(*self.said, strict=True), strict=True):
+            figures[f"score {name}"] = sum(said) / len(rows)
         error = max(-0.2, min(0.2, kl / flags.kl_target - 1))
         self.beta *= 1 + error * len(rows) / flags.kl_horizon
         return figures
@@ -170,7 +174,12 @@ def test_rounds_of_ppo_are_those_by_hand(variant, tmp_path, monkeypatch, no_pict
     options = FLAGS | VARIANTS[variant]
     init = by_hand.tiny_model(tmp_path / "init")
     judge = by_hand.tiny_judge(tmp_path / "rm", init, heads=3)
-    more = {"reward": (judge, "true"), "eval_prompts": 2, "max_kl": 1e4, "device": "cpu"}
+    more = {
+        "reward": (f"{judge}*{WEIGHTS[0]}", f"true*{WEIGHTS[1]}"),
+        "eval_prompts": 2,
+        "max_kl": 1e4,
+        "device": "cpu",
+    }
     train_ppo.train(train_ppo.Config(out=str(tmp_path / "out"), init=init, **options, **more))
 
     flags = SimpleNamespace(**options)

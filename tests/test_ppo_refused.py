@@ -30,9 +30,9 @@ def judge(init, tmp_path_factory) -> str:
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"reward_weights": (1.0,)}, "1 weights for 0 reward models"),
-        ({"reward": ("true",), "reward_weights": (1.0, 2.0)}, "2 weights for 1 reward models"),
-        ({"reward": ("true",), "reward_weights": (float("nan"),)}, "--reward-weights must be a finite number"),
+        ({"reward": ("*0.5",)}, "--reward '*0.5': names nobody"),
+        ({"reward": ("true*two",)}, "--reward true*two: what stands behind * must be a finite number"),
+        ({"reward": ("true*nan",)}, "--reward true*nan: what stands behind * must be a finite number"),
         ({"reward": ("true",), "data": "x.jsonl"}, "only the built-in task"),
         ({"advantage": "rloo", "group": 1}, "--group must be at least 2"),
         ({"advantage": "reinforce"}, "--advantage must be one of gae, rloo, grpo"),
@@ -48,7 +48,7 @@ def judge(init, tmp_path_factory) -> str:
         ({"gamma": 0.0}, "--gamma must be above 0"),
         ({"clip": 0.0}, "--clip must be above 0"),
         ({"clip": 1.5}, "--clip must be below 1"),
-        ({"reward": ()}, "--reward: name at least one reward model"),
+        ({"reward": ()}, "--reward: name at least one"),
         ({"iterations": 0}, "--iterations must be at least 1"),
         ({"prompts": 5}, "--prompts must be at least 20"),
         ({"annotators": 2}, "must be odd"),

@@ -126,7 +126,7 @@ def test_a_reward_model_compares_the_answers(file, sft_folder, judge, tmp_path, 
     (tmp_path / "texts.jsonl").write_bytes(lines(*({"text": text, "label": i % 2} for i, text in enumerate(texts))))
     rows = [{"prompt": reviews.sample_prompt(rng), "chosen": "this", "rejected": "that"} for _ in range(60)]
     (tmp_path / "pairs.jsonl").write_bytes(lines(*rows))
-    settings = SMALL | {"init": sft_folder, "reward": str(judge), "epochs": 1, "eval_every": 99, "save_seconds": 99}
+    settings = SMALL | {"init": sft_folder, "reward": (str(judge),), "epochs": 1, "eval_every": 99, "save_seconds": 99}
     data_file = str(tmp_path / file) if file else ""
     train_dpo.train(train_dpo.Config(out=str(tmp_path / "run"), data=data_file, **settings))
     model, tokenizer = models.load_scalar(judge)
@@ -135,12 +135,17 @@ def test_a_reward_model_compares_the_answers(file, sft_folder, judge, tmp_path, 
     chosen, rejected = response_scores(model, encoded).mean(1).view(-1, 2).unbind(1)
     assert len(pairs) > 40 and (chosen > rejected - 1e-5).all() and (chosen > rejected).float().mean() > 0.98
     _, report = results(tmp_path / "run")
-    assert {"reference", "policy"} == report["score"].keys() and ("true_reward" in report) == (not file)
+    assert ("true_reward" in report) == (not file)
+    judges = ["score"] if file else ["score", "true_reward"]
+    for figures in (report[name] for name in judges):
+        assert {"reference", "policy", "reference_std", "policy_std", "win_rate", "win_rate_95"} == figures.keys()
+    assert report["win_rate_by"] == "score" and report["win_rate"] == report["score"]["win_rate"]
     if file:
         training, held_out = formats.read_prompts(data_file)
         assert {pair.prompt for pair in pairs} <= set(training)
         assert {answer["prompt"] for answer in report["samples"]} <= set(held_out)
-    assert "score" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "win rate by score" in output and ("win rate by true reward" in output) == (not file)
 
 
 def test_the_reward_models_own_policy_is_where_to_begin(sft_folder, judge, tmp_path, capsys, monkeypatch):
@@ -148,12 +153,12 @@ def test_the_reward_models_own_policy_is_where_to_begin(sft_folder, judge, tmp_p
         ("out/nowhere", "nowhere: no model folder there"),
         (str(judge), "name the policy that it was trained for with --init"),
     ]:
-        refused(train_dpo.train, train_dpo.Config(out=str(tmp_path / "out"), reward=reward), message, capsys)
+        refused(train_dpo.train, train_dpo.Config(out=str(tmp_path / "out"), reward=(reward,)), message, capsys)
     (judge / "config.json").write_text(json.dumps({"flags": {"init": sft_folder}}))  # as train_rm.py leaves it
-    assert rewards.made_from(str(judge)) == sft_folder
+    assert rewards.made_from([str(judge)]) == rewards.made_from(["true", f"{judge}*0.5"]) == sft_folder
     monkeypatch.chdir(judge)  # and only where a reward model was named
-    assert rewards.made_from("") == ""
-    settings = command_flags.resolve(train_dpo.Config(reward=str(judge)))
+    assert rewards.made_from([""]) == rewards.made_from([]) == ""
+    settings = command_flags.resolve(train_dpo.Config(reward=(str(judge),)))
     assert (settings.annotators, settings.noise) == (1, 0.0)
 
 

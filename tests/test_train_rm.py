@@ -131,7 +131,7 @@ def test_two_processes_give_the_losses_of_one(started, left_alone, tmp_path):
         ({"loss": "kto"}, "--loss must be one of bradley-terry, plackett-luce, regression, binary, infonca, nca"),
         ({"loss": "regression", "feedback": "pairs"}, "--feedback pairs: --loss regression learns from ratings"),
         ({"loss": "binary", "margin": 1.0}, "--loss binary has no use for --margin"),
-        ({"answers": 3}, "--answers 3 make no pairs"),
+        ({"answers": 1}, "--answers 1 make no pairs"),
         ({"lr": 0.0}, "--lr must be above 0"),
         ({"prompts": 3}, "--prompts must be at least 20"),
         ({"data": "nowhere.jsonl"}, "no such file"),

@@ -21,9 +21,11 @@ from nanopref import models
 from nanopref.data.formats import read_rows
 from nanopref.data.groups import write_groups
 from nanopref.evaluation import report
+from nanopref.evaluation.compare import new_prompts
 from nanopref.feedback import rewards
 from nanopref.feedback.collect import collect, training_prompts
 from nanopref.learning.objectives import ANSWERS
+from nanopref.models.sampling import Answer, respond
 from nanopref.running import flags
 from nanopref.running.flags import flag, require
 from nanopref.running.folder import write_atomic
@@ -43,11 +45,13 @@ class ExperimentFlags:
 
 
 class Variant(NamedTuple):
-    """A run of train_dpo.py: its flags, the kind of feedback it learns from, and what is done to that before."""
+    """A run of a script: its flags, the kind of feedback that it reads and what is done to that before; or no kind,
+    where it asks for itself. SEED in a flag is the folder of the runs of its seed."""
 
     words: list[str]
     kind: str = "pairs"
     change: Callable[[list[dict], random.Random], list[dict]] = lambda rows, rng: rows
+    script: str = "train_dpo.py"
 
 
 def results(config: ExperimentFlags, variants: dict[str, Variant]) -> dict[str, list[Path]]:
@@ -61,15 +65,19 @@ def results(config: ExperimentFlags, variants: dict[str, Variant]) -> dict[str, 
     root.mkdir(parents=True, exist_ok=True)
     write_atomic(path, content)
     for seed in range(config.seeds):
-        sft = root / f"seed-{seed}" / "sft"
-        launch({sft: ["-m", "nanopref.sft", "--seed", str(seed)]}, 1)
+        folder = root / f"seed-{seed}"
+        launch({folder / "sft": ["-m", "nanopref.sft", "--seed", str(seed)]}, 1)
         for name, variant in variants.items():
-            feedback, out = sampled(config, sft, seed, variant.kind), root / f"seed-{seed}" / name
-            rows = variant.change([row for _, row in read_rows(feedback)], random.Random(seed))
-            judged = root / f"seed-{seed}" / f"{name}.jsonl"
-            write_atomic(judged, "".join(json.dumps(row) + "\n" for row in rows))
-            words = ["--seed", str(seed), "--init", str(sft), "--judged", str(judged), *variant.words]
-            commands[out] = [str(SCRIPTS / "train_dpo.py"), *words]
+            words = ["--seed", str(seed), "--init", str(folder / "sft")]
+            if variant.kind:
+                feedback, judged = sampled(config, folder / "sft", seed, variant.kind), folder / f"{name}.jsonl"
+                rows = variant.change([row for _, row in read_rows(feedback)], random.Random(seed))
+                write_atomic(judged, "".join(json.dumps(row) + "\n" for row in rows))
+                words += ["--judged", str(judged)]
+            elif variant.script != "train_ppo.py":
+                words += ["--prompts", str(config.prompts)]
+            words += [word.replace("SEED", str(folder)) for word in variant.words]
+            commands[folder / name] = [str(SCRIPTS / variant.script), *words]
     launch(commands, config.jobs)
     return {name: [root / f"seed-{seed}" / name for seed in range(config.seeds)] for name in variants}
 
@@ -111,6 +119,28 @@ def launch(commands: dict[Path, list[str]], jobs: int) -> None:
             pool.shutdown(cancel_futures=True)
 
 
+def save(config: ExperimentFlags, table: str, found: dict, panels: Sequence[report.Panel]) -> None:
+    """table.md (also printed), results.json and plot.png."""
+    root = Path(config.out)
+    report.plot(panels, root / "plot.png")
+    write_atomic(root / "results.json", json.dumps(found, indent=2) + "\n")
+    write_atomic(root / "table.md", table)
+    say(f"\n{table}\nin {root}: table.md, results.json, plot.png")
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """A table of which the first line is the header."""
+    lines = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def answers(folder: Path, seed: int, n: int = 512) -> list[Answer]:
+    """What the model in a folder says to prompts on which none is trained."""
+    policy, tokenizer = models.load(folder)
+    sampling = {"max_new_tokens": 64, "batch_size": 512, "seed": seed}
+    return respond(policy.to(start("auto", seed)), tokenizer, new_prompts("", n, seed), stream="compared", **sampling)
+
+
 def read_report(folder: Path) -> dict[str, float]:
     """Of a finished run: the gain in true reward, in deviations of the reference, and what it cost."""
     found = json.loads((folder / "report.json").read_text())
@@ -130,13 +160,11 @@ def conclude(
     found = {name: [read_report(folder) for folder in runs] for name, runs in folders.items()}
     head = ["", *(["what is descended"] if about else []), f"gain in true reward, std: seeds 0 to {config.seeds - 1}"]
     lines = [head + ["mean", "win rate", "KL, nats", "tokens"]]
-    lines.append(["---"] * len(lines[0]))
     for name, runs in found.items():
         mean = {figure: float(np.mean([run[figure] for run in runs])) for figure in runs[0]}
         gains = ", ".join(f"{run['gain']:+.2f}" for run in runs)
         figures = f"{mean['gain']:+.2f}", f"{mean['win_rate']:.1%}", f"{mean['kl']:.1f}", f"{mean['tokens']:.0f}"
         lines.append([f"`{name}`", *([about[name]] if about else []), gains, *figures])
-    table, root = "".join(f"| {' | '.join(line)} |\n" for line in lines), Path(config.out)
 
     def over_kl(axis) -> None:
         """Runs as points, and in a column beside them the names of their means, in order."""
@@ -153,7 +181,4 @@ def conclude(
         )
         axis.set_xlim(right=4 * side)
 
-    report.plot([over_kl, *panels], root / "plot.png")
-    write_atomic(root / "results.json", json.dumps(found, indent=2) + "\n")
-    write_atomic(root / "table.md", table)
-    say(f"\n{table}\nin {root}: table.md, results.json, plot.png")
+    save(config, markdown(lines), found, [over_kl, *panels])

@@ -246,7 +246,9 @@ def ensure_feedback(
                 true=not config.data, **setting,
             )  # fmt: skip
             for voter in means.get("voters", ()):
-                words = "  a voter of noise {noise:g}: by all votes {accuracy:.0%} right, as with noise {estimated_noise:.2g}"
+                words = (
+                    "  a voter of noise {noise:g}: by all votes right in {accuracy:.0%}, as of {estimated_noise:.2g}"
+                )
                 say(words.format(**voter))
             run.note("rounds.jsonl", {"round": round + 1, **means}, round)
             write_atomic(path, write_groups(found))

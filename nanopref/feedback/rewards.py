@@ -170,7 +170,7 @@ def parse(word: str) -> tuple[str, float]:
 
 def load(words: Sequence[str], policy: GPT | None, tokenizer: Tokenizer | None, config: Any) -> Rewards | None:
     """Whoever `words` name, on the policy's device; None where there is no policy yet, for which all is checked that
-    can be. The config has the flags data, init, doubt and perhaps micro_batch.
+    can be. The config has the flag doubt and perhaps data, init and micro_batch.
 
     Raises UserError for what cannot be found, or cannot judge what the policy writes.
     """
@@ -181,7 +181,9 @@ def load(words: Sequence[str], policy: GPT | None, tokenizer: Tokenizer | None, 
         name, weight = parse(word)
         parts: dict[str, tuple[float, Reward | None]] = {}
         if name in TASK:
-            require(not config.data, f"--reward {name}: only the built-in task knows that of its answers")
+            require(
+                not getattr(config, "data", ""), f"--reward {name}: only the built-in task knows that of its answers"
+            )
             parts[name] = 1.0, TASK[name]
         elif name.partition(":")[0] == "rules":
             for rule in rules.load(name.partition(":")[2]):

@@ -81,16 +81,14 @@ def load(path: str = "") -> list[Rule]:
     require(file.is_file(), f"{file}: {'a folder, not a file' if file.is_dir() else 'no such file'}")
     try:
         content = tomllib.loads(file.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror or error})") from None
     except UnicodeDecodeError:
         raise UserError(f"{file}: not valid UTF-8") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: not TOML ({error})") from None
     unknown, rows = sorted(content.keys() - {"rule"}), content.get("rule", [])
     require(not unknown, f"{file}: unknown key {', '.join(unknown)}: there is [[rule]] alone")
-    require(isinstance(rows, list) and all(isinstance(row, dict) for row in rows), f"{file}: rules begin with [[rule]]")
-    require(bool(rows), f"{file}: there is no [[rule]] in it")
+    tables = isinstance(rows, list) and bool(rows) and all(isinstance(row, dict) for row in rows)
+    require(tables, f"{file}: there is no [[rule]] in it")
     rules = []
     for number, row in enumerate(rows, 1):
         rules.append(_rule(f"{file}, rule {number}", row))

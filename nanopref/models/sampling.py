@@ -235,10 +235,13 @@ def respond(
             setting = {"end_of_text": end, "temperature": temperature, "generator": generator}
             samples += generate(model, part, max_new_tokens, **setting)
             bar.update(len(part))
-    return [
-        Answer(x, *sample, response_text(sample.tokens, tokenizer), sample.tokens[-1] == end)
-        for x, sample in zip(encoded, samples, strict=True)
-    ]
+    return [as_answer(x, sample, tokenizer) for x, sample in zip(encoded, samples, strict=True)]
+
+
+def as_answer(prompt: list[int], sample: Sample, tokenizer: Tokenizer) -> Answer:
+    """A response with its text."""
+    ended = sample.tokens[-1] == tokenizer.end_of_text
+    return Answer(prompt, *sample, response_text(sample.tokens, tokenizer), ended)
 
 
 def pack(answers: Sequence[Answer]) -> Encoded:

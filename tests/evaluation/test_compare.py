@@ -12,6 +12,7 @@ from nanopref import evaluate, models
 from nanopref.data import reviews
 from nanopref.evaluation.compare import compare
 from nanopref.evaluation.report import comparison_table
+from nanopref.feedback.rewards import Rewards, alone, true_reward
 from nanopref.running import flags
 
 PROMPTS = [f"The film {i}" for i in range(300)]
@@ -57,14 +58,43 @@ def test_a_score_says_who_wins_where_there_is_no_true_reward(folder):
         scores.append(torch.tensor([float(sum(answer.tokens)) for answer in answers]))
         return scores[-1]
 
-    options = {"max_new_tokens": 8, "seed": 0, "score": score}
+    options = {"max_new_tokens": 8, "seed": 0, "score": alone(score, "sum")}
     report, _ = compare(policy, policy, tokenizer, PROMPTS[:30], **options)
     said = [x.tolist() for x in scores]
     wins = [(p > r) + 0.5 * (p == r) for p, r in zip(*said, strict=True)]
-    assert report["win_rate"] == np.mean(wins) and "win rate by score" in comparison_table(report)
-    assert report["score"] == {"policy": np.mean(said[0]), "reference": np.mean(said[1])}
-    both, _ = compare(policy, policy, tokenizer, ["?"] * 5, true=True, **options | {"max_new_tokens": 1})
-    assert both["win_rate"] == 0.5 and "win rate by true reward" in comparison_table(both)  # a token earns nothing
+    assert report["win_rate"] == report["score"]["win_rate"] == np.mean(wins) and report["win_rate_by"] == "score"
+    assert "win rate by score" in comparison_table(report) and "true reward" not in comparison_table(report)
+    figures = {"policy": np.mean(said[0]), "reference": np.mean(said[1])}
+    figures |= {"policy_std": np.std(said[0]), "reference_std": np.std(said[1])}
+    assert {name: report["score"][name] for name in figures} == pytest.approx(figures)
+    assert report["scores"] == {}  # one judge has no parts
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_where_both_judge_the_one_that_was_asked_for_says_who_wins_and_both_are_reported(asked, folder, monkeypatch):
+    """A reward that someone named speaks for itself; one that PPO made for itself may be gamed: the truth decides."""
+    monkeypatch.setattr(reviews, "true_reward", lambda text: -len(text))
+    policy, tokenizer = models.load(folder)
+    reference, _ = models.load(folder)
+    policy.ln_f.bias.data[0] = 0.5  # answers grow longer
+    parts = {"length": lambda said: torch.tensor([float(len(answer.text)) for answer in said]), "true": true_reward}
+    judge = Rewards(parts, torch.tensor([3.0, 2.0]), [])
+    options = {"max_new_tokens": 16, "seed": 0, "score": judge, "true": True, "asked": asked}
+    report, rows = compare(policy, reference, tokenizer, PROMPTS[:60], **options)
+    lengths = {name: np.array([len(row[name]) for row in rows]) for name in ("policy", "reference")}
+    for name, sign, judged in (("score", 1, 1.0), ("true_reward", -1, -1.0)):
+        p, r = (judged * lengths[model] for model in ("policy", "reference"))
+        assert report[name]["win_rate"] == pytest.approx(((p > r) + 0.5 * (p == r)).mean())
+        assert (report[name]["win_rate"] - 0.5) * sign > 0.1
+        assert report[name]["policy"] == pytest.approx(p.mean(), rel=1e-5)
+        assert [row[f"policy_{name}"] for row in rows] == pytest.approx(p.tolist())
+    headline, other = ("score", "true_reward") if asked else ("true_reward", "score")
+    assert report["win_rate_by"] == headline and report["win_rate"] == report[headline]["win_rate"]
+    table = comparison_table(report)
+    assert table.index(headline.replace("_", " ")) < table.index(f"win rate by {other.replace('_', ' ')}")
+    means = {model: lengths[model].mean() for model in lengths}
+    assert report["scores"]["score length"] == pytest.approx(means)
+    assert report["scores"]["score true"] == pytest.approx({model: -mean for model, mean in means.items()})
 
 
 def test_the_command_compares_policies_and_lets_a_reward_model_judge(folder, tmp_path, capsys):

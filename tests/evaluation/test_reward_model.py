@@ -67,7 +67,8 @@ REPORTED = {  # what is counted, and how many of them there are
 
 def concluded(folder: Path, heads: torch.Tensor, groups: list[Group], **settings) -> dict:
     """The report of a run of these flags that ends with these scores."""
-    config = SimpleNamespace(**{"data": "", "judged": "", "noise": 0.5, "annotators": 3, "init": "init"} | settings)
+    plain = {"data": "", "judged": "", "reward": None, "noise": 0.5, "annotators": 3, "init": "init"}
+    config = SimpleNamespace(**plain | {"voters": (), "votes": "majority"} | settings)
     rows, written = [{"step": 1, "loss": 1.0, "held_out_loss": 0.9, "accuracy": 0.5, "held_out_accuracy": 0.75}], []
     run = SimpleNamespace(
         config=config, metrics=lambda: rows, folder=folder, report=written.append, seconds={"reward model": 1.0}

@@ -27,6 +27,7 @@ from nanopref.models.scalar import ScalarModel
 from nanopref.running.flags import UserError
 
 SETTING = {"annotators": 1, "max_new_tokens": 64, "sample_batch": 16, "seed": 0}
+TRUE = rewards.alone(rewards.true_reward)
 
 
 @pytest.fixture(scope="module")
@@ -52,23 +53,26 @@ def once():
 
 def test_without_noise_the_answer_with_the_higher_reward_is_chosen(policy):
     prompts = training_prompts("", 40, "test")
-    pairs = collect(*policy, prompts, rewards.true_reward, noise=0.0, **SETTING)
+    pairs, figures = collect(*policy, prompts, TRUE, noise=0.0, **SETTING)
     assert 20 <= len(pairs) <= 40 and {pair.prompt for pair in pairs} <= set(prompts)
     for pair in pairs:
         best, worst = map(reviews.true_reward, pair.responses)
-        assert best >= worst and pair.responses[0] != pair.responses[1] and all(map(str.strip, pair.responses))
+        assert best > worst and pair.responses[0] != pair.responses[1] and all(map(str.strip, pair.responses))
+    assert figures["answers"] == 80 and figures["score"] == figures["true_reward"]
+    unknown = collect(*policy, prompts, TRUE, noise=0.0, true=False, **SETTING)[1]
+    assert unknown == {"answers": 80, "score": figures["score"]}  # of --data nobody knows the true reward
 
 
 def test_the_other_way_round_the_other_is_chosen(policy):
-    """The same answers, judged by the opposite reward: a pair that is not a tie turns."""
+    """The same answers, judged by the opposite reward: every pair turns, for ties are none."""
     prompts = training_prompts("", 40, "test")
-    pairs = collect(*policy, prompts, rewards.true_reward, noise=0.0, **SETTING)
-    turned = collect(*policy, prompts, lambda answers: -rewards.true_reward(answers), noise=0.0, **SETTING)
-    differ = [reviews.true_reward(p.responses[0]) != reviews.true_reward(p.responses[1]) for p in pairs]
-    assert sum(differ) > 10
-    for pair, other, decided in zip(pairs, turned, differ, strict=True):
-        assert pair.prompt == other.prompt and set(pair.responses) == set(other.responses)
-        assert not decided or pair.responses == other.responses[::-1]
+    pairs, figures = collect(*policy, prompts, TRUE, noise=0.0, **SETTING)
+    opposite = rewards.alone(lambda answers: -rewards.true_reward(answers))
+    turned, others = collect(*policy, prompts, opposite, noise=0.0, **SETTING)
+    assert others["score"] == -figures["score"] and others["true_reward"] == figures["true_reward"]
+    assert len(pairs) > 10
+    for pair, other in zip(pairs, turned, strict=True):
+        assert pair.prompt == other.prompt and pair.responses == other.responses[::-1]
 
 
 # ---- every kind of feedback ------------------------------------------------------------------------------------------
@@ -82,7 +86,7 @@ def said(policy):
     found, answers = {}, {x: [] for x in PROMPTS}
     for feedback in ("labels", "rankings", "ratings"):
         people = SETTING | {"noise": 0.0}
-        found[feedback] = collect(*policy, PROMPTS, rewards.true_reward, feedback=feedback, answers=3, **people)
+        found[feedback], _ = collect(*policy, PROMPTS, TRUE, feedback=feedback, answers=3, **people)
     sampling = {"stream": "sampling pairs", "max_new_tokens": 64, "batch_size": 16, "seed": 0}
     for answer in collecting.respond(*policy, PROMPTS * 3, **sampling):
         answers[policy[1].decode(answer.prompt)].append(answer.text if answer.ended else "")
@@ -130,16 +134,19 @@ def test_equal_answers_and_such_as_are_empty_or_have_no_end_are_left_out(feedbac
         given = [(f" good {i}", True) for i in range(len(prompts))]
         given[30] = given[0]  # the second answer to the first prompt
         given[1] = given[32] = (" \n", True)
-        given[33] = (" good", False)
+        given[33] = (" good 99", False)
         return [Answer([1], [2], [], text, ended) for text, ended in given]
 
     monkeypatch.setattr(collecting, "respond", respond)
     prompts = [f"p{i}" for i in range(30)]
-    found = collect(*policy, prompts, rewards.true_reward, feedback=feedback, noise=0.0, **SETTING)
+    longer = rewards.alone(lambda answers: torch.tensor([float(answer.text.split()[-1]) for answer in answers]))
+    found, figures = collect(*policy, prompts, longer, feedback=feedback, noise=0.0, **SETTING)
     if feedback == "labels":  # each answer by itself, the equal ones too
         assert len(found) == 60 - lost
     else:
         assert [group.prompt for group in found] == prompts[lost:]
+    there = [i if i != 30 else 0 for i in range(60) if i not in (1, 32, 33)]
+    assert figures["answers"] == 60 and figures["score"] == pytest.approx(np.mean(there))  # of those that are there
 
 
 @pytest.mark.parametrize("feedback", ["pairs", "labels", "rankings", "ratings"])
@@ -149,8 +156,8 @@ def test_people_err_as_often_as_they_are_said_to(feedback):
     groups = [Group(str(i), ("0", "1")) for i in range(len(true))]
 
     def heard(noise: float, annotators: int, seed: int = 0) -> list[Group]:
-        people = {"noise": noise, "annotators": annotators, "rng": np.random.default_rng(seed)}
-        return FEEDBACK[feedback](groups, true, **people)
+        people = {"noise": noise, "annotators": annotators, "votes": "majority", "rng": np.random.default_rng(seed)}
+        return FEEDBACK[feedback](groups, true, **people)[0]
 
     def right(found: list[Group]) -> float:
         if feedback == "labels":
@@ -167,21 +174,25 @@ def test_people_err_as_often_as_they_are_said_to(feedback):
 def test_ratings_stay_with_their_answers_and_prompts_with_their_groups():
     true = np.array([[1.0, 3.0, 2.0], [0.0, -1.0, 0.0]])
     groups = [Group("p", ("a", "b", "c")), Group("q", ("d", "e", "f"))]
-    people = {"noise": 0.0, "annotators": 1, "rng": np.random.default_rng(0)}
-    assert FEEDBACK["ratings"](groups, true, **people) == [
+    people = {"noise": 0.0, "annotators": 1, "votes": "majority", "rng": np.random.default_rng(0)}
+    assert FEEDBACK["ratings"](groups, true, **people)[0] == [
         Group("p", ("b", "c", "a"), scores=(3.0, 2.0, 1.0)),
         Group("q", ("d", "f", "e"), scores=(0.0, 0.0, -1.0)),
     ]
-    assert [group.responses for group in FEEDBACK["rankings"](groups[:1], true[:1], **people)] == [("b", "c", "a")]
-    found = FEEDBACK["labels"](groups, true - 0.25, **people)  # the middle is at 0.25
+    assert [group.responses for group in FEEDBACK["rankings"](groups[:1], true[:1], **people)[0]] == [("b", "c", "a")]
+    found, _ = FEEDBACK["labels"](groups, true - 0.25, **people)  # the middle is at 0.25
     assert found[:3] == [Group("p", (x,), scores=(1.0,)) for x in "abc"]
     assert found[3:] == [Group("q", (x,), scores=(0.0,)) for x in "def"]
 
 
 def a_run(folder: Path, **settings) -> SimpleNamespace:
     """As much of a run as `ensure_feedback` needs."""
-    config = SimpleNamespace(**SETTING, **{"data": "", "prompts": 40, "noise": 0.0, "loss": "dpo", **settings})
-    return SimpleNamespace(config=config, folder=folder, stage=lambda name: nullcontext())
+    more = {"data": "", "prompts": 40, "noise": 0.0, "loss": "dpo", "select": "all", "voters": (), "votes": "majority"}
+    config, noted = SimpleNamespace(**SETTING, **more | settings), []
+    return SimpleNamespace(
+        config=config, path=folder.joinpath, stage=lambda name: nullcontext(), noted=noted,
+        note=lambda name, row, after: noted.append((name, row, after)),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -193,16 +204,21 @@ def test_what_was_said_is_kept_and_read_as_from_a_file(feedback, loss, answers, 
         "labels": [Group(f"p{i}", ("a",), scores=(float(i % 2),)) for i in range(33)],
         "ratings": [Group(f"p{i}", ("a", "b"), scores=(7.0, 3.0)) for i in range(33)],
     }[feedback]
-    run, calls = a_run(tmp_path, feedback=feedback, answers=answers, loss=loss), []
-    monkeypatch.setattr(collecting, "collect", lambda *args, **more: calls.append((args, more)) or groups)
+    run, calls = a_run(tmp_path, feedback=feedback, answers=answers, loss=loss, beta=0.7), []
+    monkeypatch.setattr(
+        collecting, "collect", lambda *args, **more: calls.append((args, more)) or (groups, {"score": 0.5})
+    )
     for _ in range(2):  # the second time it is there
-        found = collecting.ensure_feedback(run, "policy", "tokenizer", "reward", kinds(OBJECTIVES))
+        found = collecting.ensure_feedback(run, "policy", "tokenizer", "judge", "chooser", kinds(OBJECTIVES))
         expected = read_feedback(tmp_path / "feedback.jsonl", kinds(OBJECTIVES), loss)
-        notes = Counter({f"{feedback} dropped: answers equal, empty or without an end": lost})
+        notes = Counter({f"{feedback} dropped: answers equal, alike in reward, empty or without an end": lost})
         assert found == (*expected[:2], notes)
-    ((policy, tokenizer, prompts, reward), more), *others = calls
-    assert (policy, tokenizer, reward) == ("policy", "tokenizer", "reward") and not others
-    assert more == {"feedback": feedback, "answers": answers, "noise": 0.0, **SETTING}
+    ((policy, tokenizer, prompts, *who), more), *others = calls
+    assert (policy, tokenizer, who) == ("policy", "tokenizer", ["judge", "chooser"]) and not others
+    people = {"noise": 0.0, "voters": (), "votes": "majority", **SETTING}
+    asked = {"feedback": feedback, "answers": answers, "select": "all", "beta": 0.7, "round": 0, "true": True}
+    assert more == asked | people
+    assert run.noted == [("rounds.jsonl", {"round": 1, "score": 0.5}, 0)]
     assert prompts == training_prompts("", 40, "pairs 0")
     assert formats.read(tmp_path / "feedback.jsonl")[:2] == (feedback, groups)
 
@@ -212,10 +228,10 @@ def test_the_prompts_of_a_file_are_shuffled_and_come_again_where_more_are_asked_
     file.write_bytes(lines(*({"prompt": f"p{i}"} for i in range(20))))
     pairs = [Group(f"p{i}", ("a", "b")) for i in range(40)]
     monkeypatch.setattr(
-        collecting, "collect", lambda policy, tokenizer, prompts, *_, **__: asked.append(prompts) or pairs
+        collecting, "collect", lambda policy, tokenizer, prompts, *_, **__: asked.append(prompts) or (pairs, {})
     )
     run = a_run(tmp_path, feedback="pairs", answers=2, data=str(file))
-    _, _, notes = collecting.ensure_feedback(run, None, None, None, kinds(OBJECTIVES))
+    _, _, notes = collecting.ensure_feedback(run, None, None, None, None, kinds(OBJECTIVES))
     training, _ = formats.read_prompts(file)
     (prompts,) = asked
     assert (
@@ -229,12 +245,13 @@ PAIRS = [A_PAIR, Group("p", (" It.", " The music is bold.")), Group("q", (" Fine
 
 
 def of_people(**settings) -> SimpleNamespace:
-    return SimpleNamespace(**{"data": "", "judged": "", "feedback": "pairs", "noise": 0.5, "annotators": 3} | settings)
+    plain = {"data": "", "judged": "", "reward": None, "feedback": "pairs", "noise": 0.5, "annotators": 3}
+    return SimpleNamespace(**plain | {"voters": (), "votes": "majority"} | settings)
 
 
 def test_the_best_possible_is_how_often_people_agree_with_the_truth():
     better, worse = np.array([[reviews.true_reward(text) for text in pair.responses] for pair in PAIRS]).T
-    for settings in ({}, {"reward": ""}, {"noise": 0.1}, {"annotators": 1}):
+    for settings in ({}, {"noise": 0.1}, {"annotators": 1}):
         config = of_people(**settings)
         people = {"noise": config.noise, "annotators": config.annotators}
         assert best_possible(config, PAIRS) == pytest.approx(best_accuracy(better, worse, **people))
@@ -246,7 +263,9 @@ def test_the_best_possible_is_how_often_people_agree_with_the_truth():
     [
         ({"data": "pairs.jsonl"}, A_PAIR),
         ({"judged": "feedback.jsonl"}, A_PAIR),
-        ({"reward": "out/rm"}, A_PAIR),
+        ({"reward": ("out/rm",)}, A_PAIR),
+        ({"voters": (0.5, 0.5, 0.5)}, A_PAIR),
+        ({"votes": "count"}, A_PAIR),
         *(({"feedback": kind}, A_PAIR) for kind in ("labels", "rankings", "ratings")),
         ({}, Group("p", ("a", "b", "c"))),
         ({}, Group("p", ("a",), scores=(1.0,))),  # a pair that became two labels
@@ -286,19 +305,22 @@ def test_weights_and_doubt(policy):
     tokens = [*tokenizer.encode(" The plot is superb."), tokenizer.end_of_text]
     answers = [Answer(tokenizer.encode("A film."), tokens, [], " The plot is superb.", True)]
     heads = response_scores(ensemble, pack(answers))[0]
-    one, true = rewards.model_reward(ensemble, doubt=0.5), rewards.true_reward
-    found = rewards.weighted([one, true], (2.0, -3.0))(answers).item()
+    parts = {"rm": rewards.model_reward(ensemble, doubt=0.5), "true": rewards.true_reward}
+    found = rewards.Rewards(parts, torch.tensor([2.0, -3.0]), [])(answers).item()
     expected = 2 * (heads.mean() - 0.5 * heads.std(correction=0)) - 3 * reviews.true_reward(answers[0].text)
     assert found == pytest.approx(expected.item(), abs=1e-5)
+    with pytest.raises(UserError, match="--reward one: gives nan, which is no finite number"):
+        rewards.alone(lambda answers: torch.tensor([float("nan")]), "one")(answers)
+    huge = {name: lambda answers: torch.tensor([3e38]) for name in "ab"}
     with pytest.raises(UserError, match="no finite numbers"):
-        rewards.weighted([lambda answers: torch.tensor([float("nan")])], (1.0,))(answers)
+        rewards.Rewards(huge, torch.ones(2), [])(answers)
 
 
 def test_too_few_pairs_that_end_are_an_error_that_says_what_to_do(policy):
     setting, prompts = SETTING | {"max_new_tokens": 2, "noise": 0.0}, training_prompts("", 30, "x")
     for asked, more in (("30 pairs", {}), ("90 labels", {"feedback": "labels", "answers": 3})):
         with pytest.raises(UserError, match=rf"only \d+ of {asked} can be used: start again with --overwrite"):
-            collect(*policy, prompts, rewards.true_reward, **setting, **more)
+            collect(*policy, prompts, TRUE, **setting, **more)
 
 
 def test_prompts_come_from_the_file_or_the_task(tmp_path):
@@ -310,6 +332,7 @@ def test_prompts_come_from_the_file_or_the_task(tmp_path):
 
 
 def test_the_policy_of_a_reward_model_is_found_by_its_folder(sft_folder, tmp_path):
-    assert rewards.made_from("") == "" and rewards.made_from(str(tmp_path)) == ""
+    assert rewards.made_from(()) == rewards.made_from([""]) == rewards.made_from([str(tmp_path), "true"]) == ""
     (tmp_path / "config.json").write_text(json.dumps({"flags": {"init": sft_folder}}))
-    assert rewards.made_from(str(tmp_path)) == sft_folder
+    for words in ([str(tmp_path)], ["true", f"{tmp_path}*0.5"], [f"implicit:{tmp_path}*-1"]):
+        assert rewards.made_from(words) == sft_folder

@@ -1,7 +1,6 @@
 import math
 import random
 from collections import Counter
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -99,9 +98,9 @@ REFUSED = [
     ("a = " + "[" * 5000, "not TOML"),
     ("", "no [[rule]]"),
     ("rule = []", "no [[rule]]"),
-    ("rule = 3", "begin with [[rule]]"),
-    ("[rule]\nname = 'x'", "begin with [[rule]]"),
-    ("rule = [3]", "begin with [[rule]]"),
+    ("rule = 3", "no [[rule]]"),
+    ("[rule]\nname = 'x'", "no [[rule]]"),
+    ("rule = [3]", "no [[rule]]"),
     ("[[rules]]\nname = 'x'", "unknown key rules"),
     (f"title = 'x'\n{ONE}consistent = true", "unknown key title"),
     ("[[rule]]\nconsistent = true", "rule 1: needs a name"),
@@ -152,16 +151,6 @@ def test_no_file_is_refused(tmp_path):
         load(str(tmp_path / "none.toml"))
     with pytest.raises(UserError, match="a folder, not a file"):
         load(str(tmp_path))
-
-
-def test_a_file_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
-    def read_text(self, **_):
-        raise PermissionError(13, "Permission denied")
-
-    (tmp_path / "mine.toml").touch()
-    monkeypatch.setattr(Path, "read_text", read_text)
-    with pytest.raises(UserError, match=r"mine\.toml: cannot be read \(Permission denied\)"):
-        load(str(tmp_path / "mine.toml"))
 
 
 # ---- the one that is shipped -----------------------------------------------------------------------------------------

@@ -142,7 +142,7 @@ def test_em_is_that_of_the_paper(said, steps):
 def test_the_posterior_never_falls(said):
     """What EM climbs: the marginal likelihood of the votes, times the prior that keeps the rates off 0 and 1."""
     climbed = []
-    for steps in (1, 2, 3, 5, 8, 13, 40):
+    for steps in (1, 2, 3, 8, 30):
         _, accuracy = dawid_skene(said, steps=steps, tolerance=0)
         p = dawid_skene(said, steps=steps - 1, tolerance=0)[0] if steps > 1 else said.mean(0)
         share = (p.sum() + 1) / (said.shape[1] + 2)
@@ -152,7 +152,7 @@ def test_the_posterior_never_falls(said):
 
 
 def test_it_stops_where_it_no_longer_moves_and_at_the_cap():
-    said, _ = people(1.0, [0.5, 1.0, 2.0], 500)
+    said, _ = people(1.0, [0.1, 0.5, 1.0, 2.0, 2.0, 3.0], 500)
     p, _ = dawid_skene(said)
     for more in ({"steps": 20_000}, {"tolerance": 1e-12}):
         assert dawid_skene(said, **more)[0] == pytest.approx(p, abs=1e-5)
@@ -177,12 +177,12 @@ def test_any_number_of_people_and_ties_are_fine(k):
 
 @pytest.mark.parametrize("noise", [[0.5, 1, 2], [0.2, 0.5, 0.5, 1, 2], [0.3, 0.5, 0.5, 0.7, 1, 1, 2, 2, 5]], ids=len)
 def test_how_reliable_people_are_comes_back(noise):
-    """The mean of 12 estimates lies within 4 standard errors of the truth, which their spread tells, and 0.004 (what
+    """The mean of 8 estimates lies within 4 standard errors of the truth, which their spread tells, and 0.004 (what
     the prior moves); and the spread is not much above that of a count with the truth known, √(q (1-q) / n)."""
-    found = np.array([dawid_skene(people(0.7, noise, 3000, seed)[0])[1] for seed in range(12)])
+    found = np.array([dawid_skene(people(0.7, noise, 3000, seed)[0])[1] for seed in range(8)])
     q = 1 / (1 + np.exp(-0.7 / np.array(noise)))[:, None]
     error = found.std(0, ddof=1)
-    assert (np.abs(found.mean(0) - q) <= 4 * error / math.sqrt(12) + 0.004).all()
+    assert (np.abs(found.mean(0) - q) <= 4 * error / math.sqrt(8) + 0.004).all()
     known = np.sqrt(q * (1 - q) / (3000 * np.array([0.6, 0.4])))
     assert (error <= (6 if len(noise) == 3 else 3) * known).all()
 

@@ -1,6 +1,7 @@
 """The tables of objectives: what each name sets, which flags it has no use for, what it learns from."""
 
 import itertools
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -48,7 +49,7 @@ LEARNS_FROM = {
     "kto": ("labels", "pairs"),
     "binary": ("labels", "pairs"),
     "regression": ("ratings",),
-    "preferred": ("pairs", "rankings", "ratings"),
+    "preferred": ("pairs", "rankings", "ratings", "responses"),
     "bradley-terry": ("pairs",),
 }
 SCORED = ["bradley-terry", "plackett-luce", "regression", "binary", "infonca", "nca"]
@@ -95,7 +96,8 @@ def test_flags_that_are_given_stay(name):
     """Those that its loss obeys; and what turns a term off, whether it has that term or not."""
     off = {"margin": 0.0, "likelihood": 0.0, "label_smoothing": 0.0}
     for given in ({flag: value for flag, (value, users) in OBEY.items() if name in users}, off):
-        given |= {"feedback": LEARNS_FROM.get(name, ("pairs",))[-1], "answers": 2}
+        kinds = [kind for kind in LEARNS_FROM.get(name, ("pairs",)) if kind != "responses"]  # which come of --select
+        given |= {"feedback": kinds[-1], "answers": 2}
         found = vars(objectives.resolve(train_dpo.Config(loss=name, **given), OBJECTIVES[name]))
         assert {flag: found[flag] for flag in given} == given
 
@@ -127,23 +129,21 @@ def test_a_flag_that_a_loss_does_not_obey_is_refused(script, flag):
 def test_what_people_said_is_read_or_asked_for_but_not_both(script):
     """--feedback and --answers say how answers are sampled, which they are of a file of prompts with --reward too."""
     Config, table = SCRIPTS[script]
-    loss, a_file = next(iter(table)), "--feedback and --answers are for answers that are sampled, and here a file"
+    loss, a_file = next(iter(table)), "--feedback, --answers and --select are for answers that are sampled, and here"
     cases = [
         ({"judged": "x", "data": "y"}, "--judged belongs to the built-in task: give it or --data"),
         *(
             ({read: "x", **asked}, a_file)
             for read in ("data", "judged")
-            for asked in ({"feedback": "pairs"}, {"answers": 2})
+            for asked in ({"feedback": "pairs"}, {"answers": 2}, {"select": "rso"})
         ),
         ({"feedback": "pairs", "answers": 2}, ""),
         ({"data": "x"}, ""),
         ({"judged": "x"}, ""),
+        ({"judged": "x", "reward": ("y",)}, "people have --judged already: leave --reward out"),
+        ({"data": "x", "reward": ("y",), "feedback": "pairs", "answers": 2}, ""),
+        ({"data": "x", "reward": ("y",), "select": "best-worst", "answers": 2}, ""),
     ]
-    if script == "train_dpo":
-        cases += [
-            ({"judged": "x", "reward": "y"}, "people have --judged already: leave --reward out"),
-            ({"data": "x", "reward": "y", "feedback": "pairs", "answers": 2}, ""),
-        ]
     for settings, message in cases:
         config = Config(loss=loss, **settings)
         if message:
@@ -168,13 +168,13 @@ def test_feedback_that_a_loss_cannot_learn_from_is_refused(feedback):
 @pytest.mark.parametrize(
     "name, feedback, fit, misfit",
     [
-        ("dpo", None, [2], [1, 3]),
+        ("dpo", None, [2, 3, 9], [1]),
         ("plackett-luce", None, [2, 3, 9], [1]),
-        ("plackett-luce", "pairs", [2], [1, 3]),
+        ("plackett-luce", "pairs", [2, 3], [1]),
         ("infonca", None, [2, 5], [1]),
         ("regression", None, [2, 5], [1]),
         ("kto", None, [1, 2, 3], []),
-        ("kto", "pairs", [2], [1, 3]),
+        ("kto", "pairs", [2, 3], [1]),
     ],
 )
 def test_so_many_answers_must_make_feedback(name, feedback, fit, misfit):
@@ -185,6 +185,31 @@ def test_so_many_answers_must_make_feedback(name, feedback, fit, misfit):
         else:
             kind = feedback or LEARNS_FROM.get(name, ("pairs",))[0]
             assert message_of(objectives.resolve, config, OBJECTIVES[name]) == f"--answers {answers} make no {kind}"
+
+
+@pytest.mark.parametrize("select", ["best-worst", "doubt", "rso", "best"])
+def test_what_is_selected_is_what_is_learnt_from_or_is_refused(select):
+    """Pairs, or the best alone, of which only likelihood knows what to do; with as many answers as its authors had."""
+    kind, answers = {"best": ("responses", 16), "rso": ("pairs", 8)}.get(select, ("pairs", 4))
+    for name in OBJECTIVES:
+        config, kinds = train_dpo.Config(loss=name, select=select), LEARNS_FROM.get(name, ("pairs",))
+        if kind in kinds:
+            found = objectives.resolve(config, OBJECTIVES[name])
+            assert (found.feedback, found.answers) == (kind, answers)
+            assert objectives.resolve(replace(config, answers=3), OBJECTIVES[name]).answers == 3
+            few = message_of(objectives.resolve, replace(config, answers=1), OBJECTIVES[name])
+            assert few == f"--answers 1 make no {kind}"
+            other = replace(config, feedback="ratings")
+        else:
+            other = config
+        message = f"--select {select} makes {kind}: --loss {name} learns from {' or '.join(kinds)}"
+        assert message_of(objectives.resolve, other, OBJECTIVES[name]) == message
+
+
+def test_who_chooses_without_a_selection_is_refused():
+    config = train_dpo.Config(chooser=("true",))
+    assert message_of(objectives.resolve, config, OBJECTIVES["dpo"]).startswith("--chooser: it is --select that")
+    assert objectives.resolve(replace(config, select="rso"), OBJECTIVES["dpo"]).chooser == ("true",)
 
 
 @pytest.mark.parametrize(

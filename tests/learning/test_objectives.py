@@ -28,7 +28,7 @@ def logistic(x: torch.Tensor) -> torch.Tensor:
 
 
 def shares(x: torch.Tensor) -> torch.Tensor:
-    return torch.exp(x) / torch.exp(x).sum()
+    return torch.exp(x - x.max()) / torch.exp(x - x.max()).sum()  # of an answer to be imitated, said is 1e30
 
 
 def good(s: torch.Tensor) -> bool:
@@ -300,10 +300,10 @@ def test_ranked_right_counts_pairs_that_differ_and_ties_half(groups):
 
 
 @pytest.mark.parametrize(
-    "groups, expected",  # of (reward, said): loss, right, best rewards, worst rewards, bests, worsts
+    "groups, expected",  # of (reward, said): loss, right, best rewards, worst rewards, bests, worsts, groups judged
     [
-        ([[(3.0, 0.0), (1.0, -1e30)], [(-2.0, 0.0), (5.0, -1e30)]], [30, 1, 1, 6, 2, 2]),
-        ([[(3.0, 0.0), (3.0, -1e30)]], [10, 0.5, 3, 3, 1, 1]),
+        ([[(3.0, 0.0), (1.0, -1e30)], [(-2.0, 0.0), (5.0, -1e30)]], [30, 1, 1, 6, 2, 2, 2]),
+        ([[(3.0, 0.0), (3.0, -1e30)]], [10, 0.5, 3, 3, 1, 1, 1]),
         # rankings of two, three and four: the worst is the last that is there
         (
             [
@@ -311,14 +311,17 @@ def test_ranked_right_counts_pairs_that_differ_and_ties_half(groups):
                 [(3.0, 0.0), (2.0, -1e30), (-7.0, -2e30)],
                 [(4.0, 0.0), (1.0, -1e30), (2.0, -2e30), (2.0, -3e30)],
             ],
-            [60, 0 + 1 + 3.5 / 6, 8, -3, 3, 3],
+            [60, 0 + 1 + 3.5 / 6, 8, -3, 3, 3, 3],
         ),
         # ratings, two alike
-        ([[(0.5, 0.9), (1.5, 0.2), (-1.0, 0.2)]], [10, 0.5, 0.5, -1, 1, 1]),
+        ([[(0.5, 0.9), (1.5, 0.2), (-1.0, 0.2)]], [10, 0.5, 0.5, -1, 1, 1, 1]),
         # labels: good, bad, good on the wrong side, bad at 0
-        ([[(2.0, 1.0)], [(-3.0, 0.0)], [(-0.5, 1.0)], [(0.0, 0.0)]], [100, 2.5, 1.5, -3, 2, 2]),
-        ([[(4.0, 0.0)]], [10, 0, 0, 4, 0, 1]),
-        ([[(4.0, 1.0)]], [10, 1, 4, 0, 1, 0]),
+        ([[(2.0, 1.0)], [(-3.0, 0.0)], [(-0.5, 1.0)], [(0.0, 0.0)]], [100, 2.5, 1.5, -3, 2, 2, 4]),
+        ([[(4.0, 0.0)]], [10, 0, 0, 4, 0, 1, 1]),
+        ([[(4.0, 1.0)]], [10, 1, 4, 0, 1, 0, 1]),
+        # an answer to be imitated is best and says nothing of right or wrong; beside a pair
+        ([[(4.0, 1e30)]], [10, 0, 4, 0, 1, 0, 0]),
+        ([[(-4.0, 1e30)], [(3.0, 0.0), (1.0, -1e30)]], [30, 1, -1, 1, 2, 1, 1]),
     ],
 )
 def test_figures_are_sums_over_groups(groups, expected):
@@ -329,19 +332,31 @@ def test_figures_are_sums_over_groups(groups, expected):
 
 
 def test_averages_are_over_all_processes(monkeypatch):
-    """Loss and accuracy of groups, rewards of the answers that are best or worst; no reward where there are none."""
+    """Loss of groups, accuracy of those that say what is right, rewards of the answers that are best or worst; none of
+    what there is none of."""
 
     def averages(sums: list[float], groups: int) -> list[float]:
         return list(objectives.averages(torch.tensor(sums), groups).items())
 
     names = "loss", "accuracy", "chosen_reward", "rejected_reward", "margin"
     every = list(zip(names, (1.5, 0.75, 2.0, -4.5, 6.5), strict=True))
-    assert averages([6.0, 3.0, 8.0, -9.0, 4.0, 2.0], 4) == every
-    assert averages([6.0, 3.0, 0.0, -9.0, 0.0, 3.0], 3) == [("loss", 2.0), ("accuracy", 1.0), ("rejected_reward", -3.0)]
-    assert averages([6.0, 3.0, 9.0, 0.0, 3.0, 0.0], 3) == [("loss", 2.0), ("accuracy", 1.0), ("chosen_reward", 3.0)]
-    monkeypatch.setattr(parallel, "sum_processes", lambda x: x + torch.tensor([6.0, 1.0, 4.0, 1.0, 4.0, 2.0]))
+    assert averages([6.0, 3.0, 8.0, -9.0, 4.0, 2.0, 4.0], 4) == every
+    assert averages([6.0, 3.0, 0.0, -9.0, 0.0, 3.0, 3.0], 3) == [
+        ("loss", 2.0),
+        ("accuracy", 1.0),
+        ("rejected_reward", -3.0),
+    ]
+    assert averages([6.0, 3.0, 9.0, 0.0, 3.0, 0.0, 3.0], 3) == [
+        ("loss", 2.0),
+        ("accuracy", 1.0),
+        ("chosen_reward", 3.0),
+    ]
+    imitated = [("loss", 2.0), ("chosen_reward", 3.0)]
+    assert averages([6.0, 0.0, 9.0, 0.0, 3.0, 0.0, 0.0], 3) == imitated
+    assert averages([6.0, 1.0, 9.0, 0.0, 3.0, 0.0, 2.0], 3) == [imitated[0], ("accuracy", 0.5), imitated[1]]
+    monkeypatch.setattr(parallel, "sum_processes", lambda x: x + torch.tensor([6.0, 1.0, 4.0, 1.0, 4.0, 2.0, 4.0]))
     every = list(zip(names, (1.5, 0.5, 1.5, -2.0, 3.5), strict=True))
-    assert averages([6.0, 3.0, 8.0, -9.0, 4.0, 2.0], 8) == every
+    assert averages([6.0, 3.0, 8.0, -9.0, 4.0, 2.0, 4.0], 8) == every
 
 
 @given(st.floats(-40, -1e-3), st.integers(1, 9))
