@@ -12,6 +12,7 @@ import torch
 import train_ppo
 from nanopref import models
 from nanopref.data import reviews
+from nanopref.feedback import rollout
 from nanopref.running import parallel
 from nanopref.running.optim import batches
 
@@ -162,9 +163,9 @@ class Hand:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_rounds_of_ppo_are_those_by_hand(variant, tmp_path, monkeypatch, no_picture):
-    rounds, ordinary = [], train_ppo.respond
+    rounds, ordinary = [], rollout.respond
     monkeypatch.setattr(
-        train_ppo, "respond", lambda *a, **k: rounds.append((a[2], k, ordinary(*a, **k))) or rounds[-1][2]
+        rollout, "respond", lambda *a, **k: rounds.append((a[2], k, ordinary(*a, **k))) or rounds[-1][2]
     )
     monkeypatch.setattr(reviews, "true_reward", lambda text: len(text) / 20)  # which no film review is needed for
     options = FLAGS | VARIANTS[variant]
