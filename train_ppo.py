@@ -246,22 +246,24 @@ def trpo(
     """TRPO's update (Schulman et al. 2015): one step for the policy, inside the trust region, and PPO's minibatches for
     the critic. In float32, since little differences and second derivatives decide."""
     config, policy, mask = run.config, learner.policy, rollout.batch.mask
-    old, everything = copy.deepcopy(policy).requires_grad_(False), range(len(mask))
+    old = copy.deepcopy(policy).requires_grad_(False)
+    batches = list(pieces(rollout.encoded, range(len(mask)), config.micro_batch, mask.device))
 
     def surrogate() -> Iterator[Tensor]:  # eq. 14: mean ρA, ρ = π_θ/π_old
-        for at, batch in pieces(rollout.encoded, everything, config.micro_batch, mask.device):
+        for at, batch in batches:
             logprobs = policy(batch.inputs, batch.targets, batch.mask, config.temperature)
             yield ((logprobs - rollout.logprobs[at]).exp() * advantages[at]).sum() / mask.sum()
 
     def kl() -> Iterator[Tensor]:  # mean over the tokens' contexts of the KL over the whole vocabulary
-        for _, batch in pieces(rollout.encoded, everything, config.micro_batch, mask.device):
+        for _, batch in batches:
             there = batch.mask.bool()
             scores = (logits(m.hidden(batch.inputs)[there], m.unembedding) / config.temperature for m in (policy, old))
             yield F.kl_div(*(x.log_softmax(-1) for x in scores), log_target=True, reduction="sum") / mask.sum()
 
-    bounds, found = {"delta": config.trust_region, "cg_steps": config.cg_steps}, {"clip_fraction": 0.0}
+    delta = config.trust_region * (1 - step / config.iterations) ** 2  # as of steps whose length falls to 0
+    found = {"clip_fraction": 0.0}
     if step >= config.value_warmup:
-        found |= trust_region.improve(surrogate, kl, parts[0], **bounds)
+        found |= trust_region.improve(surrogate, kl, parts[0], delta=delta, cg_steps=config.cg_steps)
     return ppo(run, learner, parts, rollout, advantages, returns, step, policy_learns=False) | found
 
 

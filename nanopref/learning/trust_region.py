@@ -12,7 +12,8 @@ from torch.nn.utils import parameters_to_vector as flat
 
 Pieces = Callable[[], Iterable[Tensor]]  # of a mean at the parameters as they are
 
-DAMPING = 1e-3  # λ in F + λI: most directions of a large model leave the policy as it is, and would be gone far along
+# λ in F + λI. Along most of a large model's directions a few responses show noise only, to which F⁻¹ would give all of δ.
+DAMPING = 0.1
 HALVINGS = 10
 
 
