@@ -40,7 +40,7 @@ def roll_out(
         seed=config.seed, stream=f"round {step}", temperature=config.temperature,
     )  # fmt: skip
     seconds, n = time.monotonic() - began, len(answers)
-    answers += [Answer(*answer) for answer in learner.replayed]
+    answers = answers + [Answer(*answer) for answer in learner.replayed]
     encoded, size = pack(answers), 4 * config.micro_batch
     whole = encoded.collate(range(len(answers))).to(learner.policy.device)
     logprobs, ref_logprobs, values = (torch.zeros_like(whole.mask) for _ in range(3))

@@ -12,7 +12,7 @@ from torch.nn.utils import parameters_to_vector as flat
 
 Pieces = Callable[[], Iterable[Tensor]]  # of a mean at the parameters as they are
 
-# λ in F + λI. Along most of a large model's directions a few responses show noise only, to which F⁻¹ would give all of δ.
+# λ in F + λI: along most of a large model's directions a few responses show noise only, to which F⁻¹ would give all δ
 DAMPING = 0.1
 HALVINGS = 10
 
