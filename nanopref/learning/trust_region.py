@@ -8,13 +8,16 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.utils import parameters_to_vector as flat
 
 Pieces = Callable[[], Iterable[Tensor]]  # of a mean at the parameters as they are
 
 # λ in F + λI: along most of a large model's directions a few responses show noise only, to which F⁻¹ would give all δ
 DAMPING = 0.1
 HALVINGS = 10
+
+
+def flat(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.cat([x.reshape(-1) for x in tensors])
 
 
 def gradient(mean: Pieces, parameters: Sequence[nn.Parameter]) -> Tensor:
@@ -28,7 +31,7 @@ def fisher_product(kl: Pieces, parameters: Sequence[nn.Parameter], v: Tensor) ->
     with sdpa_kernel(SDPBackend.MATH):  # the other forms of attention have no second derivative
         for piece in kl():
             slope = flat(torch.autograd.grad(piece, parameters, create_graph=True)) @ v
-            total += flat([g.contiguous() for g in torch.autograd.grad(slope, parameters)])
+            total += flat(torch.autograd.grad(slope, parameters))
     return total
 
 
