@@ -12,6 +12,7 @@ import torch
 import train_ppo
 from nanopref import models
 from nanopref.data import reviews
+from nanopref.feedback import rollout
 from nanopref.running import parallel
 from nanopref.running.optim import batches
 
@@ -26,6 +27,8 @@ VARIANTS = {
     "head": {"critic": "head", "early_stop_kl": 0.002, "epochs": 3},
     "rloo": {"advantage": "rloo", "group": 3, "value_warmup": 0, "whiten_advantages": False},
     "grpo": {"advantage": "grpo", "group": 3, "value_warmup": 0, "lr": 0.003},
+    "replay": {"critic": "network", "replay": 2, "lr": 0.003},
+    "reinforce": {"advantage": "reinforce", "group": 1, "value_warmup": 0, "replay": 3},
 }
 
 
@@ -34,6 +37,7 @@ class Hand:
 
     def __init__(self, init: str, judge: str, critic: str | None, flags: SimpleNamespace):
         self.flags, self.beta, self.name = flags, flags.beta, judge
+        self.baseline, self.kept = 0.0, []
         self.policy, self.tokenizer = by_hand.in_float64(init)
         self.reference, _ = by_hand.in_float64(init)
         self.judge = models.load_scalar(judge)[0].double()
@@ -70,14 +74,17 @@ class Hand:
 
     @torch.no_grad()
     def prepare(self, answers) -> list[SimpleNamespace]:
-        """Each answer with what is known before anything is learnt."""
+        """Each answer, and each that is kept, with what is known before anything is learnt."""
         flags, rows = self.flags, []
-        for a in answers:
+        for i, a in enumerate(answers + self.kept):
             row = SimpleNamespace(x=a.prompt, y=a.tokens, score=self.score(a), value=self.values(a.prompt, a.tokens))
-            row.old, row.ref = (self.token(model, row.x, row.y)[0] for model in (self.policy, self.reference))
-            assert a.logprobs == pytest.approx(row.old.tolist(), abs=1e-4)  # as the sampler knew them
+            row.now, row.ref = (self.token(model, row.x, row.y)[0] for model in (self.policy, self.reference))
+            row.old = row.now if i < len(answers) else torch.tensor(a.logprobs).double()
+            if i < len(answers):
+                assert a.logprobs == pytest.approx(row.old.tolist(), abs=1e-4)  # as the sampler knew them
+            row.weight = (row.now - row.old).exp().clamp(max=1)
             row.unended = a.tokens[-1] != self.tokenizer.end_of_text
-            row.reward = -self.beta * (row.old - row.ref)
+            row.reward = -self.beta * (row.now - row.ref)
             row.reward[-1] += row.score - flags.missing_end * row.unended
             rows.append(row)
         if flags.whiten_rewards:
@@ -90,9 +97,16 @@ class Hand:
                 following = torch.cat([row.value[1:], torch.zeros(1)])
                 delta, steps = row.reward + flags.gamma * following - row.value, range(len(row.y))
                 decay = flags.gamma * flags.lam
-                row.advantage = torch.stack([sum(decay ** (s - t) * delta[s] for s in steps[t:]) for t in steps])
-                row.target = row.advantage + row.value
-        for i in range(0, len(rows), flags.group) if advantages != "gae" else ():
+                far = [
+                    [decay ** (s - t) * row.weight[t + 1 : s + 1].prod() * delta[s] for s in steps[t:]] for t in steps
+                ]
+                row.advantage = torch.stack([sum(terms) for terms in far])
+                row.target = row.value + row.weight * row.advantage
+        for row in rows if advantages == "reinforce" else ():
+            later = torch.stack([row.weight[t + 1 :].prod() for t in range(len(row.y))])
+            row.advantage, row.target = (row.reward.sum() - self.baseline) * later, torch.zeros(len(row.y))
+        self.baseline = (self.baseline + sum(row.reward.sum() for row in rows[: len(answers)]) / len(answers)) / 2
+        for i in range(0, len(rows), flags.group) if advantages in ("rloo", "grpo") else ():
             group = rows[i : i + flags.group]
             returns = torch.stack([row.reward.sum() for row in group])
             for j, row in enumerate(group):
@@ -137,6 +151,7 @@ class Hand:
     def round(self, step: int, answers) -> dict[str, float]:
         self.said = []
         flags, rows, done = self.flags, self.prepare(answers), []
+        self.kept = (answers + self.kept)[: len(answers) * (getattr(flags, "replay", 1) - 1)]
         shuffle = parallel.generator(flags.seed, f"minibatches {step}")
         order = [torch.randperm(len(rows), generator=shuffle).tolist() for _ in range(flags.epochs)]
         size = flags.minibatch
@@ -148,16 +163,17 @@ class Hand:
         names = ("policy_loss", "value_loss", "entropy", "clip_fraction", "value_clip_fraction", "approx_kl")
         names += ("grad_norm", "critic_grad_norm")
         figures = {name: sum(x) / len(done) for name, x in zip(names, zip(*done, strict=True), strict=False)}
+        returns, values = (torch.cat([getattr(row, name) for row in rows]) for name in ("target", "value"))
+        rows = rows[: len(answers)]
         log_ratios = [row.old - row.ref for row in rows]
         kl = sum(x.sum().item() for x in log_ratios) / len(rows)
         figures |= {"kl": kl, "kl_k3": sum(((-x).exp() - 1 + x).sum().item() for x in log_ratios) / len(rows)}
-        returns, values = (torch.cat([getattr(row, name) for row in rows]) for name in ("target", "value"))
         explained = 1 - ((returns - values).var() / returns.var()).item() if self.trunk else 0.0
         figures |= {"score": sum(row.score for row in rows) / len(rows), "explained_variance": explained}
         figures |= {"unended": sum(row.unended for row in rows) / len(rows), "minibatches": len(done)}
         figures |= {"response_length": sum(len(row.y) for row in rows) / len(rows), "beta": self.beta}
         figures["true_reward"] = sum(reviews.true_reward(answer.text) for answer in answers) / len(rows)
-        for name, said in zip((self.name, "true"), zip(*self.said, strict=True), strict=True):
+        for name, said in zip((self.name, "true"), zip(*self.said[: len(rows)], strict=True), strict=True):
             figures[f"score {name}"] = sum(said) / len(rows)
         error = max(-0.2, min(0.2, kl / flags.kl_target - 1))
         self.beta *= 1 + error * len(rows) / flags.kl_horizon
@@ -166,9 +182,9 @@ class Hand:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_rounds_of_ppo_are_those_by_hand(variant, tmp_path, monkeypatch, no_picture):
-    rounds, ordinary = [], train_ppo.respond
+    rounds, ordinary = [], rollout.respond
     monkeypatch.setattr(
-        train_ppo, "respond", lambda *a, **k: rounds.append((a[2], k, ordinary(*a, **k))) or rounds[-1][2]
+        rollout, "respond", lambda *a, **k: rounds.append((a[2], k, ordinary(*a, **k))) or rounds[-1][2]
     )
     monkeypatch.setattr(reviews, "true_reward", lambda text: len(text) / 20)  # which no film review is needed for
     options = FLAGS | VARIANTS[variant]

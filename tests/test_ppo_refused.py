@@ -9,6 +9,7 @@ from helpers import lines, refused, stopped, two_processes
 import train_ppo
 from nanopref import models
 from nanopref.data.tokenizer import Tokenizer
+from nanopref.feedback import rollout
 from nanopref.models.gpt2 import GPT, GPTConfig
 from nanopref.models.scalar import ScalarModel
 from nanopref.running import flags
@@ -35,7 +36,18 @@ def judge(init, tmp_path_factory) -> str:
         ({"reward": ("true*nan",)}, "--reward true*nan: what stands behind * must be a finite number"),
         ({"reward": ("true",), "data": "x.jsonl"}, "only the built-in task"),
         ({"advantage": "rloo", "group": 1}, "--group must be at least 2"),
-        ({"advantage": "reinforce"}, "--advantage must be one of gae, rloo, grpo"),
+        ({"advantage": "vtrace"}, "--advantage must be one of gae, rloo, grpo, reinforce"),
+        ({"update": "sgd"}, "--update must be one of ppo, trpo"),
+        ({"update": "trpo", "critic": "head"}, "--critic head: its steps would take the policy of --update trpo out"),
+        ({"update": "trpo", "early_stop_kl": 0.1}, "--early-stop-kl has no use with --update trpo"),
+        ({"update": "trpo", "clip": 0.1}, "--clip has no use with --update trpo"),
+        ({"update": "trpo", "entropy": 0.1}, "--entropy has no use with --update trpo"),
+        ({"update": "trpo", "lr": 0.1}, "--lr has no use with --update trpo"),
+        ({"trust_region": 0.1}, "--trust-region has no use with --update ppo"),
+        ({"cg_steps": 5}, "--cg-steps has no use with --update ppo"),
+        ({"trust_region": 0.0}, "--trust-region must be above 0"),
+        ({"replay": 0}, "--replay must be at least 1"),
+        ({"advantage": "reinforce", "value_warmup": 1}, "--value-warmup is for --advantage gae"),
         ({"critic": "tail"}, "--critic must be one of network, head"),
         ({"group": 3}, "--batch-size must be a multiple of --group 3"),
         ({"value_warmup": 40}, "--value-warmup leaves none of the --iterations"),
@@ -107,12 +119,12 @@ def test_the_warm_up_leaves_rounds_for_the_policy_unless_asked(iterations, warmu
     assert train_ppo.resolve(train_ppo.Config(iterations=iterations), "").value_warmup == warmup
 
 
-@pytest.mark.parametrize("advantage", ["rloo", "grpo"])
-def test_only_gae_is_whitened_over_the_round_unless_asked(advantage):
+@pytest.mark.parametrize("advantage, group", [("rloo", 4), ("grpo", 4), ("reinforce", 1)])
+def test_only_gae_is_whitened_over_the_round_unless_asked(advantage, group):
     """Over the round, each response's own return would come into RLOO's baseline."""
     assert train_ppo.resolve(train_ppo.Config(), "").whiten_advantages
     config = train_ppo.resolve(train_ppo.Config(advantage=advantage), "")
-    assert not config.whiten_advantages and config.group == 4 and config.value_warmup == 0
+    assert not config.whiten_advantages and config.group == group and config.value_warmup == 0
     assert train_ppo.resolve(train_ppo.Config(advantage=advantage, whiten_advantages=True), "").whiten_advantages
 
 
@@ -122,7 +134,7 @@ def test_a_collapse_is_said_and_leaves_the_last_good_policy(collapse, init, judg
     if collapse == "kl":
         options |= {"max_kl": 0.01, "lr": 5e-3}
     else:
-        ordinary = train_ppo.respond
+        ordinary = rollout.respond
         calls = []
 
         def falls_silent(policy, tokenizer, *args, **more):
@@ -131,7 +143,7 @@ def test_a_collapse_is_said_and_leaves_the_last_good_policy(collapse, init, judg
             silent = [a._replace(tokens=end, logprobs=[-1.0], text="", ended=True) for a in answers]
             return answers if len(calls) < 2 else silent
 
-        monkeypatch.setattr(train_ppo, "respond", falls_silent)
+        monkeypatch.setattr(rollout, "respond", falls_silent)
     errors = stopped(train_ppo.train, train_ppo.Config(out=str(tmp_path / "out"), **options), capsys)
     assert "the policy has collapsed" in errors and "the last good policy is in" in errors
     policy, reference = (models.load(folder)[0].state_dict() for folder in (tmp_path / "out", init))

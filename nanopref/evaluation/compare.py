@@ -80,7 +80,9 @@ def compare(
         each = {name: score.each(said) for name, said in answers.items()}
         judged["score"] = {name: score.total(found).numpy() for name, found in each.items()}
         means = {name: score.means(found) for name, found in each.items()}
-        report["scores"] = {part: {name: means[name][part] for name in means} for part in means["policy"]}
+        report["scores"] = {
+            part: {name: means[name][part] for name in means} for part in means["policy"] if part != "score"
+        }
     if true:
         judged["true_reward"] = {name: true_reward(said).numpy() for name, said in answers.items()}
     for judge, found in judged.items():

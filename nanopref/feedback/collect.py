@@ -181,8 +181,7 @@ def collect(
         return whole
 
     each = judge.each(said)
-    total = judge.total(each)
-    rewards = spread(total)
+    rewards = spread(judge.total(each))
     scores = spread(chooser(said)) if chooser else rewards
     heads = spread((chooser or judge).heads(said)) if select == "doubt" else scores[..., None]
     rng = np.random.default_rng(seed if not round else [seed, round])
@@ -202,7 +201,7 @@ def collect(
     if len(judge.parts) > 1:
         spoken = {(group.prompt, *group.responses): row for group, row in zip(asked, each.T, strict=True)}
         kept = [_with_reason(group, judge, spoken) for group in kept]
-    means = {"answers": len(found), "score": float(total.mean()), **judge.means(each)}
+    means = {"answers": len(found), **judge.means(each)}
     means |= {"true_reward": float(true_reward(said).mean())} if true else {}
     return kept, means | figures
 

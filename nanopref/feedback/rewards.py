@@ -143,9 +143,9 @@ class Rewards(NamedTuple):
         return torch.cat([response_scores(model, pack(answers)) for model in self.models], 1)
 
     def means(self, each: Tensor) -> dict[str, float]:
-        """Of scores [J, N] the mean of each part, for a log; nothing where there is but one."""
-        found = {f"score {name}": mean for name, mean in zip(self.parts, each.mean(1).tolist(), strict=True)}
-        return found if len(found) > 1 else {}
+        """For a log: the mean score and, where there are several, of each part, for what they say [J, N]."""
+        parts = {f"score {name}": mean for name, mean in zip(self.parts, each.mean(1).tolist(), strict=True)}
+        return {"score": self.total(each).mean().item(), **(parts if len(parts) > 1 else {})}
 
 
 def alone(reward: Reward, name: str = "true") -> Rewards:

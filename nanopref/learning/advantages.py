@@ -55,24 +55,32 @@ def _is_last(keep: Tensor) -> Tensor:
     return keep & ~F.pad(keep[:, 1:], (0, 1))
 
 
-def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float, **_) -> tuple[Tensor, Tensor]:
+def gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float, log_ratios: Tensor | float = 0.0, **_
+) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation, Schulman et al. 2016, eq. 16: [B, T] -> advantages, returns [B, T].
 
     Â_t = Σ_l (γλ)^l δ_{t+l} with δ_t = r_t + γ V_{t+1} - V_t, where V is 0 after the last token: a response is a whole
     episode, and one that was cut off is treated as if it ended there. Returns are Â + V, the critic's targets (TD(λ)).
+
+    `log_ratios` say log π_θ - log μ of tokens that another policy μ drew, 0 where it was π_θ. Then it is V-trace
+    (Espeholt et al. 2018, eq. 1 and remark 2) with ρ_t = min(1, π_θ/μ) and c_t = λ ρ_t: the returns are
+    v_t = V_t + ρ_t Â_t with Â_t = δ_t + γλ (v_{t+1} - V_{t+1}), what follows weighted as often as π_θ would go there.
     """
     keep = mask.bool()
     rewards, values = torch.where(keep, rewards, 0.0), torch.where(keep, values, 0.0)
+    ratios = torch.where(keep, log_ratios, 0.0).clamp(max=0).exp()
     deltas = torch.where(keep, rewards + gamma * F.pad(values[:, 1:], (0, 1)) - values, 0.0)
-    advantages, carry = [], torch.zeros_like(deltas[:, 0])
-    for delta in deltas.flip(1).unbind(1):
-        carry = delta + gamma * lam * carry  # 0 behind the run, so nothing leaks in from the padding
-        advantages.append(carry)
-    advantages = torch.where(keep, torch.stack(advantages[::-1], 1), 0.0)
-    return advantages, advantages + values
+    advantages, corrections, carry = [], [], torch.zeros_like(deltas[:, 0])
+    for delta, ratio in zip(deltas.flip(1).unbind(1), ratios.flip(1).unbind(1), strict=True):
+        advantages.append(delta + gamma * lam * carry)  # 0 behind the run, so nothing leaks in from the padding
+        carry = ratio * advantages[-1]
+        corrections.append(carry)
+    advantages, corrections = (torch.where(keep, torch.stack(x[::-1], 1), 0.0) for x in (advantages, corrections))
+    return advantages, corrections + values
 
 
-def rloo_advantages(returns: Tensor, group: int) -> Tensor:
+def rloo_advantages(returns: Tensor, group: int, **_) -> Tensor:
     """Return minus the mean return of the other responses to the same prompt: [B] -> [B].
 
     The responses to a prompt stand side by side, `group` of them. REINFORCE leave-one-out: Kool et al. 2019; Ahmadian
@@ -82,26 +90,39 @@ def rloo_advantages(returns: Tensor, group: int) -> Tensor:
     return ((returns - returns.mean(1, keepdim=True)) * (group / (group - 1))).flatten()
 
 
-def grpo_advantages(returns: Tensor, group: int) -> Tensor:
+def grpo_advantages(returns: Tensor, group: int, **_) -> Tensor:
     """Return, standardised among the responses to the same prompt: [B] -> [B] (Shao et al. 2024, section 4.1.2)."""
     returns = returns.view(-1, group)
     centred = returns - returns.mean(1, keepdim=True)
     return (centred / (returns.std(1, keepdim=True) + 1e-4)).flatten()
 
 
+def reinforce_advantages(returns: Tensor, baseline: Tensor | float, **_) -> Tensor:
+    """Return minus what earlier rounds had: [B] -> [B] (REINFORCE with a reinforcement baseline: Williams 1992)."""
+    return returns - baseline
+
+
 def compared(
-    by: Callable[[Tensor, int], Tensor], rewards: Tensor, values: Tensor, mask: Tensor, *, group: int, **_
+    by: Callable[..., Tensor], rewards: Tensor, values: Tensor, mask: Tensor, *, log_ratios: Tensor | float = 0.0, **how
 ) -> tuple[Tensor, Tensor]:
-    """A whole response is one action, whose return, its score less β times its KL, is compared `by` rloo or grpo; there
-    is no critic, and so nothing for it to learn."""
-    return by(rewards.sum(1), group)[:, None] * mask, torch.zeros_like(mask)
+    """A whole response is one action, whose return, its score less β times its KL, is compared `by` rloo, grpo or
+    reinforce; there is no critic, and so nothing for it to learn.
+
+    The difference is earned at the last token. For a response of the policy itself each token has it as its advantage;
+    of another, what V-trace makes of it: less where π_θ would hardly have gone on so. The other responses of its group
+    are of that policy too, but a baseline may be anything that does not depend on the response.
+    """
+    better = by(rewards.sum(1), **how)
+    earned, nothing = torch.where(_is_last(mask.bool()), better[:, None], 0.0), torch.zeros_like(mask)
+    return gae(earned, nothing, mask, gamma=1.0, lam=1.0, log_ratios=log_ratios)[0], nothing
 
 
-# rewards, values, mask [B, T], gamma=, lam=, group= -> advantages, returns [B, T]
+# rewards, values, mask [B, T], gamma=, lam=, group=, baseline=, log_ratios= -> advantages, returns [B, T]
 ADVANTAGES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "gae": gae,
     "rloo": partial(compared, rloo_advantages),
     "grpo": partial(compared, grpo_advantages),
+    "reinforce": partial(compared, reinforce_advantages),
 }
 
 

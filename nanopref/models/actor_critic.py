@@ -13,12 +13,26 @@ from nanopref.running import parallel
 
 
 class Learner(nn.Module):
-    """All that learns, and β, which may adapt: what --resume must find again."""
+    """All that learns, and what else --resume must find again: β, which may adapt, and what earlier rounds left."""
 
     def __init__(self, policy: GPT, critic: ScalarModel | None, beta: float):
         super().__init__()
         self.policy, self.critic = policy, critic
         self.register_buffer("beta", torch.tensor(beta, dtype=torch.float64))
+        self.register_buffer("baseline", torch.zeros((), dtype=torch.float64))  # what --advantage reinforce expects
+        self.replayed: list[tuple] = []  # answers of earlier rounds, the last first
+
+    @torch.no_grad()
+    def remember(self, answers: Sequence[tuple], returns: Tensor) -> None:
+        """Answers to learn from again, and a round's returns [B], whose mean the baseline goes half the way to."""
+        self.replayed = [tuple(answer) for answer in answers]  # plain, as a state.pt without code in it needs them
+        self.baseline.lerp_(returns.mean().double(), 0.5)
+
+    def get_extra_state(self) -> list[tuple]:
+        return self.replayed
+
+    def set_extra_state(self, state: list[tuple]) -> None:
+        self.replayed = state
 
     def forward(self, batch: Batch, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
         """log π_θ of the targets, entropy, and V before each target: each [B, T], float32."""

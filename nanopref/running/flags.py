@@ -48,6 +48,7 @@ SITUATIONS = {  # where a default may differ, and how --help says so
     "reward": "with --reward",
     "gae": "for gae",
     "groups": "for rloo and grpo",
+    "reinforce": "for reinforce",
     "pretrained": "from a pretrained model",
 }
 

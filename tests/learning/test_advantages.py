@@ -137,6 +137,39 @@ def test_gae_with_lambda_1_is_the_return_less_the_value(seed):
             assert returns[b, t].item() == pytest.approx(to_come, abs=1e-9)
 
 
+@given(seeds, st.floats(0.5, 1), st.floats(0, 1))
+def test_of_replayed_tokens_it_is_v_trace(seed, gamma, lam):
+    """Espeholt et al. 2018, eq. 1: v_s = V_s + Σ_t γ^(t-s) (Π_(s ≤ i < t) c_i) ρ_t (r_t + γ V_(t+1) - V_t), with
+    c = λρ; and Â_s has the same sum but for ρ_s, since PPO's own ratio stands there."""
+    g, mask = responses(seed)
+    rewards, values, log_ratios = normal(g, mask), normal(g, mask), normal(g, mask)
+    advantages, returns = estimate.gae(rewards, values, mask, gamma=gamma, lam=lam, log_ratios=log_ratios)
+    assert (advantages[mask == 0] == 0).all()
+    for b, run in enumerate(runs(mask)):
+        rho = {t: min(1.0, math.exp(log_ratios[b, t])) for t in run}
+        for s in run:
+            target, advantage = values[b, s].item(), 0.0
+            for t in run[run.index(s) :]:
+                following = values[b, t + 1].item() if t + 1 in run else 0.0
+                delta = rewards[b, t].item() + gamma * following - values[b, t].item()
+                target += gamma ** (t - s) * math.prod(lam * rho[i] for i in range(s, t)) * rho[t] * delta
+                between = math.prod(rho[i] for i in range(s + 1, t + 1))
+                advantage += (gamma * lam) ** (t - s) * between * delta
+            assert returns[b, s].item() == pytest.approx(target, abs=1e-9)
+            assert advantages[b, s].item() == pytest.approx(advantage, abs=1e-9)
+
+
+@given(seeds)
+def test_tokens_of_the_policy_itself_have_no_ratio(seed):
+    """Bit for bit, in float32 as in a run; and those that it likes more than who drew them have none either."""
+    g, mask = responses(seed)
+    rewards, values = normal(g, mask).float(), normal(g, mask).float()
+    plain = estimate.gae(rewards, values, mask, gamma=0.99, lam=0.95)
+    for log_ratios in (torch.zeros_like(mask), normal(g, mask).float().abs()):
+        found = estimate.gae(rewards, values, mask, gamma=0.99, lam=0.95, log_ratios=log_ratios)
+        assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
+
+
 # ---- without a critic ------------------------------------------------------------------------------------------------
 
 
@@ -164,6 +197,26 @@ def test_grpo_standardises_each_group(prompts, group, seed):
         mean, deviation = np.mean(row), np.std(row, ddof=1)
         assert found == pytest.approx([(x - mean) / (deviation + 1e-4) for x in row], abs=1e-9)
     assert (estimate.grpo_advantages(torch.ones(4), 4) == 0).all()  # all alike: nothing to learn, and no NaN
+
+
+@given(seeds, st.sampled_from(["rloo", "grpo", "reinforce"]))
+def test_a_whole_response_of_another_policy_counts_less(seed, name):
+    """Each token has the response's advantage, times the truncated ratios of the tokens behind it."""
+    g, mask = responses(seed, shape=(4, 6))
+    rewards = torch.where(mask.bool(), normal(g, mask), 0.0)
+    log_ratios, baseline = normal(g, mask), torch.tensor(0.3, dtype=torch.float64)
+    found, returns = estimate.ADVANTAGES[name](
+        rewards, rewards, mask, gamma=0.5, lam=0.5, group=2, baseline=baseline, log_ratios=log_ratios
+    )
+    R = rewards.sum(1)
+    better = {"rloo": estimate.rloo_advantages(R, 2), "grpo": estimate.grpo_advantages(R, 2), "reinforce": R - 0.3}[
+        name
+    ]
+    assert (returns == 0).all() and (found[mask == 0] == 0).all()
+    for b, run in enumerate(runs(mask)):
+        for t in run:
+            weight = math.prod(min(1.0, math.exp(log_ratios[b, s])) for s in run if s > t)
+            assert found[b, t].item() == pytest.approx(better[b].item() * weight, abs=1e-9)
 
 
 # ---- whitening -------------------------------------------------------------------------------------------------------
