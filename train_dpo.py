@@ -2,8 +2,8 @@
 
 Without --data: film reviews (nanopref/data/reviews.py). A small GPT learns to write them and answers each prompt twice,
 simulated people say which answer is better, and DPO moves the GPT towards what they prefer. With --data: your pairs,
-rankings, ratings or labels. With --reward: a reward model compares the answers instead of people. --loss names the
-objective: a row of the tables in nanopref/learning/objectives.py.
+rankings, ratings or labels. --reward names who judges instead of people, --loss the objective, a row of the tables in
+nanopref/learning/objectives.py. With --rounds the policy answers anew in each: online DPO.
 """
 
 import nanopref  # noqa: F401, I001  (first, because it sets how torch's threads wait, which torch reads when loaded)

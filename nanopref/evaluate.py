@@ -21,7 +21,9 @@ class Config(RewardFlags):
     policy: tuple[str, ...] = flag(("out/dpo",), "one or more models: run folders, Hugging Face folders, or hub names")
     reference: str = flag("out/dpo/sft", "the model that they are held against")
     data: str = flag("", "take the held-out prompts of this file; default: new ones of the built-in task")
-    best_of: int = flag(1, "also the best of 1, 2, 4 … of so many of the reference's answers, by --reward", least=1)
+    best_of: int = flag(
+        1, "also the best of 1, 2, 4 … of so many of the reference's answers, by --reward", least=1, most=4096
+    )
     eval_prompts: int = flag(512, "how many prompts all models answer", least=1)
     max_new_tokens: int = flag(64, "longest response that is sampled", least=1)
     sample_batch: int = flag(512, "responses that are sampled at once", least=1)

@@ -188,6 +188,7 @@ def test_interrupted_and_resumed_it_ends_the_same(tiny, tmp_path, monkeypatch, n
     monkeypatch.setattr(rewards, "true_reward", lengths)
     monkeypatch.setitem(rewards.TASK, "true", lengths)
     train_ppo.train(train_ppo.Config(out=str(tmp_path / "whole"), **options))
+
     def fails(answers):
         asked.append(len(answers))
         if len(asked) == 3:

@@ -3,6 +3,7 @@
 import copy
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ from nanopref.learning import objectives
 from nanopref.running.folder import Run
 
 ROUNDS, EACH = 3, 20  # rounds, and prompts of each
-SMALL = {"prompts": ROUNDS * EACH, "rounds": ROUNDS, "answers": 4, "batch_size": 16, "micro_batch": 16}
+SMALL = {"prompts": ROUNDS * EACH, "rounds": ROUNDS, "answers": 4, "batch_size": 6, "micro_batch": 6}
 SMALL |= {"eval_prompts": 2, "eval_every": 4, "save_seconds": 0.0, "max_new_tokens": 24, "lr": 2e-3, "warmup": 2}
 SMALL |= {"optimizer": "adamw", "device": "cpu"}
 REWARD = "def f(prompts, responses):\n    {}return [float(sum(map(ord, x)) % 13) for x in responses]\n"
@@ -184,8 +185,8 @@ MOMENTS = {  # who is called, where, and at which call there is a Ctrl-C: before
     "noted, no feedback written": (Run, "note", 2, "behind"),
     "no reference of round 2": (train_dpo, "reference_logprobs", 2, "before"),
     "the first step of round 2": (Run, "update", 8, "before"),
-    "a step of round 2": (Run, "update", 10, "behind"),
-    "a step of round 3": (Run, "update", 17, "before"),
+    "a step of round 2": (Run, "update", 11, "behind"),
+    "a step of round 3": (Run, "update", 19, "before"),
     "round 2 learnt": (train_dpo, "fit", 2, "behind"),
     "the report": (train_dpo, "compare", 1, "before"),
 }
@@ -233,7 +234,7 @@ def test_stopped_twice_in_round_2_without_a_fresh_reference_it_ends_the_same(sta
 
 def test_a_finished_run_that_is_resumed_learns_nothing_more(started, left_alone, tmp_path, monkeypatch):
     config = {"out": str(tmp_path / "run"), **started}
-    train_dpo.train(train_dpo.Config(**config))
+    shutil.copytree(left_alone.folder, tmp_path / "run")
     monkeypatch.setattr(Run, "update", lambda *args: pytest.fail("a step"))
     monkeypatch.setattr(collecting, "respond", lambda *args, **more: pytest.fail("an answer"))
     train_dpo.train(train_dpo.Config(resume=True, **config))
@@ -247,10 +248,9 @@ def test_a_finished_run_that_is_resumed_learns_nothing_more(started, left_alone,
     "fault, message",
     [
         ("raise ValueError('asleep')", "mine.py:f: ValueError: asleep; it was asked for the prompt"),
-        ("return [float('nan')] * len(prompts)", "mine.py:f: gives nan, which is no finite number"),
         ("return [1.0] * len(prompts)", "only 0 of 20 pairs can be used"),
     ],
-    ids=["raises", "nan", "all alike"],
+    ids=["raises", "all alike"],
 )
 def test_a_judge_that_fails_in_round_2_leaves_round_1_and_can_be_mended(
     fault, message, started, left_alone, tmp_path, capsys

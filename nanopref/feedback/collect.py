@@ -1,6 +1,7 @@
 """Preferences as in the textbook: sample responses to each prompt, let somebody judge, note what is said of them."""
 
 import itertools
+import math
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -174,12 +175,19 @@ def collect(
     asked = [Group(x, (text,)) for x, row in zip(prompts, texts, strict=True) for text in row if text.strip()]
     said = as_answers(asked, tokenizer, policy.config.block_size)
 
+    def check(left: int) -> None:
+        of = len(prompts) * groups_of(answers, feedback, select, len(voters) or annotators, votes)
+        hint = "others are empty, have no end, are equal or of equal reward: start again with --overwrite and "
+        hint += "a higher --max-new-tokens, more --prompts, or another --reward"
+        require(left >= 20, f"only {left} of {of} {feedback} can be used: {hint}")
+
     def spread(numbers: Tensor) -> np.ndarray:
         """[N, …] of the answers that are there -> [G, K, …], 0 for the others."""
         whole = np.zeros((*there.shape, *numbers.shape[1:]))
         whole[there] = numbers.numpy()
         return whole
 
+    check(len(said))
     each = judge.each(said)
     rewards = spread(judge.total(each))
     scores = spread(chooser(said)) if chooser else rewards
@@ -195,15 +203,19 @@ def collect(
         for group in judged
         if all(text.strip() for text in group.responses) and len(set(group.responses)) == len(group.responses)
     ]
-    asked_for = len(prompts) * (answers if feedback == "labels" else 1)
-    hint = "start again with --overwrite and a higher --max-new-tokens"
-    require(len(kept) >= 20, f"only {len(kept)} of {asked_for} {feedback} can be used: {hint}")
+    check(len(kept))
     if len(judge.parts) > 1:
         spoken = {(group.prompt, *group.responses): row for group, row in zip(asked, each.T, strict=True)}
         kept = [_with_reason(group, judge, spoken) for group in kept]
     means = {"answers": len(found), **judge.means(each)}
     means |= {"true_reward": float(true_reward(said).mean())} if true else {}
     return kept, means | figures
+
+
+def groups_of(answers: int, feedback: str, select: str, annotators: int, votes: str) -> int:
+    """How many groups a prompt makes, if all of its answers are of use."""
+    alone = {"labels": answers, "pairs": math.comb(answers, 2) if select == "all" else 1}.get(feedback, 1)
+    return alone * (annotators if votes == "count" else 1)
 
 
 def _with_reason(group: Group, judge: Rewards, spoken: dict[tuple[str, str], Tensor]) -> Group:
@@ -253,7 +265,8 @@ def ensure_feedback(
             write_atomic(path, write_groups(found))
     barrier()
     groups, held_out, notes = read_feedback(path, kinds, config.loss)
-    asked = n * (config.answers if config.feedback == "labels" else 1)
+    k = len(config.voters) or config.annotators
+    asked = n * groups_of(config.answers, config.feedback, config.select, k, config.votes)
     if (missing := asked - sum(1 for _ in read_rows(path))) > 0:
         notes[f"{config.feedback} dropped: answers equal, alike in reward, empty or without an end"] = missing
     return groups, held_out, notes

@@ -13,6 +13,7 @@ import importlib.util
 import inspect
 import json
 import math
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -80,30 +81,43 @@ def rule_reward(rule: rules.Rule, answers: Sequence[Answer]) -> Tensor:
 def function_reward(name: str, function: Callable, tokenizer: Tokenizer, batch_size: int, answers) -> Tensor:
     """What a user's function says. It is called with a prompt and a response; or, if it names its arguments `prompts`
     and `responses`, with lists of them, for which it gives a list. UserError, with what was asked, where it fails."""
-    together = {"prompts", "responses"} <= inspect.signature(function).parameters.keys()
+    together = {"prompts", "responses"} <= _parameters(function)
     asked = [(response_text(answer.prompt, tokenizer), answer.text) for answer in answers]
     found: list[float] = []
     for i in range(0, len(asked), size := batch_size if together else 1):
-        part = asked[i : i + size]
+        prompts, responses = map(list, zip(*asked[i : i + size], strict=True))
         try:
-            said = list(function(*map(list, zip(*part, strict=True)))) if together else [function(*part[0])]
+            said = function(prompts=prompts, responses=responses) if together else [function(prompts[0], responses[0])]
+            if isinstance(said, str | bytes):
+                raise TypeError("gives text and no list of numbers")
             numbers = [float(number) for number in said]
-        except Exception as error:  # which may be any, since the code is not ours
-            if len(part) > 1:  # one of them did it: the first that does so alone
+        except (Exception, SystemExit) as error:  # which may be any, since the code is not ours
+            if len(prompts) > 1:  # one of them did it: the first that does so alone
                 for answer in answers[i : i + size]:
                     function_reward(name, function, tokenizer, 1, [answer])
-            raise UserError(
-                f"--reward {name}: {type(error).__name__}: {error}; it was asked {_asked(*part[0])}"
-            ) from None
-        require(len(numbers) == len(part), f"--reward {name}: gives {len(numbers)} numbers for {len(part)} responses")
+            raise UserError(f"--reward {name}: {_in_a_line(error)}; {_asked(prompts[0], responses[0])}") from None
+        require(
+            len(numbers) == len(prompts), f"--reward {name}: gives {len(numbers)} numbers for {len(prompts)} answers"
+        )
         found += numbers
     return torch.tensor(found, dtype=torch.float32)
+
+
+def _parameters(function: Callable) -> set[str]:
+    try:
+        return set(inspect.signature(function).parameters)
+    except (ValueError, TypeError):  # as of some that are built in
+        return set()
+
+
+def _in_a_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _asked(prompt: str, response: str) -> str:
     """Prompt and response, in a sentence."""
     short = (text if len(text) <= 200 else f"{text[:97]} … {text[-100:]}" for text in (prompt, response))
-    return "for the prompt {!r} and the response {!r}".format(*short)
+    return "it was asked for the prompt {!r} and the response {!r}".format(*short)
 
 
 class Rewards(NamedTuple):
@@ -244,7 +258,7 @@ def _implicit(name: str, policy: GPT | None, tokenizer: Tokenizer, init: str, ba
     start = made_from([folder or init])
     hint = "no run of train_dpo.py or train_ppo.py, which would say its β and which policy it is held against"
     beta = start and _flags_of(folder or init).get("beta")
-    require(isinstance(beta, float), f"--reward {name}: {folder or init or 'no folder is named, so'}: {hint}")
+    require(isinstance(beta, int | float), f"--reward {name}: {folder or init or 'no folder is named, so'}: {hint}")
     if policy is None:
         return None
     pair = []
@@ -259,12 +273,12 @@ def _imported(name: str) -> Callable:
     """The function that `file.py:function` names."""
     path, _, function = name.rpartition(":")
     require(Path(path).is_file(), f"--reward {name}: {path}: no such file")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(spec)
+    spec = importlib.util.spec_from_file_location(f"reward_{Path(path).stem}", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where dataclasses look for themselves
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # the code is not ours
-        raise UserError(f"--reward {name}: {path} cannot be imported: {type(error).__name__}: {error}") from None
+    except (Exception, SystemExit) as error:  # the code is not ours
+        raise UserError(f"--reward {name}: {path} cannot be imported: {_in_a_line(error)}") from None
     found = getattr(module, function, None)
     require(callable(found), f"--reward {name}: {path} has no function {function!r}")
     return found

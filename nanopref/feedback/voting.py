@@ -149,11 +149,11 @@ def noise_of(accuracy: float, gaps) -> float:
 
 def estimates(said, gaps, noise: Sequence[float]) -> list[dict[str, float]]:
     """Of each simulated person: the noise they have; how often Dawid and Skene's model takes them to be right, from the
-    votes [k, N] alone; and the noise that belongs to this, for the reward gaps [N]."""
-    accuracy = dawid_skene(said)[1].mean(1)
+    votes [k, N] alone; and the noise that belongs to this, for the reward gaps [N]. Nothing where all gaps are 0."""
+    accuracy = dawid_skene(said)[1].mean(1) if np.any(gaps) else []
     return [
         {"noise": float(own), "accuracy": float(right), "estimated_noise": noise_of(right, gaps)}
-        for own, right in zip(noise, accuracy, strict=True)
+        for own, right in zip(noise, accuracy, strict=False)
     ]
 
 

@@ -226,8 +226,8 @@ class StartFlags:
 @dataclass
 class RewardFlags:
     reward: tuple[str, ...] | None = flag(
-        None, "who judges, instead of people: reward models' folders, true, specificity, rules, rules:FILE.toml, "
-        "implicit:FOLDER (a DPO policy's), FILE.py:FUNCTION; `*0.5` behind one is its weight, several are added",
+        None, "who judges: a reward model's folder, true, specificity, rules, rules:FILE.toml, implicit:FOLDER (of a "
+        "DPO policy), FILE.py:FUNCTION; `*0.5` behind one is its weight, several are added (default: people)",
     )  # fmt: skip
     doubt: float = flag(0.0, "subtract this many times the spread of a reward model's heads from its score", least=0)
 

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import signal
 import sys
@@ -125,11 +126,13 @@ class Run:
             "or choose another --out",
         )
         if self.config.overwrite:
-            for name in ("init", "data", "reward", "judged"):
+            for name in ("init", "data", "reward", "judged", "chooser"):
                 read = flags.get(name) or []
-                for path in [read] if isinstance(read, str) else read:
-                    inside = Path(path).resolve().is_relative_to(self.folder.resolve())
-                    require(not inside, f"--overwrite would remove {path}, which --{name} wants to read")
+                for word in [read] if isinstance(read, str) else read:
+                    # of a reward the path may stand before or behind a colon, and a weight behind it
+                    paths = [Path(part).resolve() for part in re.split("[:*]", word) if part]
+                    inside = any(path.is_relative_to(self.folder.resolve()) for path in paths)
+                    require(not inside, f"--overwrite would remove {word}, which --{name} wants to read")
         else:
             changed = [k for k in flags if k not in FREE and k in before and flags[k] != before[k]]
             was = ", ".join(f"--{k.replace('_', '-')} {before.get(k)}" for k in changed)

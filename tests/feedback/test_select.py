@@ -33,7 +33,7 @@ def policy(tmp_path_factory):
 
 @pytest.fixture
 def given_answers(policy, monkeypatch):
-    """`collect` of these answers, [G][K] of text, None for one that did not end; an answer is worth the number it is."""
+    """`collect` of these answers, texts [G][K], None for one that did not end; each is worth the number it is."""
 
     def run(texts, judge=LENGTH, chooser=None, **more):
         def respond(policy, tokenizer, prompts, **setting):
@@ -219,15 +219,15 @@ def test_the_file_says_which_judge_spoke_most_for_the_better_answer(given_answer
     tens = lambda answers: torch.tensor([float(answer.text) // 10 for answer in answers])  # noqa: E731
     ones = lambda answers: torch.tensor([float(answer.text) % 10 for answer in answers])  # noqa: E731
     both = Rewards({"tens": tens, "ones": ones}, torch.tensor([1.0, 2.0]), [])
-    found, figures = given_answers([["31", "12"], ["19", "53"], ["21", "20"], ["51", "12"]] * 8, judge=both)
+    found, figures = given_answers([["31", "12"], ["19", "53"], ["42", "10"], ["51", "12"]] * 8, judge=both)
     assert [(group.responses, dict(group.about)) for group in found[:4]] == [
         (("19", "53"), {"why": "ones"}),
-        (("21", "20"), {"why": "ones"}),
+        (("42", "10"), {"why": "ones"}),
         (("51", "12"), {"why": "tens"}),
         (("19", "53"), {"why": "ones"}),
     ]  # 31 and 12 are worth 5 each: no pair
     assert len(found) == 24
-    assert figures["score tens"] == pytest.approx((3 + 1 + 1 + 5 + 2 + 2 + 5 + 1) / 8)
+    assert figures["score tens"] == pytest.approx((3 + 1 + 1 + 5 + 4 + 1 + 5 + 1) / 8)
     assert figures["score"] == pytest.approx(figures["score tens"] + 2 * figures["score ones"])
     (first, *_), alone_found = write_groups(found).splitlines(), given_answers([["1", "2"]] * 24)[0]
     assert json.loads(first) == {"prompt": "p1", "chosen": "19", "rejected": "53", "why": "ones"}
