@@ -65,7 +65,7 @@ def train(config: Config) -> None:
     # What can be wrong is found before anything is written.
     flags.check(config)
     device = parallel.start(config.device, config.seed)
-    config.init = config.init or rewards.made_from(config.reward or ())
+    config.init = config.init or rewards.made_from([*(config.reward or ()), *(config.chooser or ())])
     policy, tokenizer, origin = models.load_init(config.init)
     config = objectives.resolve(flags.resolve(config, origin), OBJECTIVES[config.loss])
     flags.check_people(config)
@@ -74,6 +74,7 @@ def train(config: Config) -> None:
         groups, held_out_groups, notes = read_feedback(file, kinds, config.loss)  # SFT holds out the same
     prompts = new_prompts(config.data, config.eval_prompts, config.seed)
     require(not file or config.rounds == 1, "--rounds asks who judges anew, and here a file is read")
+    require(not config.fresh_reference or config.rounds > 1, "--fresh-reference: one round has but one reference")
     require(config.prompts >= 20 * config.rounds, f"--prompts: at least 20 for each of the {config.rounds} --rounds")
     judge, chooser = rewards.who(config, policy and policy.to(device), tokenizer)
     run.begin()

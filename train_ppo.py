@@ -277,7 +277,7 @@ def stop_if_collapsed(run: Run, kl: float, empty: bool) -> None:
 
 def resolve(config: Config, origin: str) -> Config:
     """The defaults that depend on other flags filled in, and flags that do not go together refused."""
-    own = any(rewards.parse(word)[0] == "implicit" for word in config.reward or ())
+    own = any(rewards.parse(word)[0].rstrip(":") == "implicit" for word in config.reward or ())
     compares = config.advantage != "gae"
     early = config.value_warmup is None  # a default that leaves a round for the policy
     useless = [name for name in USELESS[config.update] if getattr(config, name) != getattr(Config, name)]

@@ -59,7 +59,7 @@ def train(config: Config) -> None:
     # What can be wrong is found before anything is written.
     flags.check(config)
     device = parallel.start(config.device, config.seed)
-    config.init = config.init or rewards.made_from(config.reward or ())
+    config.init = config.init or rewards.made_from([*(config.reward or ()), *(config.chooser or ())])
     reference, tokenizer, origin = models.load_init(config.init)
     config = objectives.resolve(flags.resolve(config, origin), SCORES[config.loss])
     flags.check_people(config)

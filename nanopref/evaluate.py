@@ -49,16 +49,9 @@ def main(config: Config) -> None:
     judge = None if config.reward is None else rewards.load(config.reward, reference, tokenizer, config)
     for name in config.policy:
         result, rows = compare(
-            found[name][0].to(device),
-            reference,
-            tokenizer,
-            prompts,
-            max_new_tokens=config.max_new_tokens,
-            sample_batch=config.sample_batch,
-            seed=config.seed,
-            true=not config.data,
-            score=judge,
-        )
+            found[name][0].to(device), reference, tokenizer, prompts, max_new_tokens=config.max_new_tokens,
+            sample_batch=config.sample_batch, seed=config.seed, true=not config.data, score=judge,
+        )  # fmt: skip
         say(f"\n{name} (after) against {config.reference} (before), {len(prompts)} prompts\n")
         say(report.comparison_table(result))
     report.print_samples(rows[:3])

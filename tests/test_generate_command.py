@@ -60,7 +60,7 @@ class Terminal(io.StringIO):
 def answer(monkeypatch, folder, prompt="xy", **kwargs) -> list[str]:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stdout", terminal)
-    main(Config(prompt, str(folder), temperature=0, device="cpu", **kwargs))
+    main(Config(prompt=prompt, model=str(folder), temperature=0, device="cpu", **kwargs))
     monkeypatch.undo()
     return [*terminal.flushed, terminal.getvalue()]
 

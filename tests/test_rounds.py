@@ -248,7 +248,7 @@ def test_a_finished_run_that_is_resumed_learns_nothing_more(started, left_alone,
     "fault, message",
     [
         ("raise ValueError('asleep')", "mine.py:f: ValueError: asleep; it was asked for the prompt"),
-        ("return [1.0] * len(prompts)", "only 0 of 20 pairs can be used"),
+        ("return [1.0] * len(prompts)", "only 0 of 120 pairs can be used"),
     ],
     ids=["raises", "all alike"],
 )

@@ -17,6 +17,7 @@ import train_ppo
 import train_rm
 from nanopref import models, sft
 from nanopref.data.formats import read_feedback
+from nanopref.feedback import rollout
 from nanopref.learning.objectives import OBJECTIVES, resolve
 from nanopref.learning.objectives import knobs as objectives_knobs
 from nanopref.models.gpt2 import GPT
@@ -102,8 +103,8 @@ def test_fewer_rows_than_a_batch_are_said(name, init, tmp_path, capsys, no_pictu
 def test_every_round_of_ppo_has_as_many_responses_as_were_asked_for(
     prompts, said, init, judge, tmp_path, monkeypatch, capsys, no_picture
 ):
-    rounds, ordinary = [], train_ppo.respond
-    monkeypatch.setattr(train_ppo, "respond", lambda *a, **k: rounds.append(len(a[2])) or ordinary(*a, **k))
+    rounds, ordinary = [], rollout.respond
+    monkeypatch.setattr(rollout, "respond", lambda *a, **k: rounds.append(len(a[2])) or ordinary(*a, **k))
     data = pairs(tmp_path / "pairs.jsonl", round(prompts / 0.9))
     train_ppo.train(config_of("ppo", tmp_path / "out", data, init, judge, batch_size=16, iterations=3))
     assert rounds == [16] * 3

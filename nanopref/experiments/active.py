@@ -3,7 +3,8 @@
 A first reward model with several heads learns from a few pairs. Then as many pairs are labelled as by chance, or those
 of eight answers on whose order its heads differ most (Gleave & Irving 2022), and a new reward model learns from them
 alone; or nobody is asked, and the best of eight by the first model is better than the worst (Pace et al. 2024). All are
-judged on the same new answers.
+judged on the same new answers. (The first 512 prompts of each are those of the first model, which is in the way of its
+doubt at small sizes.)
 """
 
 from dataclasses import dataclass
@@ -12,12 +13,14 @@ from pathlib import Path
 import numpy as np
 
 from nanopref import models
+from nanopref.data.formats import read_rows
 from nanopref.evaluation.metrics import rank_correlation
 from nanopref.experiments import runs
 from nanopref.experiments.runs import ExperimentFlags, Variant
 from nanopref.feedback import rewards
 from nanopref.running import flags
 from nanopref.running.flags import flag
+from nanopref.running.parallel import start
 
 
 @dataclass
@@ -53,6 +56,7 @@ def main(config: Config) -> None:
         for way, words in ways.items()
     }
     folders |= runs.results(config, variants)
+    pairs: dict[str, str] = {}
     found = {name: [quality(path, seed) for seed, path in enumerate(paths)] for name, paths in folders.items()}
 
     def draw(axis) -> None:
@@ -63,14 +67,26 @@ def main(config: Config) -> None:
         axis.set_xscale("log")
         axis.legend(frameon=False)
 
-    header = ["rank correlation with the true reward, by seed", *(f"{size} pairs" for size in config.sizes)]
-    lines = [[way, *(", ".join(f"{x:.3f}" for x in found[f"{way} {size}"]) for size in config.sizes)] for way in ways]
+    for name, paths in folders.items():
+        pairs[name] = ", ".join(f"{sum(1 for _ in read_rows(path / 'feedback.jsonl')):,}" for path in paths)
+    header = ["rank correlation with the true reward (pairs)", *(f"{size} pairs" for size in config.sizes)]
+    lines = [
+        [
+            way,
+            *(
+                ", ".join(f"{x:.3f}" for x in found[f"{way} {size}"]) + f" ({pairs[f'{way} {size}']})"
+                for size in config.sizes
+            ),
+        ]
+        for way in ways
+    ]
     runs.save(config, runs.markdown([header, *lines]), found, [draw])
 
 
 def quality(folder: Path, seed: int) -> float:
     """Rank correlation of a reward model's scores with the true reward, on new answers of the SFT model."""
     policy, tokenizer = models.load(folder.parent / "sft")
+    policy.to(start("auto", seed))
     answers = runs.answers(folder.parent / "sft", seed, 1024)
     scores = rewards.model_reward(rewards.load_model(folder, policy, tokenizer))(answers)
     return rank_correlation(rewards.true_reward(answers).numpy(), scores.numpy())

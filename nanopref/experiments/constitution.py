@@ -6,7 +6,6 @@ pairs that the rules decide. Beside it stands RLAIF without the first stage.
 """
 
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from nanopref.feedback import rules
 from nanopref.feedback.collect import training_prompts
 from nanopref.feedback.revise import revise
 from nanopref.running import flags
-from nanopref.running.flags import flag
+from nanopref.running.flags import flag, require
 from nanopref.running.folder import write_atomic
 from nanopref.running.parallel import start
 
@@ -58,10 +57,8 @@ def revised(config: Config, folder: Path, seed: int) -> Path:
 def main(config: Config) -> None:
     flags.check(config)
     root, names = Path(config.out), [rule.name for rule in rules.load(config.rules)]
-    if config.rules:
-        root.mkdir(parents=True, exist_ok=True)
-        shutil.copy(config.rules, root / "rules.toml")
-    judge = f"rules:{(root / 'rules.toml').absolute()}" if config.rules else "rules"
+    require(len(names) > 1, "--rules: the pictures of one rule would be of little use; give at least two")
+    judge = f"rules:{Path(config.rules).absolute()}" if config.rules else "rules"
     words = ["--reward", judge, "--rounds", str(config.rounds), "--answers", "4", "--select", "best-worst"]
     ways = {"rules": Variant(words, kind="")}
     folders = runs.results(config, ways)
@@ -80,6 +77,7 @@ def main(config: Config) -> None:
                 label = name if way == "revisions-rules" else None
                 axis.plot(range(len(shares)), shares[:, i], style, color=f"C{i}", marker="o", label=label)
         axis.set(title="answers that break a rule (dotted: no self-critique)", xlabel="rounds of DPO", ylim=(0, None))
+        axis.set_xticks(range(len(shares)))
         axis.legend(frameon=False)
 
     header = ["answers that break", *(f"{way}, {when}" for way in found for when in ("before", "after"))]

@@ -35,6 +35,8 @@ class Config(ExperimentFlags):
 
     out: str = "out/front"
     seeds: int = 1
+    annotators: int = 1  # one with noise 1 compares by P(a over b) = σ(r_a - r_b), of which MODPO's margin thinks
+    noise: float = 1.0
     weights: tuple[float, ...] = flag((0.1, 0.3, 0.5, 0.7, 0.9), "of the true reward", above=0, below=1)
     scale: float = flag(5.0, "c: what one of specificity is worth, in units of the true reward", above=0)
     beta: float = flag(0.3, "price of a nat of KL, for all but best-of-n", above=0)

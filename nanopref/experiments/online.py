@@ -32,21 +32,22 @@ def main(config: Config) -> None:
         "people": [],
         "people-rounds": rounds,
         "people-rounds-fresh-reference": [*rounds, "--fresh-reference"],
-        "people-best-worst-of-4": ["--select", "best-worst"],
-        "people-best-worst-of-4-rounds": ["--select", "best-worst", *rounds],
     }
     noise = ["--noise", str(config.noise), "--annotators", str(config.annotators)]
     variants = {name: Variant([*words, *noise], kind="") for name, words in people.items()}
     runs.results(config, variants | {"rm": Variant([], script="train_rm.py")})
     model = ["--reward", "SEED/rm"]
+    pick = ["--select", "best-worst", "--chooser", "SEED/rm", *noise]
     judged = {
-        "rm": model,
-        "rm-rounds": [*model, *rounds],
+        "people-on-rms-best-and-worst-of-4": pick,
+        "people-on-rms-best-and-worst-of-4-rounds": [*pick, *rounds],
+        "rm-judges": model,
+        "rm-judges-rounds": [*model, *rounds],
         "rm-best-of-16-imitated": [*model, "--loss", "preferred", "--select", "best"],
         "rm-rso": [*model, "--select", "rso"],
         "itself-after-people": ["--init", "SEED/people", "--reward", "implicit"],
     }
-    variants |= {f"judge-{name}": Variant(words, kind="") for name, words in judged.items()}
+    variants |= {name: Variant(words, kind="") for name, words in judged.items()}
     runs.conclude(config, runs.results(config, variants))
 
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -134,6 +135,7 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+@cache
 def answers(folder: Path, seed: int, n: int = 512) -> list[Answer]:
     """What the model in a folder says to prompts on which none is trained."""
     policy, tokenizer = models.load(folder)

@@ -86,21 +86,24 @@ def _selected(
 
 def _pairs(groups: list[Group], rewards: np.ndarray, *, votes: str, **people) -> tuple[list[Group], dict]:
     """Two that are alike to people who never err are no pair."""
-    rows, about, figures = np.arange(len(groups)), [()] * len(groups), {}
+    rows, said, figures = np.arange(len(groups)), None, {}
     if votes == "majority" and np.ndim(people["noise"]) == 0:  # alike people need not be told apart
         first = voting.annotate(*rewards.T, **people)
     else:
+        there = [all(map(str.strip, group.responses)) for group in groups]  # the others would tell of nobody's skill
+        groups, rewards = list(itertools.compress(groups, there)), rewards[there]
         noise = np.broadcast_to(people["noise"], people["annotators"])
         said = voting.votes(*rewards.T, noise=noise, rng=people["rng"])
         rows, first = voting.AGGREGATES[votes](said)
         figures = {"voters": voting.estimates(said, rewards[:, 0] - rewards[:, 1], noise)}
-        about = [(("votes", [int(vote) for vote in column]),) for column in said.T]  # for the answer sampled first
     differ = (rewards[:, 0] != rewards[:, 1]) | (np.max(people["noise"]) > 0)
-    return [
-        groups[row]._replace(responses=groups[row].responses[:: 1 if is_first else -1], about=about[row])
-        for row, is_first in zip(rows, first, strict=True)
-        if differ[row]
-    ], figures
+    found = []
+    for row, is_first in zip(rows, first, strict=True):
+        if differ[row]:
+            # in the file, who voted for the answer that comes first there
+            about = () if said is None else (("votes", [int(vote == is_first) for vote in said[:, row]]),)
+            found.append(groups[row]._replace(responses=groups[row].responses[:: 1 if is_first else -1], about=about))
+    return found, figures
 
 
 def _rankings(groups: list[Group], rewards: np.ndarray, *, votes: str, **people) -> tuple[list[Group], dict]:

@@ -35,7 +35,7 @@ def revise(
         still = []
         for (prompt, draft, faults), answer in zip(left, found, strict=True):
             again = broken(rules, answer.text)
-            if answer.ended and faults[0] not in again and set(again) <= set(faults):
+            if answer.ended and all(rule in faults[1:] for rule in again):
                 row = {"prompt": prompt, "completion": answer.text, "critique": faults[0].name, "draft": draft}
                 rows.append(row)
             else:

@@ -227,8 +227,9 @@ def who(config: Any, policy: GPT | None, tokenizer: Tokenizer | None) -> tuple[R
     words = people if config.reward is None else config.reward
     judge = load(words, policy, tokenizer, config) if words or config.reward == () else None
     chooser = load(config.chooser, policy, tokenizer, config) if config.chooser is not None else None
-    if policy is not None and config.select == "doubt":
-        several = any(model.heads > 1 for model in (chooser or judge).models)
+    require(not config.doubt or bool(config.reward or config.chooser), "--doubt: there is no --reward that has any")
+    if config.select == "doubt":
+        several = policy is not None and any(model.heads > 1 for model in (chooser or judge).models)
         require(several, "--select doubt needs a --chooser or --reward with several heads (train_rm.py --heads)")
     return judge, chooser
 
@@ -257,7 +258,10 @@ def _implicit(name: str, policy: GPT | None, tokenizer: Tokenizer, init: str, ba
     folder = name.partition(":")[2]
     start = made_from([folder or init])
     hint = "no run of train_dpo.py or train_ppo.py, which would say its β and which policy it is held against"
-    beta = start and _flags_of(folder or init).get("beta")
+    found = _flags_of(folder or init) if start else {}
+    beta, usual = found.get("beta"), {"reference": "model", "logprobs": "sum"}
+    alike = all(found.get(name, value) == value for name, value in usual.items())
+    require(alike, f"--reward {name}: trained by --loss {found.get('loss')}, whose reward is not β log π/π_ref")
     require(isinstance(beta, int | float), f"--reward {name}: {folder or init or 'no folder is named, so'}: {hint}")
     if policy is None:
         return None

@@ -118,10 +118,5 @@ def _rule(where: str, row: dict[str, Any]) -> Rule:
 
 
 def broken(rules: Sequence[Rule], response: str) -> list[Rule]:
-    """The rules that an answer breaks, the heaviest first; of equal weight, in the order of the file."""
+    """The rules that an answer breaks, the heaviest, its critique, first; of equal weight, in the order of the file."""
     return sorted((rule for rule in rules if not rule.kept(response)), key=lambda rule: -rule.weight)
-
-
-def critique(rules: Sequence[Rule], response: str) -> Rule | None:
-    """The heaviest rule that an answer breaks; None if it keeps all."""
-    return next(iter(broken(rules, response)), None)

@@ -103,6 +103,7 @@ def check_people(config: Any) -> None:
     """Raise UserError where what people say of answers would not make what is learnt from."""
     feedback, voters = getattr(config, "feedback", "pairs"), len(config.voters)
     require_odd(config.annotators)
+    require(not voters or feedback != "responses", "--voters: nobody votes on what --select best takes")
     require(config.votes == "majority" or feedback == "pairs", f"--votes {config.votes} makes pairs and no {feedback}")
     odd = voters % 2 == 1 or not voters or config.votes != "majority"
     require(odd, f"--voters must be an odd number of people, so that a vote cannot tie, not {voters}")
@@ -226,8 +227,8 @@ class StartFlags:
 @dataclass
 class RewardFlags:
     reward: tuple[str, ...] | None = flag(
-        None, "who judges: a reward model's folder, true, specificity, rules, rules:FILE.toml, implicit:FOLDER (of a "
-        "DPO policy), FILE.py:FUNCTION; `*0.5` behind one is its weight, several are added (default: people)",
+        None, "who judges, if not people: a reward model's folder, true, specificity, rules, rules:FILE.toml, "
+        "implicit:FOLDER (of a DPO policy), FILE.py:FUNCTION; `*0.5` behind one is its weight, several are added",
     )  # fmt: skip
     doubt: float = flag(0.0, "subtract this many times the spread of a reward model's heads from its score", least=0)
 

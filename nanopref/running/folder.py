@@ -130,7 +130,7 @@ class Run:
                 read = flags.get(name) or []
                 for word in [read] if isinstance(read, str) else read:
                     # of a reward the path may stand before or behind a colon, and a weight behind it
-                    paths = [Path(part).resolve() for part in re.split("[:*]", word) if part]
+                    paths = [Path(part).resolve() for part in (word, *re.split("[:*]", word)) if part]
                     inside = any(path.is_relative_to(self.folder.resolve()) for path in paths)
                     require(not inside, f"--overwrite would remove {word}, which --{name} wants to read")
         else:

@@ -129,7 +129,10 @@ def test_a_flag_that_a_loss_does_not_obey_is_refused(script, flag):
 def test_what_people_said_is_read_or_asked_for_but_not_both(script):
     """--feedback and --answers say how answers are sampled, which they are of a file of prompts with --reward too."""
     Config, table = SCRIPTS[script]
-    loss, a_file = next(iter(table)), "--feedback, --answers and --select are for answers that are sampled, and here"
+    loss, a_file = (
+        next(iter(table)),
+        "--feedback, --answers, --select, --voters, --votes are for answers that are sampled, and here",
+    )
     cases = [
         ({"judged": "x", "data": "y"}, "--judged belongs to the built-in task: give it or --data"),
         *(
