@@ -1,10 +1,9 @@
 """Which pairs are worth asking about? `python -m nanopref.experiments.active`
 
 A first reward model with several heads learns from a few pairs. Then as many pairs are labelled as by chance, or those
-of eight answers on whose order its heads differ most (Gleave & Irving 2022), and a new reward model learns from them
-alone; or nobody is asked, and the best of eight by the first model is better than the worst (Pace et al. 2024). All are
-judged on the same new answers. (The first 512 prompts of each are those of the first model, which is in the way of its
-doubt at small sizes.)
+of four answers on whose order its heads differ most (Gleave & Irving 2022), and a new reward model learns from them
+alone; or nobody is asked, and the best of four by the first model is better than the worst (Pace et al. 2024). All are
+judged on the same new answers.
 """
 
 from dataclasses import dataclass
@@ -32,23 +31,26 @@ class Config(ExperimentFlags):
 
     out: str = "out/active"
     seeds: int = 2
-    prompts: int = flag(512, "pairs of the first reward model", least=20)
-    sizes: tuple[int, ...] = flag((300, 600, 1200, 2400), "pairs of the others", least=20)
-    heads: int = flag(8, "of the first reward model", least=2)
-    answers: int = flag(8, "to each prompt, of which two are picked", least=3)
+    prompts: int = 2560
+    sizes: tuple[int, ...] = flag((1280, 2560), "pairs of the other reward models; --prompts: of the first", least=20)
+    epochs: int = flag(4, "passes over the pairs", least=1)
+    heads: int = flag(4, "of the first reward model", least=2)
+    answers: int = flag(4, "to each prompt, of which two are picked", least=3)
 
 
 def main(config: Config) -> None:
     flags.check(config)
-    people = ["--noise", str(config.noise), "--annotators", str(config.annotators)]
+    common = ["--epochs", str(config.epochs)]
+    people = [*common, "--noise", str(config.noise), "--annotators", str(config.annotators)]
     script = {"kind": "", "script": "train_rm.py"}
-    first = {"first": Variant([*people, "--heads", str(config.heads)], **script)}
+    # on prompts of its own: of pairs that it knows it has less doubt
+    first = {"first": Variant([*people, "--seed", "1000", "--heads", str(config.heads)], **script)}
     folders = runs.results(config, first)
     several = ["--answers", str(config.answers)]
     ways = {
         "random": people,
         "doubt": [*people, *several, "--select", "doubt", "--chooser", "SEED/first"],
-        "synthetic": [*several, "--select", "best-worst", "--reward", "SEED/first"],
+        "synthetic": [*common, *several, "--select", "best-worst", "--reward", "SEED/first"],
     }
     variants = {
         f"{way} {size}": Variant([*words, "--prompts", str(size)], **script)

@@ -25,7 +25,7 @@ PAIR = {"prompt": "p", "chosen": " Nora Vale plays the captain.", "rejected": " 
 
 @pytest.mark.parametrize(
     "experiment, expected",
-    [(active, 13), (best_of_n, 2), (constitution, 2), (front, 15), (online, 11), (relatives, 6)],
+    [(active, 7), (best_of_n, 2), (constitution, 2), (front, 15), (online, 11), (relatives, 6)],
     ids=lambda x: getattr(x, "__name__", "").rpartition(".")[2],
 )
 def test_each_run_has_flags_that_its_script_takes(experiment, expected, tmp_path, monkeypatch):
@@ -46,7 +46,7 @@ def test_each_run_has_flags_that_its_script_takes(experiment, expected, tmp_path
         flags.check(found)
         resolved = resolve(found)
         flags.check_people(resolved)
-        assert resolved.seed == 0 and resolved.init.startswith(str(out.parent)), out
+        assert resolved.seed in (0, 1000) and resolved.init.startswith(str(out.parent)), out
         for word in [*(resolved.reward or ()), *(getattr(resolved, "chooser", None) or ())]:
             name, weight = rewards.parse(word)
             known = name in rewards.TASK or name in ("rules", "implicit") or Path(name) in asked

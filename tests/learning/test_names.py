@@ -142,6 +142,8 @@ def test_what_people_said_is_read_or_asked_for_but_not_both(script):
         ),
         ({"feedback": "pairs", "answers": 2}, ""),
         ({"data": "x"}, ""),
+        ({"data": "x", "voters": (1.0,)}, a_file),
+        ({"judged": "x", "votes": "count"}, a_file),
         ({"judged": "x"}, ""),
         ({"judged": "x", "reward": ("y",)}, "people have --judged already: leave --reward out"),
         ({"data": "x", "reward": ("y",), "feedback": "pairs", "answers": 2}, ""),
