@@ -34,9 +34,7 @@ class Config(RewardFlags):
 def main(config: Config) -> None:
     flags.check(config)
     require(len(config.policy) > 0, "--policy: name at least one policy")
-    require(
-        config.best_of == 1 or config.reward is not None, "--best-of needs a --reward, by which the best is the best"
-    )
+    require(config.best_of == 1 or config.reward is not None, "--best-of needs a --reward, to say which is best")
     device = parallel.start(config.device, config.seed)
     prompts = new_prompts(config.data, config.eval_prompts, config.seed)
     found = {name: models.load(name) for name in (config.reference, *config.policy)}
@@ -58,10 +56,10 @@ def main(config: Config) -> None:
     if config.best_of > 1:
         sampling = {"max_new_tokens": config.max_new_tokens, "batch_size": config.sample_batch, "seed": config.seed}
         others = {} if config.data else {"true reward": rewards.true_reward}
-        found = best_of_n.measure(reference, tokenizer, prompts, judge, others, config.best_of, **sampling)
+        curve = best_of_n.measure(reference, tokenizer, prompts, judge, others, config.best_of, **sampling)
         say(f"\nthe best of n answers of {config.reference}, by the score\n")
-        columns = [name for name in found[0] if name not in ("n", "bound")]
-        cells = [[str(row["n"]), *(f"{row[name]:.2f}" for name in columns), f"{row['bound']:.2f}"] for row in found]
+        columns = [name for name in curve[0] if name not in ("n", "bound")]
+        cells = [[str(row["n"]), *(f"{row[name]:.2f}" for name in columns), f"{row['bound']:.2f}"] for row in curve]
         say(report.table(cells, ("n", *columns, "log n - (n-1)/n")))
 
 

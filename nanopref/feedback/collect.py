@@ -92,6 +92,8 @@ def _pairs(groups: list[Group], rewards: np.ndarray, *, votes: str, **people) ->
     else:
         there = [all(map(str.strip, group.responses)) for group in groups]  # the others would tell of nobody's skill
         groups, rewards = list(itertools.compress(groups, there)), rewards[there]
+        if not groups:
+            return [], {}
         noise = np.broadcast_to(people["noise"], people["annotators"])
         said = voting.votes(*rewards.T, noise=noise, rng=people["rng"])
         rows, first = voting.AGGREGATES[votes](said)

@@ -41,6 +41,8 @@ def test_people_without_noise_who_find_all_alike_are_a_sentence(policy, monkeypa
     same = rewards.alone(lambda answers: torch.ones(len(answers)))
     with pytest.raises(UserError, match="only 0 of 24"):
         collect(policy, monkeypatch, [["1", "2"]] * 24, same, votes="count")
+    with pytest.raises(UserError, match="only 0 of 72"):  # and where no two answers can be compared
+        collect(policy, monkeypatch, [["1", ""]] * 24, same, votes="count", annotators=3)
 
 
 def test_a_policy_none_of_whose_answers_ends_is_a_sentence_with_a_reward_model_too(folder, policy, monkeypatch):
