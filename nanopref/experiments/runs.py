@@ -149,7 +149,7 @@ def read_report(folder: Path) -> dict[str, float]:
     true = found["true_reward"]
     gain = (true["policy"] - true["reference"]) / true["reference_std"]
     figures = {"gain": gain, "win_rate": true["win_rate"], "kl": found["kl"]}
-    return figures | {"tokens": found["response_length"]["policy"], "accuracy": found["held_out"].get("accuracy")}
+    return figures | {"tokens": found["response_length"]["policy"], **found["held_out"]}
 
 
 def conclude(
