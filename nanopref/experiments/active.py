@@ -67,6 +67,8 @@ def main(config: Config) -> None:
         axis.axhline(np.mean(found["first"]), color="grey", linestyle=":", label=f"first, {config.prompts} pairs")
         axis.set(title="which pairs to ask about", xlabel="pairs", ylabel="rank correlation with the true reward")
         axis.set_xscale("log")
+        axis.minorticks_off()
+        axis.set_xticks(config.sizes, config.sizes)
         axis.legend(frameon=False)
 
     for name, paths in folders.items():
