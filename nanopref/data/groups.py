@@ -43,7 +43,8 @@ class Group(NamedTuple):
     def said(self) -> tuple[float, ...]:
         """A number for each response. Where the order says all, each is ahead of the next beyond all measure, and what
         is to be imitated is beyond what any label says."""
-        return self.scores or tuple(-FAR * k for k in range(len(self.responses))) * (len(self.responses) > 1) or (FAR,)
+        order = tuple(-FAR * k for k in range(len(self.responses)))
+        return self.scores or ((FAR,) if len(order) == 1 else order)
 
 
 def write_groups(groups: Sequence[Group]) -> str:

@@ -26,7 +26,7 @@ from nanopref.running.parallel import start
 class Config(ExperimentFlags):
     """Reward models on pairs picked at random, by an ensemble's doubt, or made up by an earlier reward model.
 
-    Example: python -m nanopref.experiments.active --sizes 300 1000
+    Example: python -m nanopref.experiments.active --sizes 640 1280
     """
 
     out: str = "out/active"
