@@ -71,7 +71,7 @@ def train(config: Config) -> None:
     flags.check_people(config)
     run, kinds = Run(config), objectives.kinds(OBJECTIVES)
     if file := config.judged or ("" if config.reward else config.data):
-        groups, held_out_groups, notes = read_feedback(file, kinds, config.loss)  # SFT holds out the same
+        groups, held_out_groups, notes = read_feedback(file, kinds, config.loss, votes=config.votes)
     prompts = new_prompts(config.data, config.eval_prompts, config.seed)
     require(not file or config.rounds == 1, "--rounds asks who judges anew, and here a file is read")
     require(not config.fresh_reference or config.rounds > 1, "--fresh-reference: one round has but one reference")

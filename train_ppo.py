@@ -95,7 +95,7 @@ def train(config: Config) -> None:
         reward = rewards.load(given, policy and policy.to(device), tokenizer, config)
     elif config.data:
         hint = "give a --reward of train_rm.py --loss"  # or else it trains one on pairs
-        read_feedback(config.data, kinds(SCORES), "bradley-terry", meet=True, hint=hint)
+        read_feedback(config.data, kinds(SCORES), "bradley-terry", votes=config.votes, meet=True, hint=hint)
     asked = config.batch_size // config.group  # prompts a round
     prompts = training_prompts(config.data, config.iterations * asked, f"ppo {config.seed}")
     held_out_prompts = new_prompts(config.data, config.eval_prompts, config.seed)

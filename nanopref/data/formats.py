@@ -10,6 +10,7 @@ uses:
     labels     {"prompt": …, "completion": …, "label": …}   true or 1: a good answer; false or 0: a bad one
                {"text": …, "label": …}   the same of a whole text, which is cut into prompts and answers
     responses  {"prompt": …, "completion": …}; here as in labels it may also be called "response"
+    votes      {"prompt": …, "a": …, "b": …, "winner": …}   what people said, as `nanopref.people` writes it: votes.py
     text       {"text": …}
     prompts    {"prompt": …}
 
@@ -29,6 +30,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nanopref.data.groups import Group, as_labels, split, standardised
+from nanopref.data.votes import AGGREGATES, as_pairs, from_row, majority
 from nanopref.running.flags import UserError, require
 
 TURN = "\n\nAssistant:"  # what opens an answer in an HH dialogue
@@ -164,6 +166,7 @@ KINDS = {  # a file is of the first kind that fits its first row
     "text": Kind(("text",), _plain, "no text"),
     "labels": Kind(("label",), _label, "no text"),
     "responses": Kind(("completion",), _response, "no text"),
+    "votes": Kind(("a", "b", "winner"), lambda where, row, notes: [from_row(where, row)], "no vote that decides"),
     "prompts": Kind((), _prompt, "no prompt"),
 }
 
@@ -171,8 +174,8 @@ KINDS = {  # a file is of the first kind that fits its first row
 # ---- whole files -----------------------------------------------------------------------------------------------------
 
 
-def read(path: str | Path) -> tuple[str, list[Group], Counter]:
-    """The kind of a file, its groups, and how many rows were dropped and why.
+def read(path: str | Path, aggregate: Callable = majority) -> tuple[str, list[Group], Counter]:
+    """The kind of a file, its groups, and how many rows were dropped and why. Votes become pairs by the `aggregate`.
 
     Raises UserError for a file without rows and for a row that does not fit.
     """
@@ -188,6 +191,8 @@ def read(path: str | Path) -> tuple[str, list[Group], Counter]:
             raise UserError(f"{where}: a text in a file of pairs")
         groups += kind.read(where, row, notes)
     require(kind is not None, f"{path}: holds no row")
+    if name == "votes":
+        name, groups = "pairs", [g for pair in as_pairs(groups, aggregate, notes) for g in _compared(pair, notes)]
     require(bool(groups), f"{path}: holds {kind.nothing}")
     return name, groups, +notes
 
@@ -204,16 +209,17 @@ def read_to_imitate(path: str | Path) -> tuple[list[Group], Counter]:
 
 
 def read_feedback(
-    path: str | Path, kinds: dict[str, Sequence[str]], loss: str, *, meet: bool = False, hint: str = "use --loss"
-) -> tuple[list[Group], list[Group], Counter]:
+    path: str | Path, kinds: dict[str, Sequence[str]], loss: str, *, votes: str = "majority", meet: bool = False,
+    hint: str = "use --loss",
+) -> tuple[list[Group], list[Group], Counter]:  # fmt: skip
     """What --loss learns from (for training, held out), and how many rows were dropped and why.
 
     `kinds` says which each name of --loss takes. A loss of labels takes pairs as two each, ratings are
     standardised, and rankings of two are pairs. With `meet` a loss of pairs also takes labels, of which each good
-    answer meets a bad one: pairs with a prompt each, of which only a reward model can learn. Raises UserError as `read`
-    does, and for a file of another kind.
+    answer meets a bad one: pairs with a prompt each, of which only a reward model can learn. `votes` names what makes
+    pairs of a file of votes. Raises UserError as `read` does, and for a file of another kind.
     """
-    kind, groups, notes = read(path)
+    kind, groups, notes = read(path, AGGREGATES[votes])
     kind, wanted = kind.removeprefix("texts with "), kinds[loss]
     if kind == "rankings" and all(len(group.responses) == 2 for group in groups):
         kind = "pairs"

@@ -14,6 +14,7 @@ from nanopref.data import reviews
 from nanopref.data.formats import read_feedback, read_prompts, read_rows
 from nanopref.data.groups import Group, write_groups
 from nanopref.data.tokenizer import Tokenizer
+from nanopref.data.votes import AGGREGATES
 from nanopref.feedback import voting
 from nanopref.feedback.rewards import Rewards, as_answers, true_reward, true_rewards
 from nanopref.models.gpt2 import GPT
@@ -96,7 +97,7 @@ def _pairs(groups: list[Group], rewards: np.ndarray, *, votes: str, **people) ->
             return [], {}
         noise = np.broadcast_to(people["noise"], people["annotators"])
         said = voting.votes(*rewards.T, noise=noise, rng=people["rng"])
-        rows, first = voting.AGGREGATES[votes](said)
+        rows, first = AGGREGATES[votes](said)
         figures = {"voters": voting.estimates(said, rewards[:, 0] - rewards[:, 1], noise)}
     differ = (rewards[:, 0] != rewards[:, 1]) | (np.max(people["noise"]) > 0)
     found = []

@@ -2,14 +2,15 @@
 
 They answer by the model of Bradley and Terry (Biometrika 39, 1952): P(a preferred over b) = σ((r_a - r_b) / noise),
 with the noise in units of reward; without any, the annotator is never wrong. Each of k annotators votes on their own
-and the majority decides, so k is odd. Where each has a noise of their own, `votes` tells who said what, and
-AGGREGATES are the ways to make labelled pairs of it.
+and the majority decides, so k is odd. Where each has a noise of their own, `votes` tells who said what.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
+
+from nanopref.data.votes import dawid_skene
 
 
 def _check_annotators(annotators: int) -> None:
@@ -102,36 +103,6 @@ def votes(reward_a, reward_b, *, noise: Sequence[float], rng: np.random.Generato
     return rng.random(p.shape) < p
 
 
-def _check_votes(said) -> np.ndarray:
-    said = np.asarray(said, dtype=bool)
-    if said.ndim != 2 or not said.size:
-        raise ValueError(f"votes must be [people, pairs] with at least one of both, not {said.shape}")
-    return said
-
-
-def dawid_skene(said, *, steps: int = 1000, tolerance: float = 1e-8) -> tuple[np.ndarray, np.ndarray]:
-    """The probability [N] that a is better, and how reliable people are [k, 2], from nothing but their votes [k, N].
-
-    The model of Dawid and Skene (Applied Statistics 28, 1979) with two classes: person i says a with probability
-    accuracy[i, 0] where a is better, and b with accuracy[i, 1] where b is, each on their own. EM from the mean vote
-    until no probability moves by the tolerance; so a is what most of the people take for it, and a majority that is
-    worse than chance would turn all round. Each rate counts as if it had been seen once to hold and once not, a prior
-    of Beta(2, 2) which keeps it off 0 and 1, where nothing could ever change one's mind. Pairs that are hard for all
-    make people agree in their errors, which the model takes for skill.
-    """
-    a = _check_votes(said).astype(np.float64)
-    p = a.mean(0)
-    for _ in range(steps):
-        share = (p.sum() + 1) / (len(p) + 2)  # of the pairs in which a is better
-        accuracy = np.stack([(a @ p + 1) / (p.sum() + 2), ((1 - a) @ (1 - p) + 1) / ((1 - p).sum() + 2)], axis=1)
-        right_a, right_b = accuracy.T
-        evidence = np.log(right_a / (1 - right_b)) @ a + np.log((1 - right_a) / right_b) @ (1 - a)
-        before, p = p, _sigmoid(np.log(share / (1 - share)) + evidence)
-        if np.abs(p - before).max() < tolerance:
-            break
-    return p, accuracy
-
-
 def noise_of(accuracy: float, gaps) -> float:
     """The noise with which one is right so often, mean σ(|gap| / noise) = accuracy, for reward gaps [N]; by bisection.
 
@@ -155,26 +126,3 @@ def estimates(said, gaps, noise: Sequence[float]) -> list[dict[str, float]]:
         {"noise": float(own), "accuracy": float(right), "estimated_noise": noise_of(right, gaps)}
         for own, right in zip(noise, accuracy, strict=False)
     ]
-
-
-# How votes [k, N] become labelled pairs: which of the N it is [M], and whether its first answer is the better one [M].
-
-
-def _majority(said) -> tuple[np.ndarray, np.ndarray]:
-    said = _check_votes(said)
-    _check_annotators(len(said))
-    return np.arange(said.shape[1]), 2 * said.sum(0) > len(said)
-
-
-def _count(said) -> tuple[np.ndarray, np.ndarray]:
-    """Every vote is a pair of its own, those on the same one after the other."""
-    said = _check_votes(said)
-    return np.repeat(np.arange(said.shape[1]), len(said)), said.T.ravel()
-
-
-def _dawid_skene(said) -> tuple[np.ndarray, np.ndarray]:
-    p, _ = dawid_skene(said)
-    return np.arange(len(p)), p > 0.5
-
-
-AGGREGATES: dict[str, Callable] = {"majority": _majority, "count": _count, "dawid-skene": _dawid_skene}

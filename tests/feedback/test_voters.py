@@ -7,10 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nanopref.data.votes import AGGREGATES, dawid_skene
 from nanopref.feedback.voting import (
-    AGGREGATES,
     bradley_terry_probability,
-    dawid_skene,
     noise_of,
     rank,
     rate,
@@ -256,11 +255,22 @@ def test_every_vote_counts_once(said):
         assert rows.tolist() == list(range(n)) and first.tolist() == [sum(map(int, x)) > k / 2 for x in said.T]
 
 
-def test_a_majority_of_an_even_number_is_refused():
-    for k in (2, 4):
-        with pytest.raises(ValueError, match="odd and at least 1"):
-            AGGREGATES["majority"](np.ones((k, 3), dtype=bool))
-        assert len(AGGREGATES["dawid-skene"](np.ones((k, 3), dtype=bool))[0]) == 3
+def test_where_as_many_say_one_as_the_other_there_is_no_pair():
+    said = np.array([[1, 1, np.nan, np.nan], [0, 1, 0, np.nan]])
+    assert [x.tolist() for x in AGGREGATES["majority"](said)] == [[1, 2], [True, False]]
+    assert [x.tolist() for x in AGGREGATES["count"](said)] == [[0, 0, 1, 1, 2], [True, False, True, True, False]]
+
+
+def test_who_does_not_speak_of_all_pairs_is_judged_by_those_of_which_they_do():
+    """Two fifths of the votes are missing: what people are is found all the same."""
+    said, truth = people(1.0, [0.3, 0.6, 1, 2, 3], 6000)
+    whole = dawid_skene(said)[1]
+    said = np.where(np.random.default_rng(1).random(said.shape) < 0.4, np.nan, said)
+    p, accuracy = dawid_skene(said)
+    assert accuracy == pytest.approx(whole, abs=0.04)
+    assert ((p > 0.5) == truth).mean() > ((np.nan_to_num(said, nan=0.5).mean(0) > 0.5) == truth).mean() + 0.02
+    alone = np.array([[1, np.nan], [np.nan, 0]])
+    assert dawid_skene(alone)[0] == pytest.approx(1 - dawid_skene(1 - alone)[0])
 
 
 def test_who_is_reliable_is_worth_knowing():
