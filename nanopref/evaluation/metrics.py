@@ -36,8 +36,13 @@ def calibration(gap: np.ndarray, bins: int = 10) -> list[dict[str, float]]:
 def win_rate(policy: Sequence[float], reference: Sequence[float]) -> tuple[float, tuple[float, float]]:
     """Share of prompts on which the policy's reward is higher, a tie counting half, and Wilson's 95% interval."""
     policy, reference = np.asarray(policy, dtype=np.float64), np.asarray(reference, dtype=np.float64)
-    n, z = len(policy), 1.959964
     rate = float(np.mean(is_right(policy - reference)))
+    return rate, wilson(rate, len(policy))
+
+
+def wilson(rate: float, n: int) -> tuple[float, float]:
+    """Wilson's 95% interval for a share of n."""
+    z = 1.959964
     centre, half = rate + z * z / (2 * n), z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
     low, high = (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
-    return rate, (max(low, 0.0), min(high, 1.0))  # rounding may end beyond: 0 of 7 gives -4e-17
+    return max(low, 0.0), min(high, 1.0)  # rounding may end beyond: 0 of 7 gives -4e-17

@@ -1,0 +1,182 @@
+"""Real people's votes as they come in: which pair a person sees next, and a file that loses nothing.
+
+OUT/pairs.jsonl holds the pairs, a line each, and OUT/votes.jsonl what was said of them (data/votes.py). A vote is
+acknowledged when its line is on the disk. All that decides what is shown follows from these two files and from digests,
+so a process that was killed goes on as if nothing had been, and a vote that is sent twice counts once.
+"""
+
+import hashlib
+import json
+import os
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from nanopref.data import votes
+from nanopref.data.formats import read_rows
+from nanopref.data.votes import SAID, Vote, first_and_again, pair_id, standing
+
+REPEAT = 20  # a person sees every so manieth pair again, with its sides swapped
+APART = 5  # after at least so many others
+AWAY = 600.0  # seconds after which a pair that was shown and not judged is offered to others
+
+
+class Pair(NamedTuple):
+    id: str
+    prompt: str
+    a: str
+    b: str
+    models: tuple[str, ...] = ()  # who wrote a and who wrote b, where several models are compared
+
+
+class Showing(NamedTuple):
+    """A pair as a person sees it, for the first time or `again`."""
+
+    pair: Pair
+    again: bool
+    left: str  # a or b
+
+
+class Refused(Exception):
+    """A request that changes nothing, in a sentence."""
+
+
+class Ballots:
+    """The votes in a folder, for many threads. One process at a time may hold them."""
+
+    def __init__(self, folder: Path, people: int = 1):
+        """`people` vote on each pair. Raises UserError where a line of the folder's files does not fit."""
+        self.people, self.pairs = people, {}
+        self._lock, self._path = threading.Lock(), folder / "pairs.jsonl"
+        self._standing: dict[str, list[Vote]] = defaultdict(list)  # of each person, in order
+        self._count: Counter[str] = Counter()  # who said something of each pair
+        self._shown: dict[str, tuple[str, float]] = {}  # what each person looks at, and since when
+        self._files = [_Lines(folder / name) for name in ("pairs.jsonl", "votes.jsonl")]
+        self._take(read_pairs(folder))
+        for vote in standing(read_votes(folder)):
+            self._standing[vote.annotator].append(vote)
+            self._count[vote.id] += vote.winner in SAID and not self._again(vote.annotator, vote)
+
+    def add(self, prompt: str, a: str, b: str, models: Sequence[str] = ()) -> None:
+        """One pair more, unless it is there already or leaves no choice: an answer is empty, or both are equal."""
+        pair = Pair(pair_id(prompt, a, b), prompt, a, b, tuple(models))
+        with self._lock:
+            if pair.id not in self.pairs and a.strip() and b.strip() and a != b:
+                self._files[0].append(json.dumps(pair._asdict(), ensure_ascii=False) + "\n")
+                self._take([pair])
+
+    def _take(self, pairs: Sequence[Pair]) -> None:
+        self.pairs |= {pair.id: pair for pair in pairs}
+
+    def next(self, annotator: str) -> Showing | None:
+        """What a person is to judge now; None where nothing is left for them, or not yet."""
+        with self._lock:
+            now = time.monotonic()
+            first, again = first_and_again(self._standing[annotator])
+            known, repeated = {vote.id for vote in first}, {vote.id for _, vote in again}
+            current, _ = self._shown.get(annotator, ("", 0.0))
+            looked_at = Counter(
+                id for name, (id, since) in self._shown.items() if name != annotator and now - since < AWAY
+            )
+            fresh = [current] if current in self.pairs and current not in known else []
+            open_ids = (id for id in self.pairs if id not in known and self._count[id] + looked_at[id] < self.people)
+            fresh = fresh or list(next(([id] for id in open_ids), []))
+            said = [vote.id for vote in first if vote.winner in SAID]
+            due = len(said) // REPEAT > len(repeated)
+            old = [id for id in said[: -APART if fresh else None] if id not in repeated] if due else []
+            for id in sorted(old, key=lambda id: _digest(annotator, id))[:1] or fresh:
+                self._shown[annotator] = id, now
+                return self._showing(annotator, id, id in known)
+            self._shown.pop(annotator, None)
+            return None
+
+    def _showing(self, annotator: str, id: str, again: bool) -> Showing:
+        left = "ab"[(_digest(annotator, id) + again) % 2]
+        return Showing(self.pairs[id], again, left)
+
+    def _again(self, annotator: str, vote: Vote) -> bool:
+        return vote.shown_left != self._showing(annotator, vote.id, False).left if vote.id in self.pairs else False
+
+    def vote(self, annotator: str, id: str, again: bool, choice: str, seconds: float, why: str) -> None:
+        """Write down what a person said: left, right, tie, bad or skip. What they have said before stays as it was."""
+        with self._lock:
+            if id not in self.pairs:
+                raise Refused("there is no such pair")
+            pair, again, left = self._showing(annotator, id, again)
+            winner = {"left": left, "right": "ba"["ab".index(left)]}.get(choice, choice)
+            mine = self._standing[annotator]
+            before = [vote for vote in mine if vote.id == id]
+            if any(vote.shown_left == left for vote in before):
+                return
+            if again and not before:
+                raise Refused("the pair was not seen before")
+            vote = Vote(id, *pair[1:4], winner, left, annotator, seconds, votes.now(), why)
+            self._files[1].append(vote.line())
+            mine.append(vote)
+            self._count[id] += winner in SAID and not again
+            self._shown.pop(annotator, None)
+
+    def undo(self, annotator: str, number: int) -> None:
+        """Take back what a person said last, if it is the `number`-th that stands: a request that is sent twice counts
+        once."""
+        with self._lock:
+            mine = self._standing[annotator]
+            if not mine or len(mine) != number:
+                return
+            vote = mine[-1]
+            self._files[1].append(vote._replace(winner="undo", seconds=0.0, time=votes.now(), why="").line())
+            mine.pop()
+            self._count[vote.id] -= vote.winner in SAID and not self._again(annotator, vote)
+            self._shown[annotator] = vote.id, time.monotonic()
+
+    def progress(self, annotator: str) -> dict[str, int]:
+        """How many votes of a person stand, how many pairs wait for them, and how much all have said."""
+        with self._lock:
+            mine = self._standing[annotator]
+            known = {vote.id for vote in mine}
+            left = sum(id not in known and self._count[id] < self.people for id in self.pairs)
+            total = sum(vote.winner in SAID for said in self._standing.values() for vote in said)
+            return {"said": len(mine), "left": left, "total": total}
+
+
+def read_pairs(folder: Path) -> list[Pair]:
+    """OUT/pairs.jsonl, if it is there."""
+    path = folder / "pairs.jsonl"
+    found = [row for _, row in read_rows(path)] if path.exists() and path.stat().st_size else []
+    return [Pair(row["id"], row["prompt"], row["a"], row["b"], tuple(row["models"])) for row in found]
+
+
+def read_votes(folder: Path) -> list[Vote]:
+    """OUT/votes.jsonl, if it is there. Raises UserError for a line that is no vote."""
+    path = folder / "votes.jsonl"
+    rows = read_rows(path) if path.exists() and path.stat().st_size else []
+    return [votes.from_row(where, row) for where, row in rows]
+
+
+def _digest(*words: str) -> int:
+    return int.from_bytes(hashlib.sha256("\0".join(words).encode()).digest()[:8])
+
+
+class _Lines:
+    """A file that grows by whole lines, each on the disk before `append` returns."""
+
+    def __init__(self, path: Path):
+        self._file = path.open("ab+", buffering=0)
+        self._file.seek(0)
+        whole = self._file.read().rfind(b"\n") + 1
+        self._file.truncate(whole)  # a line that a kill cut off was never acknowledged
+        self._end = whole
+
+    def append(self, line: str) -> None:
+        try:
+            left = memoryview(line.encode())
+            while left:
+                left = left[self._file.write(left) :]
+            os.fsync(self._file.fileno())
+        except OSError:  # a full disk: what could not be written whole is not there at all
+            self._file.truncate(self._end)
+            raise
+        self._end += len(line.encode())

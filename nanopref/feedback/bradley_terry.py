@@ -1,0 +1,2 @@
+def davidson(winners, losers, tied, n):
+    raise ValueError("not yet")
