@@ -82,6 +82,7 @@ def main(config: Config) -> None:
     uvicorn = _server()
     require(bool(config.model) != bool(config.data), "name who answers with --model (python -m nanopref.sft trains one "
             "in out/sft), or a file of answers with --data, and not both")  # fmt: skip
+    require(len({*config.model}) == len(config.model), "--model: name each model once")
     require(not config.prompts or bool(config.model), "--prompts are for a --model to answer; --data has its own")
     folder = Path(config.out)
     source = given_pairs(config) if config.data else sampled_pairs(config)
@@ -112,7 +113,9 @@ def sampled_pairs(config: Config) -> Callable[[int], Iterator[Found]]:
     policies = [models.load(name) for name in config.model]
     for policy, _ in policies:
         policy.to(device)
-    prompts = list(dict.fromkeys(group.prompt for group in read(config.prompts)[1])) if config.prompts else []
+    asked = read(config.prompts)[1] if config.prompts else []
+    prompts = list(dict.fromkeys(group.prompt for group in asked if group.prompt.strip()))
+    require(bool(prompts) or not config.prompts, f"{config.prompts}: holds no prompt")
     meetings = list(itertools.combinations(range(len(policies)), 2)) or [(0, 0)]
 
     def pairs(done: int) -> Iterator[Found]:
@@ -178,8 +181,8 @@ def _server() -> Any:
 def listen(host: str, port: int) -> socket.socket:
     """A socket at this address. Raises UserError where it cannot be had."""
     try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        found = socket.socket(family, kind)
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        found = socket.socket(family, kind, protocol)  # by whose name the server knows to send small answers at once
         if os.name == "posix":  # elsewhere it would let two servers share a port
             found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind(address)

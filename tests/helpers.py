@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 
 # a server that has imported what the scripts need, of which each forked process is a copy that has done nothing yet
 forks = multiprocessing.get_context("forkserver")
-forks.set_forkserver_preload(["train_dpo", "train_rm", "train_ppo", "torch._dynamo", "pytest"])
+forks.set_forkserver_preload(["train_dpo", "train_rm", "train_ppo", "nanopref.people", "torch._dynamo", "pytest"])
 
 
 def flags(**settings) -> list[str]:
@@ -79,7 +79,8 @@ def _run_script(log: Path, script: str, words: tuple[str, ...], environment: dic
         os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
     sys.argv = [script, *words]
     module = importlib.import_module(script.removesuffix(".py"))
-    command_flags.main(module.train, module.Config, words)
+    command = module.train if hasattr(module, "train") else module.main
+    command_flags.main(command, module.Config, words)
 
 
 def results(folder: Path) -> tuple[list[dict], dict]:

@@ -134,7 +134,7 @@ def conclude(folder: Path, pairs: Sequence[Pair], votes: Sequence[Vote]) -> None
     if "alpha" in found:
         alpha, (low, high) = found["alpha"].values()
         rows.insert(1, ("  Krippendorff's α", f"{alpha:.2f}", f"{low:.2f} to {high:.2f}", ""))
-    say("\n" + report.table(rows, (f"of {found['pairs']} pairs", "", "95%", "votes or pairs of them")))
+    say("\n" + report.table(rows, (f"of {found['pairs']} pairs", "", "95%", "out of")))
     if "alpha" not in found:
         say(
             "\nnobody shares a pair with anybody, so how far people agree is not known: --votes 2 asks two of each pair"

@@ -82,7 +82,7 @@ def lock(folder: Path) -> None:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(handle)
-        raise UserError(f"--out {folder}: another process is training there; wait, or choose another --out") from None
+        raise UserError(f"--out {folder}: another process is at work there; wait, or choose another --out") from None
     except OSError:  # a file system without locks
         pass
     _locks[folder.resolve()] = handle

@@ -134,7 +134,7 @@ def test_a_folder_in_which_another_process_works_is_refused_until_it_ends(tmp_pa
         before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
         late = (Run(RunFlags(out=str(tmp_path / "run"), **{how: True})) for how in ("resume", "overwrite"))
         for this in (started_together, *late):
-            with pytest.raises(UserError, match="another process is training there"):
+            with pytest.raises(UserError, match="another process is at work there"):
                 this.begin()
         assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     finally:

@@ -1,2 +1,0 @@
-def davidson(winners, losers, tied, n):
-    raise ValueError("not yet")
