@@ -237,13 +237,13 @@ def _short(values) -> str:
 def _require_connected(lost: np.ndarray, won: np.ndarray, n: int, mend="; with a regulariser above 0 some are") -> None:
     """Raise a ValueError that names who stands apart, unless each of n can be reached from each by edges lost → won."""
     part = _strong_parts(lost, won, n)
-    size = np.bincount(part)
+    _, first, size = np.unique(part, return_index=True, return_counts=True)
     if len(size) == 1:
         return
     between = part[lost] != part[won]
     lose, win = (np.bincount(part[side[between]], minlength=len(size)) > 0 for side in (lost, won))
     reasons = []
-    for k in np.lexsort([np.arange(len(size)), size]):
+    for k in np.lexsort([first, size]):
         if not (lose[k] and win[k]):
             never = "lost to" if win[k] else "won against" if lose[k] else "met"
             reasons.append(f"{_short(np.flatnonzero(part == k))} never {never} the rest")
