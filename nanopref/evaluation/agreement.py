@@ -12,8 +12,9 @@ import numpy as np
 from nanopref.data.votes import DECIDED, SAID, Vote, first_and_again, standing
 from nanopref.evaluation import report
 from nanopref.evaluation.metrics import wilson
-from nanopref.feedback import bradley_terry
+from nanopref.evaluation.tournament import PRIOR
 from nanopref.feedback.ballots import Pair
+from nanopref.feedback.bradley_terry import davidson
 from nanopref.running.flags import require
 from nanopref.running.folder import write_atomic
 from nanopref.running.parallel import say
@@ -104,7 +105,7 @@ def ranking(pairs: Sequence[Pair], votes: Sequence[Vote]) -> list[dict[str, Any]
     if not games:
         return []
     winners, losers = np.array(outcomes["won"], dtype=int).reshape(-1, 2).T
-    rewards, errors, _ = bradley_terry.davidson(winners, losers, outcomes["tied"], len(names))
+    rewards, errors, _ = davidson(winners, losers, outcomes["tied"], len(names), regulariser=PRIOR)
     rows = [
         {"model": name, "votes": games[name], "reward": float(r), "standard_error": float(e)}
         for name, r, e in zip(names, rewards, errors, strict=True)
