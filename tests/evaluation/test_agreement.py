@@ -1,0 +1,130 @@
+"""What votes say of the people who gave them: against published values, and against counting by hand."""
+
+import json
+from itertools import permutations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanopref.data.votes import SAID, Vote, pair_id
+from nanopref.evaluation.agreement import alpha_interval, coincidences, conclude, krippendorff_alpha, measure, ranking
+from nanopref.feedback.ballots import Pair
+from nanopref.running.flags import UserError
+
+# four observers, twelve units (Krippendorff 2011, "Computing Krippendorff's Alpha-Reliability", section C)
+PUBLISHED = [
+    [1, 1, 1], [2, 2, 3, 2], [3, 3, 3, 3], [3, 3, 3, 3], [2, 2, 2, 2], [1, 2, 3, 4], [4, 4, 4, 4], [1, 1, 2, 1],
+    [2, 2, 2, 2], [5, 5, 5], [1, 1],
+]  # fmt: skip
+
+
+def vote(pair: int, winner: str, annotator: str = "ada", left: str = "a", a: str = "a", **more) -> Vote:
+    texts = f"p{pair}", a, "bb"
+    return Vote(pair_id(*texts), *texts, winner, left, annotator, **{"seconds": 2.0} | more)
+
+
+def alpha(units) -> float:
+    return float(krippendorff_alpha(coincidences(units, 6).sum(0)))
+
+
+# ---- Krippendorff's α ------------------------------------------------------------------------------------------------
+
+
+def test_alpha_is_the_published_one():
+    assert alpha(PUBLISHED) == pytest.approx(0.743, abs=5e-4)
+
+
+@given(st.lists(st.lists(st.integers(0, 5), min_size=2, max_size=4), min_size=1, max_size=6))
+def test_alpha_is_one_less_observed_over_expected_disagreement(units):
+    """By its definition: how often two values of a unit differ, over how often two values of all do."""
+    values = [value for unit in units for value in unit]
+    observed = sum(sum(c != d for c, d in permutations(unit, 2)) / (len(unit) - 1) for unit in units) / len(values)
+    chance = np.mean([c != d for c, d in permutations(values, 2)])
+    if chance:
+        assert alpha(units) == pytest.approx(1 - observed / chance)
+    else:
+        assert np.isnan(alpha(units))
+
+
+def test_alpha_of_chance_is_about_0_and_its_interval_holds_it_in_95_of_100():
+    rng, held = np.random.default_rng(0), []
+    for seed in range(200):
+        truth = rng.integers(2, size=60)
+        said = np.where(rng.random((2, 60)) < 0.8, truth, 1 - truth)  # α = (2 · 0.8 - 1)² = 0.36
+        low, high = alpha_interval(coincidences(said.T.tolist(), 2), draws=300, seed=seed)
+        held.append(low <= 0.36 <= high)
+    assert 0.89 <= np.mean(held) <= 0.985
+    chance = rng.integers(3, size=(5000, 2)).tolist()
+    assert abs(alpha(chance)) < 0.03
+
+
+# ---- the report ------------------------------------------------------------------------------------------------------
+
+
+def test_shares_are_counted():
+    said = [
+        vote(1, "a", "x"), vote(1, "a", "y", left="b"), vote(1, "b", "z"),  # one of three agree
+        vote(2, "tie", "x"), vote(2, "tie", "y"), vote(3, "bad", "x"), vote(4, "skip", "x"),
+        vote(5, "a", "x", a="long"), vote(5, "b", "x", a="long", left="b"),  # another answer, the same side
+        vote(6, "b", "x", left="b", seconds=8.0), vote(6, "b", "x"), vote(7, "a", "y"), vote(7, "undo", "y"),
+    ]  # fmt: skip
+    found = measure(said)
+    assert found["pairs"] == 5
+    assert found["annotators"]["x"] == {
+        "votes": 5, "tie": 1, "bad": 1, "skip": 1, "seconds": 2.0, "left": 1.0
+    }  # fmt: skip
+    assert found["agreement"]["share"] == pytest.approx(2 / 4) and found["agreement"]["of"] == 4
+    assert found["self_agreement"]["share"] == 0.5 and found["self_agreement"]["of"] == 2
+    assert found["left"]["share"] == pytest.approx(3 / 5) and found["left"]["of"] == 5
+    assert found["longer"]["share"] == pytest.approx(3 / 5)  # b of pairs 1 and 6, "long" of pair 5; a of pair 1 twice
+    low, high = found["left"]["share_95"]
+    assert 0.2 < low < 0.6 < high < 0.9
+    assert "alpha" in found
+
+
+def test_who_follows_the_left_side_is_seen():
+    said = [vote(i, left, left=left) for i, left in enumerate("ab" * 20)]
+    said += [vote(i, "ba"["ab".index(left)], left="ba"["ab".index(left)]) for i, left in enumerate("ab" * 2)]
+    found = measure(said)
+    assert found["left"]["share"] == 1.0 and found["self_agreement"]["share"] == 0.0
+    assert found["agreement"]["share"] is None and "alpha" not in found
+
+
+def test_models_are_ranked_by_what_they_won():
+    names = ("out/a", "out/b", "out/c")
+    pairs, said = [], []
+    for i in range(60):
+        one, other = ((0, 1), (1, 2), (0, 2))[i % 3]
+        cast = vote(i, ("a", "a", "b", "tie")[(i // 3) % 4])
+        pairs.append(Pair(*cast[:4], (names[one], names[other])))
+        said.append(cast)
+    found = ranking(pairs, said)
+    assert [row["model"] for row in found] == list(names) and [row["votes"] for row in found] == [40, 40, 40]
+    assert sum(row["reward"] for row in found) == pytest.approx(0)
+    assert found[0]["reward"] > 0.2 and all(0.1 < row["standard_error"] < 0.6 for row in found)
+    swapped = [pair._replace(models=pair.models[::-1]) for pair in pairs]
+    assert [row["model"] for row in ranking(swapped, said)] == list(names)[::-1]
+    assert ranking([pair._replace(models=()) for pair in pairs], said) == []
+
+
+def test_who_always_wins_is_ahead_and_not_infinitely(tmp_path, capsys):
+    said = [vote(i, "a") for i in range(9)]
+    pairs = [Pair(*cast[:4], ("out/a", "out/b")) for cast in said]
+    found = ranking(pairs, said)
+    assert found[0]["model"] == "out/a" and 1 < found[0]["reward"] < 5
+    ties = [cast._replace(winner="tie") for cast in said]
+    conclude(tmp_path, pairs, ties)
+    assert "no ranking: " in capsys.readouterr().out
+
+
+def test_the_report_is_a_table_and_a_file(tmp_path, capsys):
+    said = [vote(i, SAID[(i + k) % 4 if i % 3 == 0 else i % 4], f"person {k}") for i in range(40) for k in range(3)]
+    conclude(tmp_path, [], said)
+    text, found = capsys.readouterr().out, json.loads((tmp_path / "report.json").read_text())
+    assert [line.split("  ")[0] for line in text.splitlines()[2:5]] == [f"person {k}" for k in range(3)]
+    assert f"{found['alpha']['alpha']:.2f}" in text and "people agree with one another" in text
+    assert all("nan" not in line.lower() for line in text.splitlines())
+    with pytest.raises(UserError, match="no vote is there"):
+        conclude(tmp_path, [], [])
