@@ -100,7 +100,8 @@ def main(config: Config) -> None:
         say(f"\n{n} votes are in {path}; what they say, and how to learn from them:")
         say(f"  python -m nanopref.people --report {shlex.quote(str(folder))}")
         start = f" --init {shlex.quote(config.model[0])}" if config.model else ""
-        say(f"  python train_dpo.py --data {shlex.quote(str(path))}{start} --epochs 8")
+        rate = "" if config.prompts or config.data else " --lr 1e-3"  # so few pairs need large steps, of a small model
+        say(f"  python train_dpo.py --data {shlex.quote(str(path))}{start} --epochs 8{rate}")
 
 
 # ---- the pairs -------------------------------------------------------------------------------------------------------
