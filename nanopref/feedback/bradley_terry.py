@@ -46,24 +46,22 @@ def davidson(
     as π_i : π_j. The errors allow for log ν being estimated too. Without a tie ν is 0 and the model Bradley and
     Terry's; with nothing else it has no finite maximum, which is a ValueError with a regulariser as well.
     """
-    tied = np.reshape(tied, (0, 2)) if np.size(tied) == 0 else np.asarray(tied)
+    tied = np.asarray(tied) if np.size(tied) else np.zeros((0, 2), dtype=int)
     if tied.ndim != 2 or tied.shape[1] != 2:
         raise ValueError(f"tied must be pairs [t, 2], not {tied.shape}")
     winners, losers = _compared(winners, losers, n)
-    i, j, counts = _pairs(winners, losers, *_compared(*tied.T, n), n)
-    i_won, j_won, ties = counts
-    _check(regulariser, i)
+    i, j, (i_won, j_won, ties) = _pairs(winners, losers, *_compared(*tied.T, n), n)
+    _check(n, regulariser, i)
+    if not len(winners):
+        raise ValueError(f"no finite ν is the best: all {len(tied)} comparisons are ties")
     if not regulariser:
-        lost, won = np.concatenate([j[i_won > 0], i[j_won > 0]]), np.concatenate([i[i_won > 0], j[j_won > 0]])
-        a, b = i[ties > 0], j[ties > 0]
+        (lost, won), (a, b) = _losses(i, j, i_won, j_won), (i[ties > 0], j[ties > 0])
         _require_connected(np.concatenate([lost, a, b]), np.concatenate([won, b, a]), n)
-    start = np.zeros(n + bool(ties.any()))
-    if ties.any():
-        if not len(winners):
-            raise ValueError(f"no finite ν is the best: all {len(tied)} comparisons are ties")
-        if not regulariser:
+        if len(tied):
             _require_more_wins_than_ties(lost, won, a, b, n)
-        start[n] = np.log(2 * ties.sum() / len(winners))  # ν of rewards that are all equal
+    start, games = np.zeros(n + (len(tied) > 0)), i_won + j_won + ties
+    if len(tied):
+        start[n] = np.log(2 * len(tied) / len(winners))  # where all rewards are equal
 
     def outcomes(x: np.ndarray) -> tuple[np.ndarray, "Information"]:
         """The outcomes are a softmax of d/2, -d/2 and log ν, of which the information is the covariance."""
@@ -71,7 +69,6 @@ def davidson(
         most = np.maximum(np.abs(half), log_nu)
         p = np.exp([half - most, -half - most, log_nu - most])
         wins_i, wins_j, tie = p / p.sum(0)
-        games = counts.sum(0)
         gradient = _flow(i, j, (i_won - j_won - games * (wins_i - wins_j)) / 2, len(x))
         weights = games * (wins_i * wins_j + tie * (wins_i + wins_j) / 4)
         if len(x) == n:
@@ -82,7 +79,8 @@ def davidson(
         return gradient, Information(n, i, j, weights, regulariser, row)
 
     x, information = _maximise(outcomes, start)
-    return x[:n], information.standard_errors() if errors else None, float(np.exp(x[n:]).sum())
+    nu = float(np.exp(x[n])) if len(tied) else 0.0
+    return x[:n], information.standard_errors() if errors else None, nu
 
 
 def plackett_luce(
@@ -95,7 +93,7 @@ def plackett_luce(
     that a thin graph takes them, Newton's method does in a few steps.
     """
     groups = _by_length(rankings, n)
-    _check(regulariser, groups)
+    _check(n, regulariser, groups)
     if not regulariser:  # who is ahead of the next is so, by steps, of all behind
         ahead, behind = (np.concatenate([g[:, part].ravel() for g in groups]) for part in (np.s_[:-1], np.s_[1:]))
         _require_connected(behind, ahead, n)
@@ -142,14 +140,13 @@ def rank_centrality(winners: Sequence[int], losers: Sequence[int], n: int) -> np
     the number (Negahban, Oh and Shah, Operations Research 65, 2017; their divisor d_max leaves the place as it is).
     """
     i, j, (i_won, j_won, _) = _pairs(*_compared(winners, losers, n), *np.zeros((2, 0), dtype=int), n)
-    _check(0.0, i)
-    lost, won = np.concatenate([j[i_won > 0], i[j_won > 0]]), np.concatenate([i[i_won > 0], j[j_won > 0]])
-    _require_connected(lost, won, n, mend="")
-    inflow = np.zeros((n, n))  # to the row, from the column
-    inflow[i, j], inflow[j, i] = i_won / (i_won + j_won), j_won / (i_won + j_won)
+    _check(n, 0.0, i)
+    _require_connected(*_losses(i, j, i_won, j_won), n, mend="")
     # 16 digits hold no places that differ by more; relative to the likely ones, and to the best's, all are about 1
     rewards, _ = maximum_likelihood(winners, losers, n, errors=False)
-    balance = np.diag(inflow.sum(0)) - inflow * np.exp(rewards - rewards[:, None])
+    share, ratio, balance = i_won / (i_won + j_won), np.exp(rewards[j] - rewards[i]), np.zeros((n, n))
+    balance[i, j], balance[j, i] = -share * ratio, -(1 - share) / ratio  # what comes to the row from the column
+    np.fill_diagonal(balance, np.bincount(j, share, n) + np.bincount(i, 1 - share, n))
     best = rewards.argmax()
     rest = np.arange(n) != best
     rewards[rest] += np.log(np.linalg.solve(balance[np.ix_(rest, rest)], -balance[rest, best]))
@@ -175,7 +172,9 @@ def _compared(winners, losers, n: int) -> tuple[np.ndarray, np.ndarray]:
     return winners, losers
 
 
-def _check(regulariser: float, said: Sequence) -> None:
+def _check(n: int, regulariser: float, said: Sequence) -> None:
+    if n < 2:
+        raise ValueError(f"at least two alternatives are needed to compare them, not {n}")
     if not 0 <= regulariser < np.inf:
         raise ValueError(f"regulariser must be a finite number of at least 0: {regulariser}")
     if not len(said):
@@ -184,8 +183,6 @@ def _check(regulariser: float, said: Sequence) -> None:
 
 def _pairs(winners, losers, first, second, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The distinct pairs i < j [P] and [P], and of each how often i won, j won and neither [3, P]."""
-    if n < 2:
-        raise ValueError(f"at least two alternatives are needed to compare them, not {n}")
     a, b = np.concatenate([winners, first]), np.concatenate([losers, second])
     kind = np.where(np.arange(len(a)) < len(winners), a > b, 2)
     codes, number = np.unique((np.minimum(a, b) * n + np.maximum(a, b)) * 3 + kind, return_counts=True)
@@ -195,13 +192,16 @@ def _pairs(winners, losers, first, second, n: int) -> tuple[np.ndarray, np.ndarr
     return pairs // n, pairs % n, counts
 
 
+def _losses(i, j, i_won, j_won) -> tuple[np.ndarray, np.ndarray]:
+    """Of the distinct pairs, who lost to whom: the edges of the graph of comparisons, each once."""
+    return np.concatenate([j[i_won > 0], i[j_won > 0]]), np.concatenate([i[i_won > 0], j[j_won > 0]])
+
+
 def _by_length(rankings: Sequence[Sequence[int]], n: int) -> list[np.ndarray]:
     """Rankings [G, K] of each length K > 1; one of a single alternative says nothing."""
     lengths = np.array([len(ranking) for ranking in rankings], dtype=np.int64)
     flat, starts = _indices(list(chain.from_iterable(rankings)), n), np.cumsum(lengths) - lengths
     groups = [flat[starts[lengths == K, None] + np.arange(K)] for K in np.unique(lengths) if K > 1]
-    if n < 2:
-        raise ValueError(f"at least two alternatives are needed to rank them, not {n}")
     for group in groups:
         ordered = np.sort(group, axis=1)
         if (twice := ordered[:, 1:][ordered[:, 1:] == ordered[:, :-1]]).size:
@@ -399,9 +399,7 @@ def _maximise(
             step, slope = step / 2, slope / 2
             gradient, information = at(x + step)
         x = x + step
-    raise ArithmeticError(
-        "Newton's method did not converge: the comparisons and the regulariser say too little for float64"
-    )
+    raise ArithmeticError("Newton's method did not converge: the regulariser is too small for float64")
 
 
 def _conjugate_gradients(information: Information, gradient: np.ndarray, tolerance: float) -> np.ndarray:
