@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from matplotlib.ticker import LogLocator
 
 from nanopref.experiments import runs
 from nanopref.feedback.bradley_terry import maximum_likelihood, rank_centrality
@@ -36,8 +37,8 @@ class Config:
     fewest: int = flag(50, "comparisons of each alternative at the left end", least=1)
     doublings: int = flag(8, "of their number, to the right end", least=1)
     timed: tuple[int, ...] = flag(
-        (100, 1000), "alternatives with 100 comparisons each, to time; beside choix where that is installed, which for "
-        "10000 takes minutes", least=2,
+        (100, 1000), "alternatives, with 100 times as many comparisons, to time; beside choix where that is installed, "
+        "which for 10000 takes minutes", least=2,
     )  # fmt: skip
 
 
@@ -66,8 +67,9 @@ def main(config: Config) -> None:
     def draw_errors(axis) -> None:
         for name, row, slope, style in zip(ESTIMATORS, errors, slopes, ("o-", "s-", "k:"), strict=True):
             axis.loglog(sizes, row, style, markersize=4, label=f"{name}, slope {slope:.3f}")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("")
         axis.set(title="error of a reward", xlabel="comparisons m", ylabel="root of the mean square")
         axis.legend(frameon=False)
 
@@ -105,9 +107,9 @@ def bound(truth: np.ndarray, m: int) -> np.ndarray:
 
 
 def timed(n: int) -> dict[str, str]:
-    """Median seconds for 50 n comparisons: the rewards alone, with standard errors, and the rewards by choix."""
+    """Median seconds for 100 n comparisons: the rewards alone, with standard errors, and the rewards by choix."""
     rng = np.random.default_rng(0)
-    winners, losers = compared(rng.uniform(-2, 2, size=n), 50 * n, rng)
+    winners, losers = compared(rng.uniform(-2, 2, size=n), 100 * n, rng)
     ways = {
         "rewards, s": lambda: maximum_likelihood(winners, losers, n, errors=False)[0],
         "with standard errors, s": lambda: maximum_likelihood(winners, losers, n)[0],
