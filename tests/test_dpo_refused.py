@@ -114,11 +114,11 @@ def test_a_missing_file_or_folder_is_refused(tmp_path, capsys):
         ({"judged": "x.jsonl", "reward": ("out/rm",)}, "people have --judged already"),
         (
             {"data": "x.jsonl", "answers": 2},
-            "--feedback, --answers, --select, --voters, --votes are for answers that are sampled",
+            "--feedback, --answers, --select, --voters are for answers that are sampled",
         ),
         (
             {"data": "x.jsonl", "select": "rso"},
-            "--feedback, --answers, --select, --voters, --votes are for answers that are sampled",
+            "--feedback, --answers, --select, --voters are for answers that are sampled",
         ),
         ({"loss": "preferred", "beta": 0.2}, "--loss preferred has no use for --beta"),
         ({"lr": -1.0}, "--lr must be above 0"),

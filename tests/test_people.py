@@ -3,6 +3,7 @@
 import http.client
 import json
 import random
+import re
 import socket
 import threading
 import time
@@ -13,6 +14,7 @@ from files import jsonl
 from helpers import refused
 from serving import Server, free_port
 
+import train_dpo
 import train_rm
 from nanopref import models, people
 from nanopref.data.formats import read
@@ -239,6 +241,28 @@ def test_many_votes_a_second(serve, answers):
         len(acknowledged) == len(server.lines()) and len(acknowledged) > 200
     )  # a busy machine may be slower than asked
     assert sorted(seconds)[len(seconds) // 2] < 0.2
+
+
+# ---- what is learnt from it ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script, votes", [(train_dpo, "majority"), (train_dpo, "count"), (train_rm, "count")])
+def test_a_file_of_votes_trains(tmp_path, sft_folder, script, votes, capsys, no_picture):
+    """30 pairs: on one two people differ, one is a tie for all three, on the others it is two to one."""
+    path, lines = tmp_path / "votes.jsonl", []
+    for i in range(30):
+        for k, name in enumerate("xyz"[: 2 if i == 0 else 3]):
+            texts = {"prompt": f"p{i}", "a": f" good {i}.", "b": f" bad {i}."}
+            winner = "tie" if i == 1 else "ab"[k % 2]
+            lines.append({**texts, "winner": winner, "annotator": name, "shown_left": "a"})
+    path.write_bytes(jsonl(*lines))
+    config = {"data": str(path), "init": sft_folder, "votes": votes, "out": str(tmp_path / "run"), "device": "cpu"}
+    script.train(script.Config(**config, epochs=1, eval_prompts=2, max_new_tokens=8))
+    notes = json.loads((tmp_path / "run" / "report.json").read_text())["data"]
+    assert notes["votes dropped: ties"] == 3
+    assert notes.get("pairs dropped: as many people for one answer as for the other", 0) == (votes == "majority")
+    sizes = re.search(r": (\d+) pairs, (\d+) more", capsys.readouterr().out).groups()
+    assert sum(map(int, sizes)) == {"majority": 28, "count": 28 * 3 + 2}[votes]
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------

@@ -191,6 +191,7 @@ def read(path: str | Path, aggregate: Callable = majority) -> tuple[str, list[Gr
             raise UserError(f"{where}: a text in a file of pairs")
         groups += kind.read(where, row, notes)
     require(kind is not None, f"{path}: holds no row")
+    require(name == "votes" or aggregate is majority, f"{path}: {name}, and no votes of which --votes could make pairs")
     if name == "votes":
         name, groups = "pairs", [g for pair in as_pairs(groups, aggregate, notes) for g in _compared(pair, notes)]
     require(bool(groups), f"{path}: holds {kind.nothing}")

@@ -238,11 +238,10 @@ def resolve(config: Any, objective: Objective) -> Any:
     require(not config.judged or not config.data, "--judged belongs to the built-in task: give it or --data")
     read = config.judged or (config.data and not getattr(config, "reward", ""))
     selects = config.select != "all"
-    given = config.feedback or config.answers or selects or config.voters or config.votes != "majority"
-    hint = (
-        "--feedback, --answers, --select, --voters, --votes are for answers that are sampled, and here a file is read"
-    )
+    given = config.feedback or config.answers or selects or config.voters
+    hint = "--feedback, --answers, --select, --voters are for answers that are sampled, and here a file is read"
     require(not read or not given, hint)
+    require(not config.judged or config.votes == "majority", "--judged holds what was made of votes: leave --votes out")
     require(not config.judged or not getattr(config, "reward", ""), "people have --judged already: leave --reward out")
     kind, answers = SELECTED.get(config.select, (loss.kinds[0], None))
     row |= {"beta": objective.beta if config.data else objective.task_beta, "feedback": kind}

@@ -22,6 +22,7 @@ from nanopref.data.votes import (
 )
 from nanopref.feedback.ballots import Ballots
 from nanopref.learning.objectives import OBJECTIVES, kinds
+from nanopref.running.flags import UserError
 
 
 def vote(pair: int, winner: str, annotator: str = "ada", left: str = "a") -> Vote:
@@ -130,6 +131,12 @@ def test_every_script_reads_a_file_of_votes_as_pairs(write):
     assert len(training) == 54 and len(held_out) == 6
     assert len(read_to_imitate(path)[0]) == 20 and sum(map(len, read_prompts(path))) == 20
     assert {g.scores for g in read_feedback(path, kinds(OBJECTIVES), "kto")[0]} == {(0.0,), (1.0,)}
+
+
+def test_only_of_votes_can_pairs_be_made(write):
+    path = write(jsonl({"prompt": "p", "chosen": "a", "rejected": "b"}))
+    with pytest.raises(UserError, match="pairs, and no votes of which --votes could make pairs"):
+        read_feedback(path, kinds(OBJECTIVES), "dpo", votes="dawid-skene")
 
 
 def test_what_a_file_need_not_hold(write):

@@ -131,7 +131,7 @@ def test_what_people_said_is_read_or_asked_for_but_not_both(script):
     Config, table = SCRIPTS[script]
     loss, a_file = (
         next(iter(table)),
-        "--feedback, --answers, --select, --voters, --votes are for answers that are sampled, and here",
+        "--feedback, --answers, --select, --voters are for answers that are sampled, and here",
     )
     cases = [
         ({"judged": "x", "data": "y"}, "--judged belongs to the built-in task: give it or --data"),
@@ -143,7 +143,7 @@ def test_what_people_said_is_read_or_asked_for_but_not_both(script):
         ({"feedback": "pairs", "answers": 2}, ""),
         ({"data": "x"}, ""),
         ({"data": "x", "voters": (1.0,)}, a_file),
-        ({"judged": "x", "votes": "count"}, a_file),
+        ({"judged": "x", "votes": "count"}, "--judged holds what was made of votes: leave --votes out"),
         ({"judged": "x"}, ""),
         ({"judged": "x", "reward": ("y",)}, "people have --judged already: leave --reward out"),
         ({"data": "x", "reward": ("y",), "feedback": "pairs", "answers": 2}, ""),
