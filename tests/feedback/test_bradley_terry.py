@@ -250,6 +250,24 @@ def test_each_sweep_makes_the_rankings_likelier_and_they_end_at_the_maximum(regu
     assert rewards == pytest.approx(best, abs=1e-8)
 
 
+@pytest.mark.parametrize("regulariser", [0.0, 0.001, 5.0])
+def test_a_sweep_is_the_maximum_of_the_minoriser(regulariser):
+    """Where e^δ expected + λ (r + δ) = wins, found by bisection."""
+    rng = np.random.default_rng(1)
+    groups = [np.stack([rng.permutation(6)[:4] for _ in range(20)])]
+    rewards = 3 * rng.normal(size=6)
+    x = torch.tensor(rewards, requires_grad=True)
+    (gradient,) = torch.autograd.grad(log_rankings(x, groups), x)
+    wins = np.bincount(groups[0][:, :-1].ravel(), minlength=6)
+    expected, low, high = wins - gradient.numpy(), np.full(6, -30.0), np.full(6, 30.0)
+    for _ in range(80):
+        middle = (low + high) / 2
+        above = expected * np.exp(middle) + regulariser * (rewards + middle) > wins
+        low, high = np.where(above, low, middle), np.where(above, middle, high)
+    found = bradley_terry.minorise_maximise(groups, rewards, regulariser)
+    assert found == pytest.approx(rewards + low - (rewards + low).mean(), abs=1e-9)
+
+
 def test_the_random_walk_of_the_paper_is_at_rest():
     """P_ij = the share that j wins of i, over the largest number of opponents; the rest is to stay."""
     winners, losers = simulated(np.linspace(-1, 1, 7), 120, np.random.default_rng(3))
@@ -264,15 +282,25 @@ def test_the_random_walk_of_the_paper_is_at_rest():
 
 
 def test_rewards_that_lie_far_apart():
-    """Each beats the next 9 times of 10: by detailed balance log 9 between them, e^217 from the first to the last."""
-    n, rng = 100, np.random.default_rng(0)
+    """Each beats the next 99 times of 100: by detailed balance log 99 between them, which exp(r) could not hold."""
+    n, rng = 400, np.random.default_rng(0)
     better, worse = np.arange(n - 1), np.arange(1, n)
     name = rng.permutation(n)
-    winners, losers = name[np.r_[np.repeat(better, 9), worse]], name[np.r_[np.repeat(worse, 9), better]]
-    expected = math.log(9) * (n / 2 - 0.5 - np.arange(n))
-    assert maximum_likelihood(winners, losers, n)[0][name] == pytest.approx(expected, abs=1e-10)
-    assert rank_centrality(winners, losers, n)[name] == pytest.approx(expected, abs=1e-10)
-    assert plackett_luce(np.stack([winners, losers], 1), n)[0][name] == pytest.approx(expected, abs=1e-10)
+    winners, losers = name[np.r_[np.repeat(better, 99), worse]], name[np.r_[np.repeat(worse, 99), better]]
+    expected = pytest.approx(math.log(99) * (n / 2 - 0.5 - np.arange(n)), abs=1e-9)
+    assert maximum_likelihood(winners, losers, n)[0][name] == expected
+    assert rank_centrality(winners, losers, n)[name] == expected
+    assert plackett_luce(np.stack([winners, losers], 1), n)[0][name] == expected
+
+
+def test_steps_that_would_go_too_far_are_cut():
+    """With so many ties Newton's method alone goes to and fro for ever."""
+    rewards, _, nu = davidson([2, 1], [0, 0], [[2, 0]] * 1000, 3, regulariser=0.01)
+    x = np.append(rewards, math.log(nu))
+    gradient, _ = derivatives(
+        lambda x: log_ties(x, [2, 1], [0, 0], [], 3) + 1000 * log_ties(x, [], [], [[2, 0]], 3), x, 3, 0.01
+    )
+    assert np.abs(gradient).max() < 1e-9
 
 
 def test_a_ring_of_thousands_is_no_recursion():
