@@ -21,6 +21,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+WALK = 1000  # steps of Rank Centrality's walk, after which its place is solved for
 SWEEPS = 10  # of Hunter's algorithm, before Newton's
 
 
@@ -144,9 +145,16 @@ def rank_centrality(winners: Sequence[int], losers: Sequence[int], n: int) -> np
     _require_connected(*_losses(i, j, i_won, j_won), n, mend="")
     # 16 digits hold no places that differ by more; relative to the likely ones, and to the best's, all are about 1
     rewards, _ = maximum_likelihood(winners, losers, n, errors=False)
-    share, ratio, balance = i_won / (i_won + j_won), np.exp(rewards[j] - rewards[i]), np.zeros((n, n))
-    balance[i, j], balance[j, i] = -share * ratio, -(1 - share) / ratio  # what comes to the row from the column
-    np.fill_diagonal(balance, np.bincount(j, share, n) + np.bincount(i, 1 - share, n))
+    share, ratio, place = i_won / (i_won + j_won), np.exp(rewards[j] - rewards[i]), np.ones(n)
+    to_i, to_j, leaves = share * ratio, (1 - share) / ratio, np.bincount(j, share, n) + np.bincount(i, 1 - share, n)
+    for _ in range(WALK):  # half of the walkers rest, or between two alternatives all would only change places
+        before, comes = place, np.bincount(i, to_i * place[j], n) + np.bincount(j, to_j * place[i], n)
+        place = (place + comes / leaves) / 2
+        if np.abs(place / before - 1).max() <= 1e-13:
+            rewards += np.log(place)
+            return rewards - rewards.mean()
+    balance = np.diag(leaves)  # where the comparisons hang together by little, the walk is long
+    balance[i, j], balance[j, i] = -to_i, -to_j  # what comes to the row from the column
     best = rewards.argmax()
     rest = np.arange(n) != best
     rewards[rest] += np.log(np.linalg.solve(balance[np.ix_(rest, rest)], -balance[rest, best]))

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanopref.feedback import bradley_terry
+from nanopref.feedback import bradley_terry
 from nanopref.feedback.bradley_terry import davidson, maximum_likelihood, plackett_luce, rank_centrality
 
 # ---- the likelihoods, outcome by outcome -----------------------------------------------------------------------------
@@ -441,3 +442,18 @@ def test_bad_rankings_are_refused(rankings, n, more, reason):
 def test_bad_ties_are_refused(tied, reason):
     with pytest.raises(ValueError, match=reason):
         davidson([0, 1], [1, 0], tied, 3)
+
+
+def test_the_walk_comes_to_the_place_that_is_solved_for(monkeypatch):
+    """On a short walk, and on a chain of 60 where a thousand steps are too few."""
+    rng = np.random.default_rng(0)
+    mixed = rng.integers(20, size=(2, 600))
+    mixed = mixed[:, mixed[0] != mixed[1]]
+    steps = np.arange(59)
+    chain = np.concatenate([[steps, steps + 1], [steps + 1, steps], [steps, steps + 1]], axis=1)
+    for (winners, losers), n in ((mixed, 20), (chain, 60)):
+        walked = rank_centrality(winners, losers, n)
+        with monkeypatch.context() as patch:
+            patch.setattr(bradley_terry, "WALK", 0)
+            assert walked == pytest.approx(rank_centrality(winners, losers, n), abs=1e-10)
+    assert np.diff(walked) == pytest.approx(-np.log(2))  # each beats the next in two of three
