@@ -10,12 +10,13 @@ import hmac
 import itertools
 import json
 import os
-import random
 import secrets
 import shlex
+import signal
 import socket
 import sys
 import threading
+import unicodedata
 import webbrowser
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -30,7 +31,7 @@ from nanopref.feedback.collect import training_prompts
 from nanopref.models.sampling import respond
 from nanopref.running import flags, parallel
 from nanopref.running.flags import UserError, flag, require
-from nanopref.running.folder import lock, write_atomic
+from nanopref.running.folder import PARTIAL, lock, write_atomic
 from nanopref.running.parallel import say
 
 PAGE = Path(__file__).with_suffix(".html")
@@ -91,6 +92,7 @@ def main(config: Config) -> None:
     stop = threading.Event()
     threading.Thread(target=gather, args=(source, ballots, config.pairs, stop), daemon=True).start()
     announce(config, listening, key)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends it as Ctrl-C does
     log = {"log_level": "error", "access_log": False, "server_header": False, "timeout_graceful_shutdown": 3}
     try:
         uvicorn.Server(uvicorn.Config(application(ballots, key, stop.is_set), **log)).run(sockets=[listening])
@@ -138,17 +140,12 @@ def sampled_pairs(config: Config) -> Callable[[int], Iterator[Found]]:
 
 
 def given_pairs(config: Config) -> Callable[[int], Iterator[Found]]:
-    """The same of a file's answers, each once: a pair of every prompt, then the next of each. Nobody is to guess from
-    its place which answer the file calls better."""
+    """The same of a file's answers, each pair once: one of every prompt, then the next of each."""
     answers: dict[str, dict[str, None]] = {}
     for group in read(config.data)[1]:
         for prompt, response in zip(group.asked(), group.responses, strict=True):
             answers.setdefault(prompt, {})[response] = None
-    rng = random.Random(config.seed)
-    found = [
-        [(prompt, *rng.sample(pair, 2), ()) for pair in itertools.combinations(texts, 2)]
-        for prompt, texts in answers.items()
-    ]
+    found = [[(prompt, *pair, ()) for pair in itertools.combinations(texts, 2)] for prompt, texts in answers.items()]
     require(any(found), f"{config.data}: holds no prompt with two different answers")
     return lambda done: (pair for row in itertools.zip_longest(*found) for pair in row if pair)
 
@@ -191,8 +188,9 @@ def listen(host: str, port: int) -> socket.socket:
     except socket.gaierror:
         raise UserError(f"--host {host}: no such address") from None
     except OSError as error:
-        hint = "is in use; choose another, or 0 for one that is free" if error.errno == errno.EADDRINUSE else ""
-        raise UserError(f"--port {port}: {hint or f'cannot be had at {host}: {error.strerror}'}") from None
+        used = error.errno == errno.EADDRINUSE
+        reason = "is in use; choose another, or 0 for one that is free" if used else f"cannot be had ({error.strerror})"
+        raise UserError(f"{'' if used else f'--host {host} '}--port {port}: {reason}") from None
     return found
 
 
@@ -211,13 +209,16 @@ def opened(folder: Path, config: Config) -> tuple[Ballots, str]:
             raise UserError(f"--out {folder}: holds something that is no votes of ours; choose another") from None
         require(not changed, f"--out {folder}: its pairs were made with {', '.join(changed)}; choose another --out")
     else:
-        require(not any(folder.iterdir()), f"--out {folder}: holds something that is no votes of ours; choose another")
+        others = [path for path in folder.iterdir() if not path.name.endswith(PARTIAL)]
+        require(not others, f"--out {folder}: holds something that is no votes of ours; choose another")
         write_atomic(path, json.dumps({"flags": asdict(config)}, indent=2) + "\n")
     ballots, secret = Ballots(folder, config.votes), folder / "key"
-    if not secret.exists():
-        with os.fdopen(os.open(secret, os.O_WRONLY | os.O_CREAT, 0o600), "w") as f:  # for its owner alone
-            f.write(secrets.token_urlsafe(16))
-    return ballots, secret.read_text()
+    key = secret.read_text().strip() if secret.exists() else ""
+    if len(key) < 16:  # a kill may have left it empty
+        key = secrets.token_urlsafe(16)
+        with os.fdopen(os.open(secret, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as f:  # for its owner alone
+            f.write(key)
+    return ballots, key
 
 
 def announce(config: Config, listening: socket.socket, key: str) -> None:
@@ -252,8 +253,8 @@ def application(ballots: Ballots, key: str, complete: Callable[[], bool]) -> Any
 
     def route(path: str, act: Callable, *names: str) -> Route:
         def carried_out(asked: dict[str, Any]) -> dict[str, Any]:
-            act(asked["annotator"], *(asked[name] for name in names))
-            return state_of(ballots, asked["annotator"], complete())
+            found = act(asked["annotator"], *(asked[name] for name in names))
+            return found | state_of(ballots, asked["annotator"], complete())
 
         async def endpoint(request: Request):
             origin, host = request.headers.get("origin"), request.headers.get("host")
@@ -271,7 +272,7 @@ def application(ballots: Ballots, key: str, complete: Callable[[], bool]) -> Any
 
         return Route(path, endpoint, methods=["POST"])
 
-    asked = route("/next", lambda annotator: None), route("/undo", ballots.undo, "number")
+    asked = route("/next", lambda annotator: {}), route("/undo", ballots.undo, "number")
     voted = route("/vote", ballots.vote, "id", "again", "choice", "seconds", "why")
     return Starlette(routes=[Route("/", show_page), *asked, voted])
 
@@ -290,13 +291,17 @@ def state_of(ballots: Ballots, annotator: str, complete: bool) -> dict[str, Any]
 
 async def body(request: Any) -> Any:
     """The JSON of a request. Raises Refused where it is too large or none."""
+    from starlette.requests import ClientDisconnect
+
     content = b""
-    async for part in request.stream():
-        content += part
-        if len(content) > LARGEST:
-            raise Refused(f"the request is larger than {LARGEST} bytes")
     try:
+        async for part in request.stream():
+            content += part
+            if len(content) > LARGEST:
+                raise Refused(f"the request is larger than {LARGEST} bytes")
         return json.loads(content)
+    except ClientDisconnect:
+        raise Refused("whoever asked has gone") from None
     except (ValueError, RecursionError):
         raise Refused("the request is no JSON") from None
 
@@ -314,8 +319,10 @@ def checked(asked: Any, names: Sequence[str]) -> dict[str, Any]:
         value, most = asked.get(name), LIMITS.get(name, 60)
         if not isinstance(value, KINDS[name]) or (isinstance(value, bool) and name != "again"):
             raise Refused(f"{name}: is missing, or not of its kind")
-        if isinstance(value, str) and (len(value) > most or (name != "why" and not value.isprintable())):
-            raise Refused(f"{name}: must be text of at most {most} characters in a line")
+        if isinstance(value, str) and len(value) > most:
+            raise Refused(f"{name}: must be text of at most {most} characters")
+        if name == "annotator" and any(unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") for letter in value):
+            raise Refused("annotator: must be text in a line, without control characters")
         if name == "choice" and value not in CHOICES:
             raise Refused(f"choice: must be one of {', '.join(CHOICES)}")
         if name == "seconds" and not 0 <= value < 1e9:

@@ -26,6 +26,7 @@ class Server:
         self.start()
 
     def start(self) -> None:
+        self.out.with_suffix(".log").unlink(missing_ok=True)
         self.process = Fork(self.out.with_suffix(".log"), "nanopref.people", *self.words)
         while not (found := re.search(r"key=(\S+)", self.output())):
             assert self.process.is_alive(), self.output()

@@ -82,12 +82,44 @@ def test_two_models_meet_blind(serve, sft_folder, tmp_path):
     assert [row["votes"] for row in ranking] == [4, 4]
 
 
-def test_a_file_s_order_cannot_be_guessed(serve, answers):
-    server = serve("--data", answers, "--pairs", "200")
-    while len(pairs := read_pairs(server.out)) < 200:
-        time.sleep(0.05)
-    assert 70 < sum(pair.a.startswith("good") for pair in pairs) < 130
-    assert {pair.prompt for pair in pairs} == {f"prompt {i}" for i in range(200)}
+def test_from_its_side_it_cannot_be_guessed_which_answer_the_file_calls_better(serve, answers):
+    server, connection = serve("--data", answers, "--pairs", "100"), None
+    connection = server.connect()
+    pair, good = server.ask("/next", connection, annotator="Ada")["pair"], 0
+    for _ in range(100):
+        good += pair["left"].startswith("good")
+        pair = server.vote("Ada", pair, "skip", connection)["pair"]
+    assert pair is None and 30 < good < 70
+    assert {pair.prompt for pair in read_pairs(server.out)} == {f"prompt {i}" for i in range(100)}
+
+
+def test_the_page_is_told_where_another_tab_was_quicker(serve, answers):
+    server = serve("--data", answers, "--pairs", "3")
+    pair = server.ask("/next", annotator="Ada")["pair"]
+    assert "stale" not in server.vote("Ada", pair, "left", why="because")
+    assert not server.vote("Ada", pair, "left")["stale"]  # the same, sent twice
+    assert server.vote("Ada", pair, "right")["stale"] and server.ask("/undo", annotator="Ada", number=3)["stale"]
+    assert server.ask("/undo", annotator="Ada", number=1)["why"] == "because"
+    assert len(server.lines()) == 2
+
+
+def test_a_server_that_is_asked_to_stop_says_what_there_is(serve, answers):
+    server = serve("--data", answers, "--pairs", "3")
+    server.vote("Ada", server.ask("/next", annotator="Ada")["pair"], "left")
+    server.process.terminate()
+    code, output = server.process.finish()
+    assert code == 130 and f"1 votes are in {server.out / 'votes.jsonl'}" in output and "Traceback" not in output
+    assert output.endswith("stopped: start the same command to continue\n")
+
+
+def test_who_hangs_up_leaves_no_trace(serve, answers):
+    server = serve("--data", answers, "--pairs", "3")
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(
+            b"POST /vote HTTP/1.1\r\nHost: x\r\nX-Key: %s\r\nContent-Length: 300\r\n\r\n{" % server.key.encode()
+        )
+    assert server.ask("/next", annotator="Ada")["pair"]
+    assert "Traceback" not in server.output()
 
 
 # ---- who may do what -------------------------------------------------------------------------------------------------
@@ -107,7 +139,9 @@ def test_what_is_no_request_of_the_page_changes_nothing(serve, answers):
         assert status(X_Key=key, path="/next") == status(X_Key=key, path="/undo") == 403
     for origin in ("http://elsewhere.example", "null", ours.replace("127.0.0.1", "localhost"), ours + "1"):
         assert status(Origin=origin) == 403
-    changes = [{name: None} for name in good] + [{"annotator": x} for x in ("", "  ", "x" * 61, "a\nb", 7, "\ud800")]
+    changes = [{name: None} for name in good] + [
+        {"annotator": x} for x in ("", "  ", "x" * 61, "a\nb", "\x1b", 7, "\ud800")
+    ]
     changes += [{"choice": x} for x in ("a", "undo", 1)] + [{"id": "elsewhere"}, {"again": True}, {"again": 0}]
     changes += [{"seconds": x} for x in (-1, True, "1", 1e999, float("nan"))] + [{"why": "x" * 2001}, {"why": "\udfff"}]
     for change in changes:
@@ -133,6 +167,8 @@ def test_what_is_no_request_of_the_page_changes_nothing(serve, answers):
         assert server.request("GET", path)[0] == 403
     assert server.lines() == []
     assert status(Origin=ours) == 200 and len(server.lines()) == 1
+    for name in ("Zoë\u00a0O'Neil", "👩\u200d👧", "می\u200cخواهم"):
+        assert status({"annotator": name}, path="/next") == 200
 
 
 def test_the_page_loads_nothing_from_elsewhere(serve, answers):
@@ -147,6 +183,18 @@ def test_the_page_loads_nothing_from_elsewhere(serve, answers):
     assert "http" not in content and "{nonce}" not in content and "innerHTML" not in content
     assert pages[0][2]["referrer-policy"] == "no-referrer"  # or the key would go along
     assert pages[0][2]["cache-control"] == "no-store" and "server" not in pages[0][2]
+
+
+@pytest.mark.parametrize("content", ["", "\n", "short"])
+def test_a_key_that_a_kill_cut_off_opens_nothing(serve, answers, content):
+    server = serve("--data", answers, "--pairs", "3")
+    server.kill()
+    (server.out / "key").write_text(content)
+    server.key = ""
+    server.start()
+    assert len(server.key) > 20 and (server.out / "key").stat().st_mode & 0o077 == 0
+    assert server.request("GET", f"/?key={content.strip()}")[0] == 403
+    assert server.ask("/next", annotator="Ada")["pair"]
 
 
 def test_it_listens_here_alone_unless_it_is_told_otherwise(serve, answers):
@@ -296,7 +344,7 @@ def test_bad_input_is_a_sentence(tmp_path, sft_folder, answers, capsys):
         ({"model": (sft_folder,), "prompts": str(tmp_path / "text.jsonl")}, "text.jsonl: holds no prompt"),
         ({"data": str(tmp_path / "prompts.jsonl")}, "holds no prompt with two different answers"),
         ({"data": answers, "host": "no.such.host.invalid"}, "--host no.such.host.invalid: no such address"),
-        ({"data": answers, "host": "192.0.2.1"}, "cannot be had at 192.0.2.1"),
+        ({"data": answers, "host": "192.0.2.1"}, "--host 192.0.2.1 --port"),
         ({"data": answers, "port": 65536}, "--port must be at most 65535"),
         ({"data": answers, "pairs": 0}, "--pairs must be at least 1"),
         ({"report": str(tmp_path)}, "no vote is there"),
@@ -332,7 +380,7 @@ def test_a_folder_of_something_else_is_left_alone(serve, tmp_path, answers, caps
     other.mkdir()
     (other / "thesis.txt").write_text("…")
     assert "holds something that is no votes of ours" in says(out=str(other))
-    (other / "config.json").write_text("{}")
+    (other / "config.json").write_text("{}")  # and not even this makes it one
     assert "holds something that is no votes of ours" in says(out=str(other))
     assert {path.name for path in other.iterdir()} == {"thesis.txt", "config.json"}
 

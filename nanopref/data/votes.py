@@ -45,6 +45,15 @@ class Vote(NamedTuple):
     def line(self) -> str:
         return json.dumps(self._asdict(), ensure_ascii=False) + "\n"
 
+    def in_order(self) -> "Vote":
+        """The same with the answer that sorts first as a, as all are held, so that files may be joined."""
+        if self.a <= self.b:
+            return self
+        other = dict(zip(DECIDED, reversed(DECIDED), strict=True))
+        return self._replace(
+            a=self.b, b=self.a, winner=other.get(self.winner, self.winner), shown_left=other[self.shown_left]
+        )
+
     @property
     def who(self) -> tuple[str, str]:
         """Who spoke of which pair."""
@@ -65,11 +74,12 @@ def from_row(where: str, row: dict) -> Vote:
     for name in ("prompt", "a", "b", "winner"):
         require(isinstance(row.get(name), str), f"{where}: {name!r} must be text")
     require(row["winner"] in WINNERS, f"{where}: 'winner' must be one of {', '.join(WINNERS)}, not {row['winner']!r}")
+    left = row.get("shown_left") or "a"
+    require(left in DECIDED, f"{where}: 'shown_left' must be a or b, not {left!r}")
     found = {**row, "id": pair_id(row["prompt"], row["a"], row["b"])}
-    vote = Vote(**{name: found[name] for name in Vote._fields if found.get(name) is not None})
-    for name in ("annotator", "shown_left", "time", "why"):
+    vote = Vote(**{name: found[name] for name in Vote._fields if found.get(name) is not None}).in_order()
+    for name in ("annotator", "time", "why"):
         require(isinstance(getattr(vote, name), str), f"{where}: {name!r} must be text")
-    require(vote.shown_left in DECIDED, f"{where}: 'shown_left' must be a or b, not {vote.shown_left!r}")
     known = isinstance(vote.seconds, int | float) and 0 <= vote.seconds < math.inf
     require(known, f"{where}: 'seconds' must be a number of at least 0, found {vote.seconds!r}")
     try:
@@ -112,8 +122,8 @@ def as_pairs(votes: Iterable[Vote], aggregate: Callable, notes: Counter) -> list
     columns = {id: n for n, id in enumerate(pairs)}
     said = np.full((len(people), len(pairs)), np.nan)
     for vote in first:
-        if vote.id in columns and vote.winner in DECIDED:  # a file may hold the same pair the other way round
-            said[people[vote.annotator], columns[vote.id]] = getattr(vote, vote.winner) == pairs[vote.id].a
+        if vote.winner in DECIDED:
+            said[people[vote.annotator], columns[vote.id]] = vote.winner == "a"
     if not pairs:
         return []
     shown = list(pairs.values())

@@ -43,7 +43,7 @@ def alpha_interval(met: np.ndarray, draws: int = 2000, seed: int = 0) -> tuple[f
     """95% of α when the units are drawn anew, for coincidences [U, C, C]."""
     counts = np.random.default_rng(seed).multinomial(len(met), np.full(len(met), 1 / len(met)), size=draws)
     found = krippendorff_alpha(np.tensordot(counts, met, 1))
-    return tuple(np.nanpercentile(found, [2.5, 97.5])) if not np.isnan(found).all() else (np.nan, np.nan)
+    return tuple(np.nanpercentile(found, [2.5, 97.5]).tolist())
 
 
 def share(yes: Sequence[bool]) -> dict[str, Any]:
@@ -81,7 +81,8 @@ def measure(votes: Sequence[Vote]) -> dict[str, Any]:
     }
     if several:
         met = coincidences(several, len(SAID))
-        found["alpha"] = {"alpha": float(krippendorff_alpha(met.sum(0))), "alpha_95": alpha_interval(met)}
+        alpha = float(krippendorff_alpha(met.sum(0)))
+        found["alpha"] = None if np.isnan(alpha) else {"alpha": alpha, "alpha_95": alpha_interval(met)}
     return found
 
 
@@ -115,13 +116,17 @@ def ranking(pairs: Sequence[Pair], votes: Sequence[Vote]) -> list[dict[str, Any]
 
 def conclude(folder: Path, pairs: Sequence[Pair], votes: Sequence[Vote]) -> None:
     """Print what the votes in a folder say, and write it to its report.json. Raises UserError where there are none."""
-    require(bool(votes), f"--report {folder}: no vote is there; python -m nanopref.people asks for some")
+    require(bool(standing(votes)), f"--report {folder}: no vote is there; python -m nanopref.people asks for some")
     found = measure(votes)
     rows = [
-        (name, str(row["votes"]), *(str(row[what]) for what in ("tie", "bad", "skip")), f"{row['seconds']:.1f}",
-         "–" if row["left"] is None else f"{row['left']:.0%}")
+        (
+            name if name.isprintable() else ascii(name),
+            *(str(row[what]) for what in ("votes", "tie", "bad", "skip")),
+            f"{row['seconds']:.1f}",
+            "–" if row["left"] is None else f"{row['left']:.0%}",
+        )
         for name, row in found["annotators"].items()
-    ]  # fmt: skip
+    ]
     say(report.table(rows, ("who", "votes", "ties", "both bad", "skipped", "seconds a vote", "for the left")))
     shares = {
         "people agree with one another": "agreement", "people agree with themselves, sides swapped": "self_agreement",
@@ -132,9 +137,9 @@ def conclude(folder: Path, pairs: Sequence[Pair], votes: Sequence[Vote]) -> None
         rate, of, interval = found[name].values()
         known = (f"{rate:.1%}", f"{interval[0]:.1%} to {interval[1]:.1%}") if of else ("unknown", "")
         rows.append((words, *known, f"{of}"))
-    if "alpha" in found:
-        alpha, (low, high) = found["alpha"].values()
-        rows.insert(1, ("  Krippendorff's α", f"{alpha:.2f}", f"{low:.2f} to {high:.2f}", ""))
+    if alpha := found.get("alpha"):
+        low, high = alpha["alpha_95"]
+        rows.insert(1, ("  Krippendorff's α", f"{alpha['alpha']:.2f}", f"{low:.2f} to {high:.2f}", ""))
     say("\n" + report.table(rows, (f"of {found['pairs']} pairs", "", "95%", "out of")))
     if "alpha" not in found:
         say(

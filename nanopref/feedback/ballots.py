@@ -12,16 +12,18 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from nanopref.data import votes
 from nanopref.data.formats import read_rows
 from nanopref.data.votes import SAID, Vote, first_and_again, pair_id, standing
+from nanopref.running.flags import require
 
 REPEAT = 20  # a person sees every so manieth pair again, with its sides swapped
 APART = 5  # after at least so many others
-AWAY = 600.0  # seconds after which a pair that was shown and not judged is offered to others
+AWAY = 120.0  # seconds after which a pair that was shown and not judged is offered to others
 
 
 class Pair(NamedTuple):
@@ -62,6 +64,8 @@ class Ballots:
 
     def add(self, prompt: str, a: str, b: str, models: Sequence[str] = ()) -> None:
         """One pair more, unless it is there already or leaves no choice: an answer is empty, or both are equal."""
+        if a > b:
+            a, b, models = b, a, models[::-1]
         pair = Pair(pair_id(prompt, a, b), prompt, a, b, tuple(models))
         with self._lock:
             if pair.id not in self.pairs and a.strip() and b.strip() and a != b:
@@ -100,8 +104,9 @@ class Ballots:
     def _again(self, annotator: str, vote: Vote) -> bool:
         return vote.shown_left != self._showing(annotator, vote.id, False).left if vote.id in self.pairs else False
 
-    def vote(self, annotator: str, id: str, again: bool, choice: str, seconds: float, why: str) -> None:
-        """Write down what a person said: left, right, tie, bad or skip. What they have said before stays as it was."""
+    def vote(self, annotator: str, id: str, again: bool, choice: str, seconds: float, why: str) -> dict[str, Any]:
+        """Write down what a person said: left, right, tie, bad or skip. What they have said of the same showing before
+        stays as it was; where that was something else, the answer says that the page is `stale`."""
         with self._lock:
             if id not in self.pairs:
                 raise Refused("there is no such pair")
@@ -109,8 +114,8 @@ class Ballots:
             winner = {"left": left, "right": "ba"["ab".index(left)]}.get(choice, choice)
             mine = self._standing[annotator]
             before = [vote for vote in mine if vote.id == id]
-            if any(vote.shown_left == left for vote in before):
-                return
+            if said := [vote.winner for vote in before if vote.shown_left == left]:
+                return {"stale": said != [winner]}
             if again and not before:
                 raise Refused("the pair was not seen before")
             vote = Vote(id, *pair[1:4], winner, left, annotator, seconds, votes.now(), why)
@@ -118,19 +123,21 @@ class Ballots:
             mine.append(vote)
             self._count[id] += winner in SAID and not again
             self._shown.pop(annotator, None)
+            return {}
 
-    def undo(self, annotator: str, number: int) -> None:
+    def undo(self, annotator: str, number: int) -> dict[str, Any]:
         """Take back what a person said last, if it is the `number`-th that stands: a request that is sent twice counts
-        once."""
+        once. The answer has the reason that was given; or it says that the page is `stale`."""
         with self._lock:
             mine = self._standing[annotator]
             if not mine or len(mine) != number:
-                return
+                return {"stale": len(mine) != number - 1}
             vote = mine[-1]
             self._files[1].append(vote._replace(winner="undo", seconds=0.0, time=votes.now(), why="").line())
             mine.pop()
             self._count[vote.id] -= vote.winner in SAID and not self._again(annotator, vote)
             self._shown[annotator] = vote.id, time.monotonic()
+            return {"why": vote.why}
 
     def progress(self, annotator: str) -> dict[str, int]:
         """How many votes of a person stand, how many pairs wait for them, and how much all have said."""
@@ -143,10 +150,15 @@ class Ballots:
 
 
 def read_pairs(folder: Path) -> list[Pair]:
-    """OUT/pairs.jsonl, if it is there."""
+    """OUT/pairs.jsonl, if it is there. Raises UserError for a line that is no pair."""
     path = folder / "pairs.jsonl"
-    found = [row for _, row in read_rows(path)] if path.exists() and path.stat().st_size else []
-    return [Pair(row["id"], row["prompt"], row["a"], row["b"], tuple(row["models"])) for row in found]
+    found = []
+    for where, row in read_rows(path) if path.exists() and path.stat().st_size else ():
+        shown, wrote = votes.from_row(where, {"winner": "skip", **row}), row.get("models") or []
+        named = isinstance(wrote, list) and len(wrote) in (0, 2) and all(isinstance(name, str) for name in wrote)
+        require(named, f"{where}: 'models' must be the names of two, or none")
+        found.append(Pair(*shown[:4], tuple(wrote if shown.a == row["a"] else reversed(wrote))))
+    return found
 
 
 def read_votes(folder: Path) -> list[Vote]:
@@ -166,9 +178,13 @@ class _Lines:
     def __init__(self, path: Path):
         self._file = path.open("ab+", buffering=0)
         self._file.seek(0)
-        whole = self._file.read().rfind(b"\n") + 1
-        self._file.truncate(whole)  # a line that a kill cut off was never acknowledged
-        self._end = whole
+        content = self._file.read()
+        self._end = content.rfind(b"\n") + 1
+        last = content[self._end :].decode(errors="replace")
+        self._file.truncate(self._end)  # a line that a kill cut off was never acknowledged
+        with suppress(ValueError):  # one that is whole has lost its end in an editor
+            json.loads(last)
+            self.append(last + "\n")
 
     def append(self, line: str) -> None:
         try:

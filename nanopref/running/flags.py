@@ -175,7 +175,7 @@ def execute(command: Callable[[Any], None], config: Any) -> None:
         code, message = 2, f"error: {error}"
     except KeyboardInterrupt as stop:
         again = f"{'add --resume to' if hasattr(config, 'resume') else 'start'} the same command to continue"
-        code, message = 130, f"\nstopped: {stop or again}"
+        code, message = 130, f"\nstopped: {str(stop) or again}"
         message = message if os.environ.get("RANK", "0") == "0" else ""
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):

@@ -87,10 +87,13 @@ def test_every_vote_may_count():
 def test_a_pair_may_stand_in_the_file_either_way_round():
     """As where files of two servers were joined."""
     one = vote(1, "a", "x")
-    turned = one._replace(a=one.b, b=one.a, winner="b", annotator="y")
-    assert pair_id(one.prompt, one.a, one.b) == pair_id(one.prompt, one.b, one.a)
-    assert pairs([one, turned])[0] == pairs([turned, one])[0] == [group(1, "a")]
-    assert pairs([one, turned._replace(winner="a")])[0] == []
+    turned = one._replace(a=one.b, b=one.a, winner="b", shown_left="b", annotator="y")
+    read_back = from_row("here", turned._asdict())
+    assert read_back == one._replace(annotator="y") and from_row("here", one._asdict()) == one
+    assert pairs([one, read_back])[0] == [group(1, "a")]
+    other = from_row("here", turned._replace(winner="a")._asdict())
+    assert other.winner == "b" and pairs([one, other])[0] == []
+    assert from_row("here", turned._replace(winner="tie")._asdict()).winner == "tie"
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.sampled_from(WINNERS), st.sampled_from("xyz"), st.sampled_from("ab"))))

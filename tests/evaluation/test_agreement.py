@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanopref.data.votes import SAID, Vote, pair_id
+from nanopref.data.votes import SAID, Vote, from_row, pair_id
 from nanopref.evaluation.agreement import alpha_interval, coincidences, conclude, krippendorff_alpha, measure, ranking
 from nanopref.feedback.ballots import Pair
 from nanopref.running.flags import UserError
@@ -126,5 +126,22 @@ def test_the_report_is_a_table_and_a_file(tmp_path, capsys):
     assert [line.split("  ")[0] for line in text.splitlines()[2:5]] == [f"person {k}" for k in range(3)]
     assert f"{found['alpha']['alpha']:.2f}" in text and "people agree with one another" in text
     assert all("nan" not in line.lower() for line in text.splitlines())
-    with pytest.raises(UserError, match="no vote is there"):
-        conclude(tmp_path, [], [])
+    for nothing in ([], [vote(1, "a"), vote(1, "undo")]):
+        with pytest.raises(UserError, match="no vote is there"):
+            conclude(tmp_path, [], nothing)
+
+
+def test_where_all_say_the_same_there_is_no_alpha(tmp_path, capsys):
+    conclude(tmp_path, [], [vote(i, "a", f"\x1b[31m{k}") for i in range(9) for k in range(2)])
+    text = capsys.readouterr().out
+    assert "α" not in text and "nan" not in text and "\x1b" not in text and "100.0%" in text
+    assert json.loads((tmp_path / "report.json").read_text())["alpha"] is None
+
+
+def test_files_of_two_servers_may_be_joined():
+    """Which of them held the two answers the other way round, whoever chose the same text agrees."""
+    said = [vote(i, "ab"[i % 3 == 0], "x") for i in range(30)]
+    rows = [cast._asdict() | {"a": cast.b, "b": cast.a, "winner": "ba"["ab".index(cast.winner)], "shown_left": "b",
+                              "annotator": "y"} for cast in said]  # fmt: skip
+    found = measure([from_row("here", row) for row in [*(cast._asdict() for cast in said), *rows]])
+    assert found["agreement"]["share"] == 1.0 and found["alpha"]["alpha"] == 1.0

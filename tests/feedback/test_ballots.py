@@ -133,22 +133,34 @@ def test_a_skipped_pair_is_for_others(tmp_path):
 def test_what_cannot_be_said(tmp_path):
     ballots = filled(tmp_path, 2)
     shown = ballots.next("x")
+    assert ballots.vote("y", shown.pair.id, False, "tie", 1.0, "") == {}
+    assert [ballots.vote("y", shown.pair.id, False, choice, 1.0, "")["stale"] for choice in ("tie", "left")] == [
+        False, True
+    ]  # fmt: skip
+    assert ballots.undo("y", 3)["stale"] and "stale" not in ballots.undo("y", 1) and not ballots.undo("y", 1)["stale"]
+    before = (tmp_path / "votes.jsonl").read_bytes()
     for id, again in (("nowhere", False), (shown.pair.id, True)):
         with pytest.raises(Refused):
             ballots.vote("x", id, again, "left", 1.0, "")
-    assert (tmp_path / "votes.jsonl").read_bytes() == b""
+    assert (tmp_path / "votes.jsonl").read_bytes() == before
 
 
 def test_a_line_that_a_kill_cut_off_is_forgotten_and_any_other_is_refused(tmp_path):
     judge(filled(tmp_path, 3), "x", why="ö")
     path = tmp_path / "votes.jsonl"
     whole = path.read_bytes()
-    for cut in range(len(whole)):
+    for cut in range(len(whole) - 1):
         path.write_bytes(whole + whole[:cut])
         assert filled(tmp_path, 3).progress("x")["said"] == 1 and path.read_bytes() == whole
+    path.write_bytes(whole[:-1])  # as an editor may leave it
+    assert filled(tmp_path, 3).progress("x")["said"] == 1 and path.read_bytes() == whole
     path.write_bytes(b'{"prompt": "p"}\n' + whole)
     with pytest.raises(UserError, match="line 1: 'a' must be text"):
         Ballots(tmp_path)
+    for damage in (b'"a": 1', b'"c": ""', b'"models": ["one"]', b'"models": "ab"'):
+        (tmp_path / "pairs.jsonl").write_bytes(b'{"prompt": "p", "b": "x", %s}\n' % damage)
+        with pytest.raises(UserError, match=r"line 1: '(a|models)' must be"):
+            read_pairs(tmp_path)
 
 
 def test_a_full_disk_leaves_no_half_line(tmp_path, monkeypatch):
@@ -179,7 +191,7 @@ def test_a_line_is_on_the_disk_when_a_vote_is_acknowledged(tmp_path, monkeypatch
 
 def test_pairs_that_leave_no_choice_are_not_asked(tmp_path):
     ballots = Ballots(tmp_path)
-    for a, b in (("x", "x"), ("x", " "), ("", "x"), ("x", "y"), ("y", "x")):
+    for a, b in (("x", "x"), ("x", " "), ("", "x"), ("y", "x"), ("x", "y")):
         ballots.add("p", a, b, ("one", "two"))
-    assert [pair[1:] for pair in read_pairs(tmp_path)] == [("p", "x", "y", ("one", "two"))]
+    assert [pair[1:] for pair in read_pairs(tmp_path)] == [("p", "x", "y", ("two", "one"))]
     assert list(ballots.pairs.values()) == read_pairs(tmp_path)

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanopref.feedback import bradley_terry
-from nanopref.feedback import bradley_terry
 from nanopref.feedback.bradley_terry import davidson, maximum_likelihood, plackett_luce, rank_centrality
 
 # ---- the likelihoods, outcome by outcome -----------------------------------------------------------------------------
