@@ -98,7 +98,7 @@ def main(config: Config) -> None:
         uvicorn.Server(uvicorn.Config(application(ballots, key, stop.is_set), **log)).run(sockets=[listening])
     finally:
         stop.set()
-        n, path = ballots.progress("")["total"], folder / "votes.jsonl"
+        n, path = ballots.total(), folder / "votes.jsonl"
         say(f"\n{n} votes are in {path}; what they say, and how to learn from them:")
         say(f"  python -m nanopref.people --report {shlex.quote(str(folder))}")
         start = f" --init {shlex.quote(config.model[0])}" if config.model else ""

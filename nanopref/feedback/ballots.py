@@ -55,12 +55,17 @@ class Ballots:
         self._lock, self._path = threading.Lock(), folder / "pairs.jsonl"
         self._standing: dict[str, list[Vote]] = defaultdict(list)  # of each person, in order
         self._count: Counter[str] = Counter()  # who said something of each pair
+        self._open: dict[str, None] = {}  # the pairs that wait for people, in order
         self._shown: dict[str, tuple[str, float]] = {}  # what each person looks at, and since when
         self._files = [_Lines(folder / name) for name in ("pairs.jsonl", "votes.jsonl")]
-        self._take(read_pairs(folder))
+        self.pairs |= {pair.id: pair for pair in read_pairs(folder)}
         for vote in standing(read_votes(folder)):
             self._standing[vote.annotator].append(vote)
             self._count[vote.id] += vote.winner in SAID and not self._again(vote.annotator, vote)
+        self._reopen()
+
+    def _reopen(self) -> None:
+        self._open = {id: None for id in self.pairs if self._count[id] < self.people}
 
     def add(self, prompt: str, a: str, b: str, models: Sequence[str] = ()) -> None:
         """One pair more, unless it is there already or leaves no choice: an answer is empty, or both are equal."""
@@ -70,10 +75,8 @@ class Ballots:
         with self._lock:
             if pair.id not in self.pairs and a.strip() and b.strip() and a != b:
                 self._files[0].append(json.dumps(pair._asdict(), ensure_ascii=False) + "\n")
-                self._take([pair])
-
-    def _take(self, pairs: Sequence[Pair]) -> None:
-        self.pairs |= {pair.id: pair for pair in pairs}
+                self.pairs[pair.id] = pair
+                self._open[pair.id] = None
 
     def next(self, annotator: str) -> Showing | None:
         """What a person is to judge now; None where nothing is left for them, or not yet."""
@@ -86,7 +89,7 @@ class Ballots:
                 id for name, (id, since) in self._shown.items() if name != annotator and now - since < AWAY
             )
             fresh = [current] if current in self.pairs and current not in known else []
-            open_ids = (id for id in self.pairs if id not in known and self._count[id] + looked_at[id] < self.people)
+            open_ids = (id for id in self._open if id not in known and self._count[id] + looked_at[id] < self.people)
             fresh = fresh or list(next(([id] for id in open_ids), []))
             said = [vote.id for vote in first if vote.winner in SAID]
             due = len(said) // REPEAT > len(repeated)
@@ -122,6 +125,8 @@ class Ballots:
             self._files[1].append(vote.line())
             mine.append(vote)
             self._count[id] += winner in SAID and not again
+            if self._count[id] >= self.people:
+                self._open.pop(id, None)
             self._shown.pop(annotator, None)
             return {}
 
@@ -136,17 +141,20 @@ class Ballots:
             self._files[1].append(vote._replace(winner="undo", seconds=0.0, time=votes.now(), why="").line())
             mine.pop()
             self._count[vote.id] -= vote.winner in SAID and not self._again(annotator, vote)
+            self._reopen()
             self._shown[annotator] = vote.id, time.monotonic()
             return {"why": vote.why}
 
     def progress(self, annotator: str) -> dict[str, int]:
-        """How many votes of a person stand, how many pairs wait for them, and how much all have said."""
+        """How many votes of a person stand, and how many pairs wait for them."""
         with self._lock:
             mine = self._standing[annotator]
-            known = {vote.id for vote in mine}
-            left = sum(id not in known and self._count[id] < self.people for id in self.pairs)
-            total = sum(vote.winner in SAID for said in self._standing.values() for vote in said)
-            return {"said": len(mine), "left": left, "total": total}
+            return {"said": len(mine), "left": len(self._open) - len({vote.id for vote in mine} & self._open.keys())}
+
+    def total(self) -> int:
+        """All that was said by now, what people saw again included."""
+        with self._lock:
+            return sum(vote.winner in SAID for said in self._standing.values() for vote in said)
 
 
 def read_pairs(folder: Path) -> list[Pair]:
