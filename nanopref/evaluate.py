@@ -19,7 +19,6 @@ class Config(RewardFlags):
     """Compare policies with a reference: KL, length and, on the built-in task, true reward and win rate.
 
     Example: python -m nanopref.evaluate --policy out/dpo out/ppo --reference out/dpo/sft
-    Example: python -m nanopref.evaluate --tournament out/dpo out/ppo --reference out/dpo/sft --reward out/rm
     """
 
     policy: tuple[str, ...] = flag(("out/dpo",), "one or more models: run folders, Hugging Face folders, or hub names")

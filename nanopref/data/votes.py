@@ -77,6 +77,7 @@ def from_row(where: str, row: dict) -> Vote:
     left = row.get("shown_left") or "a"
     require(left in DECIDED, f"{where}: 'shown_left' must be a or b, not {left!r}")
     found = {**row, "id": pair_id(row["prompt"], row["a"], row["b"])}
+    found["annotator"] = row.get("annotator") or where  # who has no name is nobody else
     vote = Vote(**{name: found[name] for name in Vote._fields if found.get(name) is not None}).in_order()
     for name in ("annotator", "time", "why"):
         require(isinstance(getattr(vote, name), str), f"{where}: {name!r} must be text")
@@ -94,8 +95,7 @@ def standing(votes: Iterable[Vote]) -> list[Vote]:
     found: dict[tuple[str, str, str], Vote] = {}
     for vote in votes:
         if vote.winner == "undo":
-            theirs = [showing for showing, other in found.items() if other.who == vote.who]
-            found.pop(theirs[-1], None) if theirs else None
+            found.pop(next((said for said in reversed(found) if said[:2] == vote.who), None), None)
         else:
             found.setdefault((*vote.who, vote.shown_left), vote)
     return list(found.values())
@@ -124,11 +124,12 @@ def as_pairs(votes: Iterable[Vote], aggregate: Callable, notes: Counter) -> list
     for vote in first:
         if vote.winner in DECIDED:
             said[people[vote.annotator], columns[vote.id]] = vote.winner == "a"
-    if not pairs:
+    decided, _ = majority(said) if pairs else ([], [])  # whatever the aggregate, so that all hold out the same prompts
+    notes["pairs dropped: as many people for one answer as for the other"] += len(pairs) - len(decided)
+    if not len(decided):
         return []
-    shown = list(pairs.values())
-    kept, a_is_better = aggregate(said)
-    notes["pairs dropped: as many people for one answer as for the other"] += len(pairs) - len(set(kept.tolist()))
+    shown = [list(pairs.values())[n] for n in decided]
+    kept, a_is_better = aggregate(said[:, decided])
     return [
         Group(shown[n].prompt, (shown[n].a, shown[n].b) if a else (shown[n].b, shown[n].a))
         for n, a in zip(kept, a_is_better, strict=True)

@@ -39,17 +39,28 @@ def krippendorff_alpha(met: np.ndarray) -> np.ndarray:
         return np.where(by_chance > 0, 1 - (n - 1) * differ / by_chance, np.nan)
 
 
-def alpha_interval(met: np.ndarray, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """95% of α when the units are drawn anew, for coincidences [U, C, C]."""
-    counts = np.random.default_rng(seed).multinomial(len(met), np.full(len(met), 1 / len(met)), size=draws)
-    found = krippendorff_alpha(np.tensordot(counts, met, 1))
+def drawn_anew(n: int, draws: int = 2000, seed: int = 0) -> np.ndarray:
+    """How often each of n pairs is drawn, when n of them are [draws, n]: votes on the same one are not independent."""
+    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws)
+
+
+def interval(found: np.ndarray) -> tuple[float, float]:
     return tuple(np.nanpercentile(found, [2.5, 97.5]).tolist())
 
 
-def share(yes: Sequence[bool]) -> dict[str, Any]:
-    """Of how many votes what share it is, with Wilson's 95% interval; no share of none."""
-    n, rate = len(yes), float(np.mean(yes)) if len(yes) else None
-    return {"share": rate, "of": n, "share_95": wilson(rate, n) if n else None}
+def share(said: Sequence[tuple[str, bool]]) -> dict[str, Any]:
+    """Of how many votes, (pair, yes or no), what share is yes, with a 95% interval: Wilson's, or where a pair has
+    several that of pairs drawn anew. No share of none."""
+    by_pair = defaultdict(list)
+    for id, yes in said:
+        by_pair[id].append(yes)
+    rate, n = (float(np.mean([yes for _, yes in said])), len(said)) if said else (None, 0)
+    within = wilson(rate, n) if said else None
+    if len(by_pair) < n:
+        yes, of = (np.array([f(votes) for votes in by_pair.values()]) for f in (sum, len))
+        counts = drawn_anew(len(by_pair))
+        within = interval((counts @ yes) / (counts @ of))
+    return {"share": rate, "of": n, "share_95": within}
 
 
 def measure(votes: Sequence[Vote]) -> dict[str, Any]:
@@ -58,6 +69,10 @@ def measure(votes: Sequence[Vote]) -> dict[str, Any]:
     said = [vote for vote in first if vote.winner in SAID]
     decided = [vote for vote in said if vote.winner in DECIDED]
     people, by_pair = defaultdict(list), defaultdict(list)
+
+    def left(votes: Sequence[Vote]) -> dict[str, Any]:
+        return share([(vote.id, vote.winner == vote.shown_left) for vote in votes if vote.winner in DECIDED])
+
     for vote in first:
         people[vote.annotator].append(vote)
     for vote in said:
@@ -70,19 +85,20 @@ def measure(votes: Sequence[Vote]) -> dict[str, Any]:
                 "votes": sum(vote.winner in SAID for vote in theirs),
                 **{what: sum(vote.winner == what for vote in theirs) for what in ("tie", "bad", "skip")},
                 "seconds": float(np.median([vote.seconds for vote in theirs])),
-                "left": share([vote.winner == vote.shown_left for vote in theirs if vote.winner in DECIDED])["share"],
+                "left": left(theirs)["share"],
             }
             for name, theirs in people.items()
         },
-        "agreement": share([c == d for values in several for c, d in combinations(values, 2)]),
-        "self_agreement": share([a.winner == b.winner for a, b in again if {a.winner, b.winner} <= {*SAID}]),
-        "left": share([vote.winner == vote.shown_left for vote in decided]),
-        "longer": share([_longer(vote) == vote.winner for vote in decided if len(vote.a) != len(vote.b)]),
+        "agreement": share([(id, c == d) for id, values in by_pair.items() for c, d in combinations(values, 2)]),
+        "self_agreement": share([(a.id, a.winner == b.winner) for a, b in again if {a.winner, b.winner} <= {*SAID}]),
+        "left": left(said),
+        "longer": share([(vote.id, _longer(vote) == vote.winner) for vote in decided if len(vote.a) != len(vote.b)]),
     }
     if several:
         met = coincidences(several, len(SAID))
-        alpha = float(krippendorff_alpha(met.sum(0)))
-        found["alpha"] = None if np.isnan(alpha) else {"alpha": alpha, "alpha_95": alpha_interval(met)}
+        alpha, draws = krippendorff_alpha(met.sum(0)), np.tensordot(drawn_anew(len(met)), met, 1)
+        known = not np.isnan(alpha)
+        found["alpha"] = {"alpha": float(alpha), "alpha_95": interval(krippendorff_alpha(draws))} if known else None
     return found
 
 

@@ -3,28 +3,23 @@ two of the answers to a prompt, and Bradley and Terry's model makes one number o
 
 import math
 from collections.abc import Sequence
-from itertools import combinations
 
 import numpy as np
 
 from nanopref.evaluation import report
-from nanopref.feedback.bradley_terry import davidson
+from nanopref.feedback.bradley_terry import maximum_likelihood
 
 PRIOR = 0.1  # λ of rewards around 0, in log-odds: one who always wins is far ahead, and not without end
 ELO = 400 / math.log(10)  # points of Elo's scale to a unit of log-odds
 
 
 def ratings(scores: np.ndarray) -> np.ndarray:
-    """Log-odds [K], Σ = 0, from the scores [K, P] of K policies' answers to P prompts; equal scores are a tie."""
-    outcomes: dict[int, list[np.ndarray]] = {1: [], -1: [], 0: []}
-    for i, j in combinations(range(len(scores)), 2):
-        signs = np.sign(scores[i] - scores[j])
-        for sign, found in outcomes.items():
-            found.append(np.tile((i, j), (int((signs == sign).sum()), 1)))
-    won = np.concatenate([*outcomes[1], *(pairs[:, ::-1] for pairs in outcomes[-1])])
-    if not len(won):
-        return np.zeros(len(scores))  # all tied
-    return davidson(*won.T, np.concatenate(outcomes[0]), len(scores), regulariser=PRIOR, errors=False)[0]
+    """Log-odds [K], Σ = 0, from the scores [K, P] of K policies' answers to P prompts. A tie is half a win for each, as
+    Elo has it: what is compared counts twice, a tie once each way."""
+    ahead, level = scores[:, None] > scores, (scores[:, None] == scores) & ~np.eye(len(scores), dtype=bool)[..., None]
+    (winners, losers, _), (one, other, _) = ahead.nonzero(), level.nonzero()
+    pairs = np.concatenate([winners, winners, one]), np.concatenate([losers, losers, other])
+    return maximum_likelihood(*pairs, len(scores), regulariser=2 * PRIOR, errors=False)[0]
 
 
 def table(names: Sequence[str], scores: np.ndarray, reference: int, draws: int = 200, seed: int = 0) -> str:
@@ -41,7 +36,8 @@ def table(names: Sequence[str], scores: np.ndarray, reference: int, draws: int =
     won, tied = ((signs == sign).mean(2).sum(1) for sign in (1, 0))
     lines = []
     for k in np.argsort(-elo[0], kind="stable"):
-        interval = "the reference" if k == reference else f"{low[k]:.0f} to {high[k]:.0f}"
+        interval = f"{low[k]:.0f} to {high[k]:.0f}" if low[k] < high[k] else "–"  # who always wins is only beyond
+        interval = "the reference" if k == reference else interval
         half = f"{(1 + signs[k, reference].mean()) / 2:.1%}" if k != reference else ""
         shares = f"{won[k] / others:.1%}", f"{(tied[k] - 1) / others:.1%}"
         lines.append((names[k], f"{elo[0, k]:.0f}", interval, *shares, half, f"{scores[k].mean():.2f}"))

@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -88,13 +88,13 @@ class Ballots:
             looked_at = Counter(
                 id for name, (id, since) in self._shown.items() if name != annotator and now - since < AWAY
             )
-            fresh = [current] if current in self.pairs and current not in known else []
             open_ids = (id for id in self._open if id not in known and self._count[id] + looked_at[id] < self.people)
-            fresh = fresh or list(next(([id] for id in open_ids), []))
+            fresh = current if current in self.pairs and current not in known else next(open_ids, None)
             said = [vote.id for vote in first if vote.winner in SAID]
             due = len(said) // REPEAT > len(repeated)
             old = [id for id in said[: -APART if fresh else None] if id not in repeated] if due else []
-            for id in sorted(old, key=lambda id: _digest(annotator, id))[:1] or fresh:
+            id = min(old, key=lambda id: _digest(annotator, id)) if old else fresh
+            if id:
                 self._shown[annotator] = id, now
                 return self._showing(annotator, id, id in known)
             self._shown.pop(annotator, None)
@@ -159,9 +159,8 @@ class Ballots:
 
 def read_pairs(folder: Path) -> list[Pair]:
     """OUT/pairs.jsonl, if it is there. Raises UserError for a line that is no pair."""
-    path = folder / "pairs.jsonl"
     found = []
-    for where, row in read_rows(path) if path.exists() and path.stat().st_size else ():
+    for where, row in _rows(folder / "pairs.jsonl"):
         shown, wrote = votes.from_row(where, {"winner": "skip", **row}), row.get("models") or []
         named = isinstance(wrote, list) and len(wrote) in (0, 2) and all(isinstance(name, str) for name in wrote)
         require(named, f"{where}: 'models' must be the names of two, or none")
@@ -171,9 +170,11 @@ def read_pairs(folder: Path) -> list[Pair]:
 
 def read_votes(folder: Path) -> list[Vote]:
     """OUT/votes.jsonl, if it is there. Raises UserError for a line that is no vote."""
-    path = folder / "votes.jsonl"
-    rows = read_rows(path) if path.exists() and path.stat().st_size else []
-    return [votes.from_row(where, row) for where, row in rows]
+    return [votes.from_row(where, row) for where, row in _rows(folder / "votes.jsonl")]
+
+
+def _rows(path: Path) -> Iterable[tuple[str, dict]]:
+    return read_rows(path) if path.exists() else ()
 
 
 def _digest(*words: str) -> int:

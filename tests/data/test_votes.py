@@ -111,7 +111,7 @@ def test_pairs_are_the_majorities_of_what_stands(lines):
     lead = {p: sum((w == "a") - (w == "b") for (_, q), w in first.items() if q == p) for p in range(4)}
     expected = {group(p, "a" if lead[p] > 0 else "b") for p in lead if lead[p]}
     assert set(pairs(votes)[0]) == expected and len(pairs(votes)[0]) == len(expected)
-    decided = Counter((f"p{p}", f"{w}{p}") for (_, p), w in first.items() if w in "ab")
+    decided = Counter((f"p{p}", f"{w}{p}") for (_, p), w in first.items() if w in "ab" and lead[p])
     assert Counter((g.prompt, g.responses[0]) for g in pairs(votes, "count")[0]) == decided
 
 
@@ -144,8 +144,20 @@ def test_only_of_votes_can_pairs_be_made(write):
 
 def test_what_a_file_need_not_hold(write):
     """The question, the answers and who won; whatever else is there is ignored, an id too."""
-    path = write(jsonl({"prompt": "p", "a": "x", "b": "y", "winner": "b", "id": 7, "more": []}))
-    assert read(path) == ("pairs", [Group("p", ("y", "x"))], Counter())
+    row = {"prompt": "p", "a": "x", "b": "y", "winner": "b", "id": "7", "more": []}
+    path = write(jsonl(row, row | {"winner": "a"}, row | {"annotator": None}, row | {"prompt": "q"}))
+    assert read(path) == ("pairs", [Group("p", ("y", "x")), Group("q", ("y", "x"))], Counter())  # two to one, of nobody
+
+
+@pytest.mark.parametrize("votes", AGGREGATES)
+def test_whatever_makes_pairs_of_votes_the_same_prompts_are_held_out(write, votes):
+    """Of 60 pairs people differ on half, evenly, of which no aggregate makes anything."""
+    cast = [vote(i, w, name)._asdict() for i in range(60) for name, w in (("x", "a"), ("y", "ab"[i % 2]))]
+    path = write(jsonl(*cast))
+    training, held_out, _ = read_feedback(path, kinds(OBJECTIVES), "dpo", votes=votes)
+    prompts = read_prompts(path)
+    assert [{g.prompt for g in part} for part in (training, held_out)] == [set(part) for part in prompts]
+    assert len(prompts[0]) == 27 and len(prompts[1]) == 3
 
 
 @pytest.mark.parametrize(
