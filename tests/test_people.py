@@ -4,6 +4,7 @@ import http.client
 import json
 import random
 import re
+import resource
 import socket
 import threading
 import time
@@ -91,6 +92,43 @@ def test_from_its_side_it_cannot_be_guessed_which_answer_the_file_calls_better(s
         pair = server.vote("Ada", pair, "skip", connection)["pair"]
     assert pair is None and 30 < good < 70
     assert {pair.prompt for pair in read_pairs(server.out)} == {f"prompt {i}" for i in range(100)}
+
+
+def test_of_several_answers_every_two_are_compared(serve, tmp_path):
+    """First a pair of every prompt."""
+    path = tmp_path / "rankings.jsonl"
+    path.write_bytes(jsonl(*({"prompt": f"p{i}", "responses": [f"{side}{i}" for side in "abc"]} for i in range(2))))
+    server = serve("--data", str(path))
+    until_told(server, "there are 6 pairs and no more")
+    pairs = read_pairs(server.out)
+    assert [pair.prompt for pair in pairs] == ["p0", "p1"] * 3
+    assert {(pair.a, pair.b) for pair in pairs[::2]} == {("a0", "b0"), ("a0", "c0"), ("b0", "c0")}
+
+
+def test_an_answer_without_an_end_is_none(serve, sft_folder):
+    server = serve("--model", sft_folder, "--pairs", "1", "--max-new-tokens", "2")
+    until_told(server, "there are 0 pairs and no more: other answers are alike, empty or without an end")
+    assert server.ask("/next", annotator="Ada")["complete"]
+
+
+def until_told(server: Server, words: str) -> None:
+    for _ in range(500):
+        if words in server.output():
+            return
+        time.sleep(0.02)
+    raise AssertionError(server.output())
+
+
+def test_what_cannot_be_written_is_said_and_not_counted(serve, answers):
+    """As on a full disk: the server may write no file that is longer."""
+    server = serve("--data", answers, "--pairs", "3")
+    pair = server.ask("/next", annotator="Ada")["pair"]
+    resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+    said = {"annotator": "Ada", "id": pair["id"], "again": False, "choice": "left", "seconds": 1.0, "why": ""}
+    status, content, _ = server.request("POST", "/vote", json.dumps(said).encode())
+    assert status == 507 and b"nothing could be written" in content and server.lines() == []
+    resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert server.vote("Ada", pair, "left")["said"] == 1
 
 
 def test_the_page_is_told_where_another_tab_was_quicker(serve, answers):
@@ -204,9 +242,10 @@ def test_it_listens_here_alone_unless_it_is_told_otherwise(serve, answers):
         with pytest.raises(OSError):
             socket.create_connection((address, server.port), timeout=2)
     assert "--host" not in server.output()
+    assert (server.out / "key").stat().st_mode & 0o077 == 0  # who may read the folder may not vote for others
     open_to_all = serve("--data", answers, "--pairs", "3", "--host", "0.0.0.0")
     assert "whoever reaches this machine and has the link can read the answers and vote" in open_to_all.output()
-    assert open_to_all.ask("/next", annotator="Ada")["pair"]
+    assert open_to_all.ask("/next", annotator="Ada")["pair"] and open_to_all.key != server.key
 
 
 # ---- kills and load --------------------------------------------------------------------------------------------------
@@ -362,6 +401,8 @@ def test_bad_input_is_a_sentence(tmp_path, sft_folder, answers, capsys):
 
 
 def test_a_folder_of_something_else_is_left_alone(serve, tmp_path, answers, capsys):
+    more = tmp_path / "more.jsonl"
+    more.write_bytes(jsonl({"prompt": "p", "chosen": "a", "rejected": "b"}))
     server = serve("--data", answers, "--pairs", "3")
     before = {path.name: path.read_bytes() for path in server.out.iterdir()}
     same = {"data": answers, "out": str(server.out)}
@@ -375,6 +416,7 @@ def test_a_folder_of_something_else_is_left_alone(serve, tmp_path, answers, caps
     assert "another process is at work there" in says()
     server.kill()
     assert "its pairs were made with --seed 0; choose another --out" in says(seed=1)
+    assert f"its pairs were made with --data {answers}" in says(data=str(more))
     assert {path.name: path.read_bytes() for path in server.out.iterdir()} == before
     other = tmp_path / "other"
     other.mkdir()

@@ -1,7 +1,9 @@
 """Who sees which pair, and a file that loses nothing: random people, who may be cut off at any moment."""
 
 import json
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given, settings
@@ -16,6 +18,7 @@ CHOICES = ("left", "right", "tie", "bad", "skip")
 
 
 def filled(folder, n: int, people: int = 1) -> Ballots:
+    folder.mkdir(exist_ok=True)
     found = Ballots(folder, people)
     for i in range(n):
         found.add(f"p{i}", f"a{i}", f"b{i}")
@@ -110,6 +113,52 @@ def test_several_people_share_the_work(tmp_path):
     everybody_judges(both)
     first, _ = first_and_again(read_votes(tmp_path))
     assert Counter(vote.id for vote in first) == dict.fromkeys(ballots.pairs, 2)
+
+
+def test_what_is_seen_again_is_no_vote_of_a_second_person(tmp_path):
+    for reload in (False, True):
+        ballots = filled(tmp_path / str(reload), 25, people=2)
+        while judge(ballots, "x"):
+            pass
+        _, again = first_and_again(read_votes(tmp_path / str(reload)))
+        assert len(again) == 1
+        if not reload:
+            for number in range(26, 20, -1):  # back to what was seen again, and on
+                ballots.undo("x", number)
+            assert ballots.next("x").again
+            while judge(ballots, "x"):
+                pass
+        ballots = filled(tmp_path / str(reload), 25, people=2) if reload else ballots
+        assert ballots.progress("y")["left"] == 25
+        ballots.add("new", "a", "b")
+        assert ballots.progress("y")["left"] == 26 and ballots.progress("x")["left"] == 1
+
+
+def test_what_one_takes_back_is_for_others_again(tmp_path):
+    ballots = filled(tmp_path, 3)
+    taken_back = [judge(ballots, "x") for _ in range(3)][-1]
+    assert ballots.next("y") is None
+    ballots.undo("x", 3)
+    ballots.vote("x", taken_back, False, "skip", 1.0, "")
+    assert ballots.next("y").pair.id == taken_back
+
+
+def test_each_person_has_sides_of_their_own(tmp_path):
+    ballots, left = filled(tmp_path, 40, people=2), {"x": {}, "y": {}}
+    for name, sides in left.items():
+        while shown := ballots.next(name):
+            sides.setdefault(shown.pair.id, shown.left)
+            ballots.vote(name, shown.pair.id, shown.again, "left", 1.0, "")
+    assert 8 < sum(left["x"][id] == left["y"][id] for id in ballots.pairs) < 32
+
+
+def test_one_showing_is_voted_on_once_by_two_threads(tmp_path, monkeypatch):
+    ballots, slow = filled(tmp_path, 1), module.os.fsync
+    shown = ballots.next("x")
+    monkeypatch.setattr(module.os, "fsync", lambda file: (time.sleep(0.05), slow(file)))
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: ballots.vote("x", shown.pair.id, False, "left", 1.0, ""), range(4)))
+    assert len(read_votes(tmp_path)) == 1
 
 
 def test_who_went_away_does_not_keep_a_pair_from_others(tmp_path, monkeypatch):
