@@ -103,9 +103,8 @@ def main(config: Config) -> None:
         say(f"  python -m nanopref.people --report {shlex.quote(str(folder))}")
         start = f" --init {shlex.quote(config.model[0])}" if config.model else ""
         rate = "" if config.prompts or config.data else " --lr 1e-3"  # so few pairs need large steps, of a small model
-        say(
-            f"  python train_dpo.py --data {shlex.quote(str(path))}{start} --epochs 8{rate} --out {shlex.quote(f'{folder}-dpo')}"
-        )
+        out = shlex.quote(f"{folder}-dpo")
+        say(f"  python train_dpo.py --data {shlex.quote(str(path))}{start} --epochs 8{rate} --out {out}")
 
 
 # ---- the pairs -------------------------------------------------------------------------------------------------------
