@@ -66,8 +66,11 @@ def main(config: Config) -> None:
     def draw_errors(axis) -> None:
         for name, row, slope, style in zip(ESTIMATORS, errors, slopes, ("o-", "s-", "k:"), strict=True):
             axis.loglog(sizes, row, style, markersize=4, label=f"{name}, slope {slope:.3f}")
+        axis.set_yticks(
+            [x for x in (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2) if errors.min() < 1.2 * x < 2 * errors.max()]
+        )
         axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("")
         axis.set(title="error of a reward", xlabel="comparisons m", ylabel="root of the mean square")
         axis.legend(frameon=False)
 
