@@ -145,7 +145,7 @@ def test_only_of_votes_can_pairs_be_made(write):
 def test_what_a_file_need_not_hold(write):
     """The question, the answers and who won; whatever else is there is ignored, an id too."""
     row = {"prompt": "p", "a": "x", "b": "y", "winner": "b", "id": "7", "more": []}
-    path = write(jsonl(row, row | {"winner": "a"}, row | {"annotator": None}, row | {"prompt": "q"}))
+    path = write(jsonl(row | {"winner": "a"}, row, row | {"annotator": None}, row | {"prompt": "q"}))
     assert read(path) == ("pairs", [Group("p", ("y", "x")), Group("q", ("y", "x"))], Counter())  # two to one, of nobody
 
 
