@@ -2,7 +2,7 @@
 
 i is preferred over j with probability σ(r_i - r_j) (Bradley and Terry, Biometrika 39, 1952). Only differences of
 rewards can be seen, so Σ r = 0 fixes the rest. `maximum_likelihood` is the model itself, `davidson` knows ties too,
-`plackett_luce` whole rankings, and `rank_centrality` is the estimator that needs no likelihood.
+`plackett_luce` whole rankings, and `rank_centrality` is the spectral estimator.
 
 Of all three likelihoods the information, -∂²/∂r² of the logarithm, is the Laplacian of a graph whose edges are the
 pairs, each with a weight: the variance of what a comparison says of their difference. So they share a solver, and the

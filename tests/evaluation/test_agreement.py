@@ -67,7 +67,8 @@ def test_the_intervals_hold_the_truth_in_95_of_100():
         held.append([low <= 0.4 <= high, agree[0] <= 0.7 <= agree[1], of_alpha[0] <= 1 - 0.3 / 0.48 <= of_alpha[1]])
         widths.append(high - low)
     assert (np.abs(np.mean(held, axis=0) - 0.95) <= 0.06).all(), np.mean(held, axis=0)
-    assert np.mean(widths) > 0.17  # Wilson's: 0.135
+    # of 40 means of five, each with a variance of 0.3² between pairs and 0.15 / 5 within them; Wilson's would be 0.135
+    assert np.mean(widths) == pytest.approx(2 * 1.96 * np.sqrt(0.12 / 40), rel=0.06)
 
 
 # ---- the report ------------------------------------------------------------------------------------------------------
