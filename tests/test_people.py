@@ -6,6 +6,7 @@ import random
 import re
 import resource
 import socket
+import sys
 import threading
 import time
 from collections import Counter
@@ -398,6 +399,11 @@ def test_bad_input_is_a_sentence(tmp_path, sft_folder, answers, capsys):
         refused(
             people.main, config(tmp_path, data=answers, port=port), f"--port {port}: is in use; choose another", capsys
         )
+
+
+def test_without_the_extra_it_is_named(tmp_path, answers, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    refused(people.main, config(tmp_path, data=answers), "pip install 'nanopref[people]'", capsys)
 
 
 def test_a_folder_of_something_else_is_left_alone(serve, tmp_path, answers, capsys):
