@@ -89,6 +89,7 @@ def test_a_wheel_holds_all_and_works_from_anywhere(tmp_path, copy, elsewhere, ot
     installed, found = tmp_path / "installed", sources(tmp_path / "installed")
     assert found == sources(ROOT)
     assert (installed / "nanopref" / "feedback" / "constitution.toml").is_file()
+    assert (installed / "nanopref" / "people.html").is_file()
     assert {"data", "models", "feedback", "learning", "evaluation", "running"} <= {Path(f).parent.name for f in found}
     assert {path.name for path in installed.iterdir()} == {*PACKAGES, "nanopref-0.1.0.dist-info"}
 
