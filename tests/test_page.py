@@ -142,15 +142,16 @@ def test_keys_that_say_nothing(server, visit):
     page.keyboard.press("Escape")
     press(page, server, "Bob", "2")
     assert votes_of(server, "Bob")[-1]["why"] == "bus 102: u" and page.input_value("#why") == ""
+    time.sleep(WAIT)
     page.dblclick("[data-choice=tie]", delay=20)
     time.sleep(WAIT)
-    assert [line["winner"] for line in votes_of(server, "Bob")][2:] in ([], ["tie"])
+    assert [line["winner"] for line in votes_of(server, "Bob")][2:] == ["tie"]
 
 
 def test_two_people_at_once_each_judge_every_pair(server, visit):
     names = ("Cleo", "Dan")
     pages = {name: visit(name) for name in names}
-    assert len({shown(page) for page in pages.values()}) == 1 or server.ask("/next", annotator="Eve")["pair"]
+    assert len({shown(page)[0] for page in pages.values()}) == 1  # each from the first pair on
     for _ in range(3):
         for name, page in pages.items():
             press(page, server, name, "1")

@@ -128,7 +128,8 @@ def as_pairs(votes: Iterable[Vote], aggregate: Callable, notes: Counter) -> list
     notes["pairs dropped: as many people for one answer as for the other"] += len(pairs) - len(decided)
     if not len(decided):
         return []
-    shown = [list(pairs.values())[n] for n in decided]
+    every = list(pairs.values())
+    shown = [every[n] for n in decided]
     kept, a_is_better = aggregate(said[:, decided])
     return [
         Group(shown[n].prompt, (shown[n].a, shown[n].b) if a else (shown[n].b, shown[n].a))

@@ -150,8 +150,8 @@ def conclude(folder: Path, pairs: Sequence[Pair], votes: Sequence[Vote]) -> None
     }  # fmt: skip
     rows = []
     for words, name in shares.items():
-        rate, of, interval = found[name].values()
-        known = (f"{rate:.1%}", f"{interval[0]:.1%} to {interval[1]:.1%}") if of else ("unknown", "")
+        rate, of, within = found[name].values()
+        known = (f"{rate:.1%}", f"{within[0]:.1%} to {within[1]:.1%}") if of else ("unknown", "")
         rows.append((words, *known, f"{of}"))
     if alpha := found.get("alpha"):
         low, high = alpha["alpha_95"]

@@ -52,7 +52,7 @@ class Ballots:
     def __init__(self, folder: Path, people: int = 1):
         """`people` vote on each pair. Raises UserError where a line of the folder's files does not fit."""
         self.people, self.pairs = people, {}
-        self._lock, self._path = threading.Lock(), folder / "pairs.jsonl"
+        self._lock = threading.Lock()
         self._standing: dict[str, list[Vote]] = defaultdict(list)  # of each person, in order
         self._count: Counter[str] = Counter()  # who said something of each pair
         self._open: dict[str, None] = {}  # the pairs that wait for people, in order

@@ -20,7 +20,6 @@ from nanopref.data.votes import (
     pair_id,
     standing,
 )
-from nanopref.feedback.ballots import Ballots
 from nanopref.learning.objectives import OBJECTIVES, kinds
 from nanopref.running.flags import UserError
 
@@ -186,8 +185,7 @@ def test_a_file_without_a_vote_that_decides_is_refused(write, winner):
     assert "holds no vote that decides" in refusal(read, write(jsonl(vote(1, winner)._asdict())))
 
 
-def test_a_line_is_read_as_it_was_written(tmp_path):
+def test_a_line_is_read_as_it_was_written():
     strange = vote(1, "tie", "Zoë \u2028 <b>")._replace(why='"\n', prompt="…")
     strange = strange._replace(id=pair_id(strange.prompt, strange.a, strange.b))
     assert from_row("here", json.loads(strange.line())) == strange and strange.line().count("\n") == 1
-    assert not Ballots(tmp_path).pairs
