@@ -25,7 +25,7 @@ from nanopref.feedback import rewards
 from nanopref.feedback.collect import best_possible, ensure_feedback
 from nanopref.learning import objectives
 from nanopref.learning.objectives import LOGPROBS, LOSSES, OBJECTIVES, Knobs
-from nanopref.models.gpt2 import GPT
+from nanopref.models.language import LM
 from nanopref.models.inference import reference_logprobs
 from nanopref.running import flags, optim, parallel
 from nanopref.running.flags import (
@@ -90,10 +90,10 @@ def train(config: Config) -> None:
         if not file:
             asked = ensure_feedback(run, policy, tokenizer, judge, chooser, kinds, round, config.rounds)
             groups, held_out_groups, notes = asked
-        rows = prepare("DPO", groups, held_out_groups, notes, tokenizer, policy.config.block_size)
+        rows = prepare("DPO", groups, held_out_groups, notes, tokenizer, policy.context)
         for known in (groups, held_out_groups):  # for KTO each prompt also meets the answer to another
             met = unrelated(known) if LOSSES[OBJECTIVES[config.loss].loss].reference_point else []
-            rows += encode(met, tokenizer, policy.config.block_size)[:1]
+            rows += encode(met, tokenizer, policy.context)[:1]
 
         # 3. What is taken off the value of each row, log π_ref, once. After this no reference model is held.
         with run.stage("reference"):
@@ -115,7 +115,7 @@ def train(config: Config) -> None:
 
 
 def fit(
-    run: Run, policy: GPT, data: Part, held_out: Part, strangers: Part, held_out_strangers: Part, knobs: Knobs
+    run: Run, policy: LM, data: Part, held_out: Part, strangers: Part, held_out_strangers: Part, knobs: Knobs
 ) -> None:
     """Descend the objective, as DPO's -log σ(β log π_θ(y_w|x)/π_ref(y_w|x) - β log π_θ(y_l|x)/π_ref(y_l|x))."""
     config, device = run.config, policy.device
@@ -147,7 +147,7 @@ def fit(
 
 
 def preference_losses(
-    policy: GPT, part: Part, z0: Tensor, groups: list[int], config: Config, knobs: Knobs
+    policy: LM, part: Part, z0: Tensor, groups: list[int], config: Config, knobs: Knobs
 ) -> tuple[Tensor, Tensor]:
     """The objective on the implicit rewards β log π_θ(y|x)/π_ref(y|x) of these groups, counted from z₀: losses [G], and
     the sums over them of `objectives.figures`."""
@@ -163,7 +163,7 @@ def preference_losses(
 
 
 @torch.no_grad()
-def reference_point(policy: GPT, strangers: Part, groups: Sequence[int], config: Config) -> Tensor:
+def reference_point(policy: LM, strangers: Part, groups: Sequence[int], config: Config) -> Tensor:
     """z₀ = max(0, mean of log π_θ(y'|x)/π_ref(y'|x)) over a whole batch, y' being the answer to another prompt: how far
     the policy has gone from π_ref (Ethayarajh et al. 2024, section 4.1). 0 for objectives that have no such answers."""
     total = torch.zeros((), device=policy.device)
@@ -175,7 +175,7 @@ def reference_point(policy: GPT, strangers: Part, groups: Sequence[int], config:
     return (parallel.sum_processes(total) / len(groups)).clamp(min=0)
 
 
-def response_values(policy: GPT, part: Part, groups: list[int], config: Config) -> tuple[Batch, Tensor, Tensor, Tensor]:
+def response_values(policy: LM, part: Part, groups: list[int], config: Config) -> tuple[Batch, Tensor, Tensor, Tensor]:
     """The rows of these groups; and of each [B] log π_θ(y|x), what --logprobs makes of that, and the baseline."""
     batch = part.rows.collate(groups).to(policy.device)
     with parallel.autocast(policy.device):
@@ -185,7 +185,7 @@ def response_values(policy: GPT, part: Part, groups: list[int], config: Config) 
 
 
 @torch.no_grad()
-def held_out_metrics(policy: GPT, part: Part, z0: Tensor, n: int, config: Config, knobs: Knobs) -> dict[str, float]:
+def held_out_metrics(policy: LM, part: Part, z0: Tensor, n: int, config: Config, knobs: Knobs) -> dict[str, float]:
     """Loss, accuracy and margin of the implicit rewards on the first n groups; each process takes its share."""
     totals = torch.zeros(7, device=policy.device)
     for piece in micro_batches(range(n), part.rows.lengths(), config.micro_batch, share=True):
@@ -195,7 +195,7 @@ def held_out_metrics(policy: GPT, part: Part, z0: Tensor, n: int, config: Config
 
 
 def report(
-    run: Run, policy: GPT, tokenizer, prompts, held_out_groups, notes: dict, score: rewards.Rewards | None
+    run: Run, policy: LM, tokenizer, prompts, held_out_groups, notes: dict, score: rewards.Rewards | None
 ) -> None:
     """Let policy and reference answer the same new prompts; write report.json and report.png, print the table."""
     config = run.config

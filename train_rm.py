@@ -77,7 +77,7 @@ def train(config: Config) -> None:
     # 2. Groups: some responses of π_SFT to each prompt, and what is said of them; as pairs y_w ≻ y_l.
     if not file:
         groups, held_out_groups, notes = ensure_feedback(run, reference, tokenizer, judge, chooser, kinds)
-    data, held_out = prepare("reward model", groups, held_out_groups, notes, tokenizer, reference.config.block_size)
+    data, held_out = prepare("reward model", groups, held_out_groups, notes, tokenizer, reference.context)
     knobs = objectives.knobs(config, groups)
 
     # 3. Responses of the reference, over which the scores will have mean 0 and standard deviation 1.

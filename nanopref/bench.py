@@ -40,7 +40,8 @@ from nanopref.data.formats import read
 from nanopref.data.groups import Encoded, Group, encode, split, write_groups
 from nanopref.data.tokenizer import Tokenizer
 from nanopref.evaluation.report import table
-from nanopref.models.gpt2 import GPT, PRESETS, GPTConfig, preset
+from nanopref.models.gpt2 import GPT, PRESETS, GPTConfig
+from nanopref.models.language import LM
 from nanopref.models.sampling import generate
 from nanopref.running import flags, optim, parallel
 from nanopref.running.flags import flag, require
@@ -282,7 +283,7 @@ def parts(config: Config, folder: Path, limit: dict) -> Iterator[dict]:
     mask = (torch.arange(T, device=device) >= P).expand(2 * B, T).float()
     optimizer = optim.adamw(gpt, 1e-6)
 
-    def trunk(gpt: GPT, tokens: Tensor) -> None:
+    def trunk(gpt: LM, tokens: Tensor) -> None:
         with parallel.autocast(device):
             hidden = gpt.hidden(tokens)
         hidden.float().sum().backward()
@@ -400,8 +401,8 @@ def main(config: Config) -> None:
     Path(config.out).mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory() as name:
         folder = Path(name)
-        sizes = preset(config.preset, vocab_size=config.vocab_size, block_size=config.tokens)
-        models.save(GPT(sizes), synthetic_tokenizer(config.vocab_size), folder / "model")
+        model = models.new(config.preset, vocab_size=config.vocab_size, block_size=config.tokens)
+        models.save(model, synthetic_tokenizer(config.vocab_size), folder / "model")
         for measure in (step, parts, rollouts):
             if config.only not in ("all", measure.__name__):
                 continue

@@ -52,7 +52,7 @@ def main(config: Config) -> None:
     reference, tokenizer = found[config.reference]
     for name, (policy, other) in found.items():
         require(other == tokenizer, f"{name} and {config.reference} have different tokenizers")
-        same = policy.config.block_size == reference.config.block_size
+        same = policy.context == reference.context
         require(same, f"{name} and {config.reference} have contexts of different length")
     reference.to(device)
     judge = None if config.reward is None else rewards.load(config.reward, reference, tokenizer, config)

@@ -15,8 +15,8 @@ from nanopref.data.formats import read_to_imitate
 from nanopref.data.groups import Encoded, Group, encode, micro_batches, split
 from nanopref.data.tokenizer import Tokenizer
 from nanopref.evaluation import report
-from nanopref.models.gpt2 import GPT, PRESETS, preset
 from nanopref.models.inference import evaluating
+from nanopref.models.language import LM
 from nanopref.models.sampling import respond
 from nanopref.running import flags, optim, parallel
 from nanopref.running.flags import LearningFlags, RunFlags, flag, require
@@ -35,7 +35,7 @@ class Config(LearningFlags, RunFlags):
     out: str = "out/sft"
     data: str = flag("", "JSON Lines (.gz or not): text, prompt/completion, or preferences; default: film reviews")
     init: str = flag("", "start from this model (a folder, or a name on the hub) instead of from nothing")
-    preset: str = flag("tiny", "size of a model that starts from nothing", among=tuple(PRESETS))
+    preset: str = flag("tiny", "size of a model that starts from nothing", among=tuple(models.PRESETS))
     vocab_size: int | None = flag(None, "tokens of a tokenizer trained here", least=257, task=1024, file=4096)
     block_size: int | None = flag(
         None, "longest sequence in tokens; with --init the model's", least=2, task=96, file=256
@@ -59,7 +59,7 @@ def train(config: Config) -> None:
     config = flags.resolve(config, "pretrained" if pretrained else "")
     if model is not None:  # which has sizes of its own
         config.vocab_size, config.block_size = given
-        fits = (config.block_size or 0) <= model.config.block_size
+        fits = (config.block_size or 0) <= model.context
         require(fits, f"--block-size {config.block_size} is more than the context of {config.init}")
     run = Run(config)
     device = parallel.start(config.device, config.seed)
@@ -72,14 +72,14 @@ def train(config: Config) -> None:
             tokenizer = ensure_tokenizer(run.folder / "model", train_groups, config.vocab_size)
         torch.manual_seed(config.seed)
         sizes = {"vocab_size": tokenizer.vocab_size, "block_size": config.block_size, "dropout": config.dropout}
-        model = GPT(preset(config.preset, **sizes))
+        model = models.new(config.preset, **sizes)
     model.to(device)
-    block_size = config.block_size or model.config.block_size
+    block_size = config.block_size or model.context
     data, cut = encode(train_groups, tokenizer, block_size)
     held_out, cut_held_out = encode(held_out_groups, tokenizer, block_size)
     notes += cut + cut_held_out
     counted, parameters = int(data.response_lengths.sum()), sum(p.numel() for p in model.parameters())
-    say(f"SFT: {len(data):,} sequences, {counted:,} tokens that count; a GPT of {parameters / 1e6:.2f}M parameters")
+    say(f"SFT: {len(data):,} sequences, {counted:,} tokens that count; a model of {parameters / 1e6:.2f}M parameters")
     for note, count in notes.items():
         say(f"  {count:,} {note}")
 
@@ -108,7 +108,7 @@ def train(config: Config) -> None:
         conclude(run, model, tokenizer, held_out_groups, notes)
 
 
-def summed_logprobs(model: GPT, data: Encoded, groups: list[int]) -> Tensor:
+def summed_logprobs(model: LM, data: Encoded, groups: list[int]) -> Tensor:
     """Σ log π of the response tokens of these groups, 0-dim."""
     batch = data.collate(groups).to(model.device)
     with parallel.autocast(model.device):
@@ -116,7 +116,7 @@ def summed_logprobs(model: GPT, data: Encoded, groups: list[int]) -> Tensor:
 
 
 @torch.no_grad()
-def held_out_loss(model: GPT, data: Encoded, n: int, micro_batch: int) -> float:
+def held_out_loss(model: LM, data: Encoded, n: int, micro_batch: int) -> float:
     """Mean -log π of a response token of the first n groups, in nats; each process takes its share."""
     groups = range(min(n, len(data)))
     total = torch.zeros((), device=model.device)
@@ -157,12 +157,12 @@ def sample_reviews(config: Config) -> list[Group]:
     return [Group(prompt, (reviews.sample_response(rng, prompt),)) for prompt in prompts]
 
 
-def conclude(run: Run, model: GPT, tokenizer: Tokenizer, held_out: list[Group], notes: Counter) -> None:
+def conclude(run: Run, model: LM, tokenizer: Tokenizer, held_out: list[Group], notes: Counter) -> None:
     """Write report.json and report.png, print the losses and three samples."""
     metrics = run.metrics()
     loss = metrics[-1]["held_out_loss"]
     prompts = [group.prompt for group in held_out[:3]]
-    longest = min(64, model.config.block_size // 2)
+    longest = min(64, model.context // 2)
     answers = respond(model, tokenizer, prompts, max_new_tokens=longest, seed=0, stream="samples")
     panel = report.curves(metrics, {"loss": "training", "held_out_loss": "held out"}, "SFT loss, nats per token")
     report.plot([panel], run.folder / "report.png")

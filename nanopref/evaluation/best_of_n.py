@@ -12,7 +12,7 @@ import numpy as np
 
 from nanopref.data.tokenizer import Tokenizer
 from nanopref.feedback.rewards import Reward
-from nanopref.models.gpt2 import GPT
+from nanopref.models.language import LM
 from nanopref.models.sampling import respond
 
 
@@ -79,7 +79,7 @@ def kl(scores, n: int) -> np.ndarray:
 
 
 def measure(
-    policy: GPT, tokenizer: Tokenizer, prompts: Sequence[str], score: Reward, others: dict[str, Reward], n: int,
+    policy: LM, tokenizer: Tokenizer, prompts: Sequence[str], score: Reward, others: dict[str, Reward], n: int,
     **sampling,
 ) -> list[dict[str, float]]:  # fmt: skip
     """Best-of-1, 2, 4 … of n answers to each prompt, by `score`: what that is worth, by itself and by the others, its

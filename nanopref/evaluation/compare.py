@@ -17,8 +17,8 @@ from nanopref.data.groups import encode_prompt
 from nanopref.data.tokenizer import Tokenizer
 from nanopref.evaluation.metrics import win_rate
 from nanopref.feedback.rewards import Rewards, true_reward
-from nanopref.models.gpt2 import GPT
 from nanopref.models.inference import response_logprobs
+from nanopref.models.language import LM
 from nanopref.models.sampling import pack, respond
 
 
@@ -32,8 +32,8 @@ def new_prompts(file: str, n: int, seed: int) -> list[str]:
 
 
 def compare(
-    policy: GPT,
-    reference: GPT,
+    policy: LM,
+    reference: LM,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     *,

@@ -17,7 +17,7 @@ from nanopref.data.tokenizer import Tokenizer
 from nanopref.data.votes import AGGREGATES
 from nanopref.feedback import voting
 from nanopref.feedback.rewards import Rewards, as_answers, true_reward, true_rewards
-from nanopref.models.gpt2 import GPT
+from nanopref.models.language import LM
 from nanopref.models.sampling import respond
 from nanopref.running.flags import require
 from nanopref.running.folder import Run, write_atomic
@@ -146,7 +146,7 @@ FEEDBACK = {"pairs": _pairs, "labels": _labels, "rankings": _rankings, "ratings"
 
 
 def collect(
-    policy: GPT,
+    policy: LM,
     tokenizer: Tokenizer,
     prompts: list[str],
     judge: Rewards,
@@ -179,7 +179,7 @@ def collect(
     texts = [[answer.text if answer.ended else "" for answer in found[i :: len(prompts)]] for i in range(len(prompts))]
     there = np.array([[bool(text.strip()) for text in row] for row in texts])
     asked = [Group(x, (text,)) for x, row in zip(prompts, texts, strict=True) for text in row if text.strip()]
-    said = as_answers(asked, tokenizer, policy.config.block_size)
+    said = as_answers(asked, tokenizer, policy.context)
 
     def check(left: int) -> None:
         of = len(prompts) * groups_of(answers, feedback, select, len(voters) or annotators, votes)
@@ -233,7 +233,7 @@ def _with_reason(group: Group, judge: Rewards, spoken: dict[tuple[str, str], Ten
 
 def ensure_feedback(
     run: Run,
-    policy: GPT,
+    policy: LM,
     tokenizer: Tokenizer,
     judge: Rewards,
     chooser: Rewards | None,

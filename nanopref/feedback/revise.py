@@ -8,12 +8,12 @@ from collections.abc import Sequence
 
 from nanopref.data.tokenizer import Tokenizer
 from nanopref.feedback.rules import Rule, broken
-from nanopref.models.gpt2 import GPT
+from nanopref.models.language import LM
 from nanopref.models.sampling import respond
 
 
 def revise(
-    policy: GPT, tokenizer: Tokenizer, prompts: Sequence[str], rules: Sequence[Rule], *, tries: int = 8, **sampling
+    policy: LM, tokenizer: Tokenizer, prompts: Sequence[str], rules: Sequence[Rule], *, tries: int = 8, **sampling
 ) -> list[dict[str, str]]:
     """An answer to each prompt and, where it breaks a rule, a revision: a row each, for SFT on the completions.
 

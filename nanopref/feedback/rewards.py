@@ -29,8 +29,8 @@ from nanopref.data import reviews
 from nanopref.data.groups import Encoded, Group, encode
 from nanopref.data.tokenizer import Tokenizer
 from nanopref.feedback import rules
-from nanopref.models.gpt2 import GPT
 from nanopref.models.inference import response_logprobs, response_scores
+from nanopref.models.language import LM
 from nanopref.models.sampling import Answer, pack, response_text
 from nanopref.models.scalar import ScalarModel
 from nanopref.running.flags import RewardError, UserError, require
@@ -63,7 +63,7 @@ def model_reward(model: ScalarModel, doubt: float = 0.0, batch_size: int = 64) -
     return reward
 
 
-def implicit_reward(policy: GPT, reference: GPT, beta: float, batch_size: int = 64) -> Reward:
+def implicit_reward(policy: LM, reference: LM, beta: float, batch_size: int = 64) -> Reward:
     """β log π(y|x)/π_ref(y|x) (Rafailov et al. 2023, eq. 5), of the policy as it is when it is asked."""
 
     def reward(answers: Sequence[Answer]) -> Tensor:
@@ -182,7 +182,7 @@ def parse(word: str) -> tuple[str, float]:
     return found
 
 
-def load(words: Sequence[str], policy: GPT | None, tokenizer: Tokenizer | None, config: Any) -> Rewards | None:
+def load(words: Sequence[str], policy: LM | None, tokenizer: Tokenizer | None, config: Any) -> Rewards | None:
     """Whoever `words` name, on the policy's device; None where there is no policy yet, for which all is checked that
     can be. The config has the flag doubt and perhaps data, init and micro_batch.
 
@@ -221,7 +221,7 @@ def load(words: Sequence[str], policy: GPT | None, tokenizer: Tokenizer | None, 
     return None if policy is None else Rewards(found, torch.tensor(weights), scalar)
 
 
-def who(config: Any, policy: GPT | None, tokenizer: Tokenizer | None) -> tuple[Rewards | None, Rewards | None]:
+def who(config: Any, policy: LM | None, tokenizer: Tokenizer | None) -> tuple[Rewards | None, Rewards | None]:
     """Who judges, by --reward, or else with the built-in task's true reward in mind; and who selects, by --chooser."""
     people = () if config.data or config.judged else ("true",)  # what they said elsewhere is read and not asked
     words = people if config.reward is None else config.reward
@@ -237,7 +237,7 @@ def who(config: Any, policy: GPT | None, tokenizer: Tokenizer | None) -> tuple[R
 TASK = {"true": true_reward, "specificity": specificity}  # what only the built-in task has
 
 
-def load_model(name: str | Path, policy: GPT, tokenizer: Tokenizer) -> ScalarModel:
+def load_model(name: str | Path, policy: LM, tokenizer: Tokenizer) -> ScalarModel:
     """The reward model of a folder, on the policy's device. Raises UserError where it cannot judge what that writes."""
     model, other = models.load_scalar(name)
     _check_fit(name, model, other, policy, tokenizer)
@@ -247,13 +247,13 @@ def load_model(name: str | Path, policy: GPT, tokenizer: Tokenizer) -> ScalarMod
     return model
 
 
-def _check_fit(name: str | Path, model: GPT | ScalarModel, other: Tokenizer, policy: GPT, tokenizer: Tokenizer) -> None:
+def _check_fit(name: str | Path, model: LM | ScalarModel, other: Tokenizer, policy: LM, tokenizer: Tokenizer) -> None:
     require(other == tokenizer, f"--reward {name}: its tokenizer is not the policy's, so it would misread it")
-    longest, needed = model.config.block_size, policy.config.block_size
+    longest, needed = model.context, policy.context
     require(longest >= needed, f"--reward {name}: its context of {longest} is less than the policy's {needed}")
 
 
-def _implicit(name: str, policy: GPT | None, tokenizer: Tokenizer, init: str, batch_size: int) -> Reward | None:
+def _implicit(name: str, policy: LM | None, tokenizer: Tokenizer, init: str, batch_size: int) -> Reward | None:
     """The implicit reward of a run's policy, or of the one in hand, whose folder --init names."""
     folder = name.partition(":")[2]
     start = made_from([folder or init])

@@ -10,7 +10,7 @@ from torch import Tensor
 from nanopref.data.groups import Batch, Encoded, micro_batches
 from nanopref.data.tokenizer import Tokenizer
 from nanopref.models.actor_critic import Learner
-from nanopref.models.gpt2 import GPT
+from nanopref.models.language import LM
 from nanopref.models.sampling import Answer, pack, respond
 from nanopref.running import parallel
 
@@ -30,7 +30,7 @@ class Rollout(NamedTuple):
 
 @torch.no_grad()
 def roll_out(
-    learner: Learner, reference: GPT, tokenizer: Tokenizer, queries: list[str], step: int, config: Any
+    learner: Learner, reference: LM, tokenizer: Tokenizer, queries: list[str], step: int, config: Any
 ) -> Rollout:
     """The policy answers each query. Of these and the replayed answers, the log-probs as they were sampled, those of
     policy and reference, and the critic's values. The config has SamplingFlags, micro_batch, temperature and seed."""

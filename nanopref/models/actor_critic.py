@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from nanopref.data.groups import Batch
-from nanopref.models.gpt2 import GPT
+from nanopref.models.language import LM
 from nanopref.models.scalar import ScalarModel
 from nanopref.running import parallel
 
@@ -15,7 +15,7 @@ from nanopref.running import parallel
 class Learner(nn.Module):
     """All that learns, and what else --resume must find again: β, which may adapt, and what earlier rounds left."""
 
-    def __init__(self, policy: GPT, critic: ScalarModel | None, beta: float):
+    def __init__(self, policy: LM, critic: ScalarModel | None, beta: float):
         super().__init__()
         self.policy, self.critic = policy, critic
         self.register_buffer("beta", torch.tensor(beta, dtype=torch.float64))
@@ -51,7 +51,7 @@ class Learner(nn.Module):
             return self.critic.read(hidden)[..., 0]
 
 
-def new_critic(kind: str, policy: GPT, reward_models: Sequence[ScalarModel]) -> ScalarModel:
+def new_critic(kind: str, policy: LM, reward_models: Sequence[ScalarModel]) -> ScalarModel:
     """A critic for PPO. "network": one that starts from a reward model, which knows what a response is worth (Stiennon
     et al. 2020), or without one from the policy with a head that says 0. "head": such a head on the policy itself."""
     if kind == "network" and reward_models:

@@ -10,13 +10,23 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nanopref.data.tokenizer import Tokenizer
-from nanopref.models import gpt2
-from nanopref.models.gpt2 import GPT, GPTConfig
+from nanopref.models import gpt2, llama
+from nanopref.models.language import LM
 from nanopref.models.scalar import ScalarModel
 from nanopref.running.flags import UserError, require
 from nanopref.running.folder import write_atomic
 
-FAMILIES: dict[str, ModuleType] = {"gpt2": gpt2}  # by the model_type of their config.json
+# by the model_type of their config.json
+FAMILIES: dict[str, ModuleType] = {"gpt2": gpt2, "llama": llama, "qwen2": llama, "qwen3": llama}
+PRESETS = {name: family for family in (gpt2, llama) for name in family.PRESETS}
+DOWNLOADED = ["*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json"]
+DOWNLOADED += ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]
+
+
+def new(name: str, **sizes) -> LM:
+    """A model of a preset's shape that has learnt nothing; `sizes` are vocab_size, block_size and dropout."""
+    require(name in PRESETS, f"there is no model preset {name!r}; choose one of {', '.join(PRESETS)}")
+    return PRESETS[name].Model(PRESETS[name].preset(name, **sizes))
 
 
 def find(name: str | Path) -> Path:
@@ -33,14 +43,13 @@ def find(name: str | Path) -> Path:
             f"{name}: no such folder; to load it from the Hugging Face hub, pip install 'nanopref[hub]'"
         ) from None
     try:
-        files = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
-        return Path(snapshot_download(str(name), allow_patterns=files))
+        return Path(snapshot_download(str(name), allow_patterns=DOWNLOADED))
     except Exception as error:  # the hub's own errors are many, and all mean the same here
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{name}: neither a folder nor a model that the hub could give: {reason}") from None
 
 
-def load(name: str | Path, *, dropout: float = 0.0) -> tuple[GPT, Tokenizer]:
+def load(name: str | Path, *, dropout: float = 0.0) -> tuple[LM, Tokenizer]:
     """The policy in a folder (or of that name on the hub), and the tokenizer beside it, or GPT-2's own where that fits.
 
     Raises UserError, in one sentence, where either is missing or broken, or where one does not fit the other.
@@ -51,7 +60,7 @@ def load(name: str | Path, *, dropout: float = 0.0) -> tuple[GPT, Tokenizer]:
     return model, _tokenizer(folder, model)
 
 
-def load_init(name: str) -> tuple[GPT | None, Tokenizer | None, str]:
+def load_init(name: str) -> tuple[LM | None, Tokenizer | None, str]:
     """`load` of what --init names, or None; and "pretrained", which asks for small steps, if it was not made here."""
     if not name:
         return None, None, ""
@@ -69,7 +78,7 @@ def load_scalar(name: str | Path) -> tuple[ScalarModel, Tokenizer]:
     return model, _tokenizer(folder, transformer)
 
 
-def save(model: GPT | ScalarModel, tokenizer: Tokenizer, folder: str | Path, **settings) -> None:
+def save(model: LM | ScalarModel, tokenizer: Tokenizer, folder: str | Path, **settings) -> None:
     """Write model and tokenizer as `transformers` reads them, with `settings` in config.json; each file appears whole.
 
     config.json, which makes it a model folder, comes last.
@@ -79,21 +88,22 @@ def save(model: GPT | ScalarModel, tokenizer: Tokenizer, folder: str | Path, **s
     tokenizer.save(folder)
     scalar = isinstance(model, ScalarModel)
     body = model.transformer if scalar else model
-    family = FAMILIES["gpt2"]
-    tensors = family.to_tensors(body)
-    settings = family.to_settings(body.config) | {"architectures": [f"{family.ARCHITECTURE}LMHeadModel"], **settings}
+    family = next(family for family in FAMILIES.values() if isinstance(body, family.Model))
+    tensors = {name: x.cpu() for name, x in family.to_tensors(body).items()}
+    settings = family.to_settings(body.config, scalar) | settings
     if scalar:
+        tensors.pop("lm_head.weight", None)  # which says nothing here
         tensors["score.weight"] = model.score.weight.detach().cpu()
         labels = {str(i): f"LABEL_{i}" for i in range(model.heads)}
-        settings |= {"architectures": [f"{family.ARCHITECTURE}ForSequenceClassification"], "id2label": labels}
-        settings |= {"label2id": {label: int(i) for i, label in labels.items()}}
+        settings |= {"id2label": labels, "label2id": {label: int(i) for i, label in labels.items()}}
         # `transformers` reads a score at the last token that is no padding: the zero byte, which no text holds
         settings["pad_token_id"] = tokenizer.ranks[b"\0"]
     write_atomic(folder / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    (folder / INDEX).unlink(missing_ok=True)  # of a model in shards that was here before
     write_atomic(folder / "config.json", json.dumps(settings, indent=2) + "\n")
 
 
-def _read(folder: Path, dropout: float) -> tuple[GPT, Tensor | None]:
+def _read(folder: Path, dropout: float) -> tuple[LM, Tensor | None]:
     """The transformer in a folder and, where there is one, its scalar head [heads, D]."""
     path = folder / "config.json"
     try:
@@ -102,33 +112,60 @@ def _read(folder: Path, dropout: float) -> tuple[GPT, Tensor | None]:
         require(kind in FAMILIES, f"{path}: model_type is {kind!r}, but only {', '.join(FAMILIES)} can be loaded")
         family = FAMILIES[kind]
         config = family.from_settings(settings, str(path), dropout)
-    except KeyError:
+    except KeyError as error:
         hint = "is it a run that has no model yet? --resume continues it"
-        raise UserError(f"{path}: not a GPT-2 configuration ({hint})") from None
+        raise UserError(f"{path}: not a model's configuration, it lacks {error} ({hint})") from None
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not a GPT-2 configuration ({type(error).__name__}: {error})") from None
+        raise UserError(f"{path}: not a model's configuration ({type(error).__name__}: {error})") from None
     with torch.device("meta"):
-        model = GPT(config)
-    weights, head = _weights(folder / "model.safetensors", family, model)
+        model = family.Model(config)
+    found = _tensors(folder)
+    if "score.weight" in found:  # a head in place of the unembedding
+        model.lm_head = None
+    weights, head = _fitted(folder / "model.safetensors", found, family, model)
     model.load_state_dict(weights, assign=True)
     return model, head
 
 
-def _weights(path: Path, family: ModuleType, model: GPT) -> tuple[dict[str, Tensor], Tensor | None]:
-    """The weights of a file, under the model's names, and its scalar head: float32. UserError where they do not fit."""
-    if not path.is_file():
-        pickles = [p.name for p in path.parent.glob("*.bin")] + [p.name for p in path.parent.glob("*.pt")]
-        hint = f"; {pickles[0]} is a pickle and is never loaded: convert it to safetensors" if pickles else ""
-        raise UserError(f"{path}: no such file{hint}")
-    try:
-        found = load_file(path)
-    except SafetensorError as error:
-        raise UserError(f"{path}: not a safetensors file (a pickle, or cut off?): {error}") from None
+INDEX = "model.safetensors.index.json"
+
+
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    """What the folder's file of weights holds, or its shards. UserError where one is missing or damaged."""
+    path = folder / "model.safetensors"
+    paths = [path]
+    if not path.is_file() and (folder / INDEX).is_file():
+        try:
+            names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+            paths = [folder / Path(name).name for name in names]  # beside it, whatever the index says
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{folder / INDEX}: no index of shards ({type(error).__name__}: {error})") from None
+    found: dict[str, Tensor] = {}
+    for path in paths:
+        if not path.is_file():
+            pickles = [p.name for p in path.parent.glob("*.bin")] + [p.name for p in path.parent.glob("*.pt")]
+            hint = f"; {pickles[0]} is a pickle and is never loaded: convert it to safetensors" if pickles else ""
+            raise UserError(f"{path}: no such file{hint}")
+        try:
+            found |= load_file(path)
+        except SafetensorError as error:
+            raise UserError(f"{path}: not a safetensors file (a pickle, or cut off?): {error}") from None
+    return found
+
+
+def _fitted(
+    path: Path, found: dict[str, Tensor], family: ModuleType, model: LM
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """The weights under the model's names, and the scalar head: float32. UserError where they do not fit."""
     score = found.pop("score.weight", None)
     width = model.config.n_embd
     fits = score is None or (score.dim() == 2 and score.shape[1] == width)
     require(fits, f"{path}: score.weight is {[] if score is None else list(score.shape)}, not [heads, {width}]")
     found, wanted = family.from_tensors(found, str(path)), model.state_dict()
+    if "lm_head.weight" not in wanted and "lm_head.weight" in found:  # some write the tied unembedding once more
+        head = found.pop("lm_head.weight")
+        tied = score is not None or torch.equal(head, found.get("embed_tokens.weight", head))
+        require(tied, f"{path}: lm_head.weight is not tied to the embedding, as config.json says")
     missing, extra = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
     require(not missing, f"{path}: {len(missing)} tensors are missing, the first is {''.join(missing[:1])}")
     require(not extra, f"{path}: {len(extra)} tensors do not belong to the model, the first is {''.join(extra[:1])}")
@@ -143,16 +180,15 @@ def _weights(path: Path, family: ModuleType, model: GPT) -> tuple[dict[str, Tens
     return {name: named[name] for name in wanted}, named.get("score.weight")
 
 
-def _tokenizer(folder: Path, model: GPT) -> Tokenizer:
+def _tokenizer(folder: Path, model: LM) -> Tokenizer:
     there, size = (folder / "tokenizer.json").exists(), model.config.vocab_size
-    is_gpt2s = size == GPTConfig.vocab_size
+    is_gpt2s = isinstance(model, gpt2.GPT) and size == gpt2.GPTConfig.vocab_size
     require(there or is_gpt2s, f"{folder}: no tokenizer.json there, and a vocabulary of {size} is not GPT-2's")
     try:
         tokenizer = Tokenizer.load(folder) if there else Tokenizer.gpt2()
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from None
-    require(
-        tokenizer.vocab_size == size,
-        f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens and the model {size}; they do not belong together",
-    )
+    fits = tokenizer.vocab_size <= size  # some models have rows that no token uses
+    require(fits, f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens and the model only {size}; they do not "
+            "belong together")  # fmt: skip
     return tokenizer

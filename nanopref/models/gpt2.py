@@ -3,8 +3,6 @@
 Radford et al. 2019: pre-LN blocks, learned positions, tanh-GELU, unembedding tied to the embedding. Parameter names are
 those of `transformers`' GPT2LMHeadModel below `transformer.`; only the Linear weights are stored transposed there
 (Conv1D), so saving and loading is a renaming.
-
-Padding goes to the right of the real tokens: under causal attention nothing real can look at it.
 """
 
 import math
@@ -12,13 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-import kernels
-from kernels.reference import IGNORE
-from nanopref.models.cache import KVCache
+from nanopref.models.language import LM, Cached, attend
 from nanopref.running.flags import require
 
 
@@ -34,6 +29,14 @@ class GPTConfig:
         default=False, compare=False
     )  # made here, which takes larger steps than a pretrained one
 
+    @property
+    def n_kv_head(self) -> int:
+        return self.n_head
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
+
 
 PRESETS = {  # name: layers, heads, width
     "tiny": (4, 4, 128),
@@ -47,7 +50,6 @@ PRESETS = {  # name: layers, heads, width
 
 def preset(name: str, *, vocab_size: int, block_size: int, dropout: float = 0.0) -> GPTConfig:
     """The configuration of a size by its name."""
-    require(name in PRESETS, f"there is no model preset {name!r}; choose one of {', '.join(PRESETS)}")
     return GPTConfig(vocab_size, block_size, *PRESETS[name], dropout, from_scratch=True)
 
 
@@ -58,19 +60,10 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor, cached: tuple[Tensor, ...] | None = None) -> Tensor:
+    def forward(self, x: Tensor, cached: Cached | None = None) -> Tensor:
         B, T, D = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, D // self.n_head).permute(2, 0, 3, 1, 4)
-        if cached is None:
-            dropout = self.dropout if self.training else 0.0
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
-        else:
-            keys, values, rows, positions, mask = cached
-            keys[rows, :, positions] = k.transpose(1, 2).to(keys.dtype)
-            values[rows, :, positions] = v.transpose(1, 2).to(values.dtype)
-            seen = mask.shape[-1]  # columns that no row has reached yet are left out
-            y = F.scaled_dot_product_attention(q.to(keys.dtype), keys[:, :, :seen], values[:, :, :seen], attn_mask=mask)
-        y = y.transpose(1, 2).reshape(B, T, D)
+        y = attend(q, k, v, cached, self.dropout if self.training else 0.0)
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 
 
@@ -94,17 +87,17 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cached=None) -> Tensor:
+    def forward(self, x: Tensor, cached: Cached | None = None) -> Tensor:
         x = x + self.attn(self.ln_1(x), cached)
         return x + self.mlp(self.ln_2(x))
 
 
-class GPT(nn.Module):
+class GPT(LM):
     def __init__(self, config: GPTConfig):
         super().__init__()
         if config.n_embd % config.n_head:
             raise ValueError(f"the width {config.n_embd} is no multiple of the number of heads {config.n_head}")
-        self.config = config
+        self.config, self.context = config, config.block_size
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -126,73 +119,23 @@ class GPT(nn.Module):
     def blocks(self) -> nn.ModuleList:
         return self.h
 
-    @property
-    def device(self) -> torch.device:
-        return self.wte.weight.device
+    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        return F.dropout(self.wte(tokens) + self.wpe(positions), self.config.dropout, self.training)
 
-    def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-        """tokens [B, T] -> the last hidden states [B, T, D], after the final LayerNorm.
-
-        With a cache, `tokens` continue each row where its cache ends, and `cache.lengths` grows by T. A caller that
-        padded a row on the right sets its length back to the real one: the padding's entries are overwritten later
-        and never seen. Raises ValueError where a row would outgrow the context or the cache (not with `cache.seen`).
-        """
-        T = tokens.shape[1]
-        if cache is None:
-            if T > self.config.block_size:
-                raise ValueError(f"{T} tokens are more than the context of {self.config.block_size}")
-            positions, cached = torch.arange(T, device=tokens.device), None
-        else:
-            positions = cache.lengths[:, None] + torch.arange(T, device=tokens.device)
-            seen = cache.seen or int(positions.max()) + 1
-            if not cache.seen and seen > min(cache.keys.shape[3], self.config.block_size):
-                raise ValueError(f"{seen} tokens are more than the cache or the context holds")
-            unseen = torch.arange(seen, device=tokens.device) > positions[:, None, :, None]
-            mask = torch.zeros(unseen.shape, device=tokens.device, dtype=cache.keys.dtype)
-            mask.masked_fill_(unseen, -torch.inf)  # added to the scores of every layer
-            cached = torch.arange(len(tokens), device=tokens.device)[:, None], positions, mask
-            cache.lengths += T
-        x = F.dropout(self.wte(tokens) + self.wpe(positions), self.config.dropout, self.training)
-        for i, block in enumerate(self.h):
-            x = block(x, cached and (cache.keys[i], cache.values[i], *cached))
+    def final_norm(self, x: Tensor) -> Tensor:
         return self.ln_f(x)
-
-    def logprobs(
-        self, hidden: Tensor, targets: Tensor, mask: Tensor, temperature: float = 1.0, entropy: bool = False
-    ) -> Any:
-        """hidden [B, T, D] -> log π(targets) [B, T] in float32, 0 where the mask is 0; with `entropy` entropies too."""
-        counted = targets.where(mask.bool(), IGNORE).flatten()
-        results = kernels.token_logprobs(
-            hidden.flatten(0, 1), self.unembedding, counted, temperature=temperature, entropy=entropy
-        )
-        return tuple(x.view_as(targets) for x in results) if entropy else results.view_as(targets)
-
-    def forward(
-        self, tokens: Tensor, targets: Tensor, mask: Tensor, temperature: float = 1.0, entropy: bool = False
-    ) -> Any:
-        """tokens, targets, mask [B, T] -> log π(targets[:, t] | tokens[:, :t + 1]) [B, T], nats, float32, 0 where the
-        mask is 0; with `entropy` the pair (log-probs, entropies). What a training step needs is this one call."""
-        return self.logprobs(self.hidden(tokens), targets, mask, temperature, entropy)
-
-    def logits(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-        """tokens [B, T] -> logits [B, T, V] in float32, as the log-probs are made from."""
-        return kernels.reference.logits(self.hidden(tokens, cache), self.unembedding)
-
-    def new_cache(self, batch: int, length: int, *, dtype: torch.dtype = torch.float32) -> KVCache:
-        """Room for `batch` rows of `length` tokens, for `hidden` and `logits`."""
-        c = self.config
-        return KVCache(c.n_layer, c.n_head, c.n_embd // c.n_head, batch, length, device=self.device, dtype=dtype)
 
 
 # ---- Hugging Face's format -------------------------------------------------------------------------------------------
 
-ARCHITECTURE = "GPT2"  # of GPT2LMHeadModel and GPT2ForSequenceClassification
+Model = GPT
 PREFIX = "transformer."
 
 
-def to_settings(c: GPTConfig) -> dict[str, Any]:
-    """What config.json says of a model."""
+def to_settings(c: GPTConfig, scalar: bool = False) -> dict[str, Any]:
+    """What config.json says of a model, or of one with a scalar head."""
     return {
+        "architectures": ["GPT2ForSequenceClassification" if scalar else "GPT2LMHeadModel"],
         "model_type": "gpt2",
         "activation_function": "gelu_new",
         "vocab_size": c.vocab_size,
@@ -236,7 +179,7 @@ def from_settings(settings: dict[str, Any], where: str, dropout: float) -> GPTCo
 def to_tensors(model: GPT) -> dict[str, Tensor]:
     """The weights by their names and in their layout there."""
     tensors = {name: p.t() if _is_conv1d(name) else p for name, p in model.state_dict().items()}
-    return {PREFIX + name: p.contiguous().cpu() for name, p in tensors.items()}
+    return {PREFIX + name: p.contiguous() for name, p in tensors.items()}
 
 
 def from_tensors(found: dict[str, Tensor], where: str) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from nanopref.data.groups import Batch, Encoded, micro_batches
-from nanopref.models.gpt2 import GPT
+from nanopref.models.language import LM
 from nanopref.models.scalar import ScalarModel
 from nanopref.running import parallel
 from nanopref.running.flags import UserError, require
@@ -20,7 +20,11 @@ from nanopref.running.parallel import autocast, progress
 
 
 def response_logprobs(
-    model: GPT, encoded: Encoded, description: str = "log-probs", batch_size: int = 64, temperature: float = 1.0
+    model: LM,
+    encoded: Encoded,
+    description: str = "log-probs",
+    batch_size: int = 64,
+    temperature: float = 1.0,
 ) -> Tensor:
     """log π(y|x) of each row [N], on the CPU."""
     return _by_batches(
@@ -29,7 +33,7 @@ def response_logprobs(
     )  # fmt: skip
 
 
-def reference_logprobs(path: Path, model: GPT | None, *parts: Encoded, batch_size: int = 64) -> tuple[Tensor, ...]:
+def reference_logprobs(path: Path, model: LM | None, *parts: Encoded, batch_size: int = 64) -> tuple[Tensor, ...]:
     """log π_ref(y|x) of each row of each part; kept in a file, so that a resumed run needs no reference model, and is
     told where the data have changed. 0 without a model.
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from kernels.reference import logits as float32_logits
 from nanopref.data.groups import Encoded, encode_prompt, pad
 from nanopref.data.tokenizer import Tokenizer
-from nanopref.models.gpt2 import GPT
 from nanopref.models.inference import evaluating
+from nanopref.models.language import LM
 from nanopref.running import parallel
 from nanopref.running.flags import require
 
@@ -90,7 +90,7 @@ def _invert(p: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.inference_mode()
 def generate(
-    model: GPT,
+    model: LM,
     prompts: Sequence[list[int]],
     max_new_tokens: int,
     *,
@@ -111,7 +111,7 @@ def generate(
     check_sampling(max_new_tokens, temperature, top_k, top_p)
     longest, device, B = check_room(prompts, model), model.device, len(prompts)
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    room = min(longest + max_new_tokens, model.config.block_size)
+    room = min(longest + max_new_tokens, model.context)
     asked, max_new_tokens = max_new_tokens, min(max_new_tokens, room - min(map(len, prompts)))
     dtype = torch.bfloat16 if torch.is_autocast_enabled(device.type) else torch.float32
     static = device.type == "cuda" if static is None else static
@@ -140,7 +140,7 @@ def generate(
         tokens[alive, place] = token[:, 0]
         logprobs[alive, place] = distribution.gather(1, token)[:, 0]
         counts[alive] += going
-        going.logical_and_(token[:, 0] != end_of_text).logical_and_(cache.lengths + 1 < model.config.block_size)
+        going.logical_and_(token[:, 0] != end_of_text).logical_and_(cache.lengths + 1 < model.context)
         cache.lengths *= going  # a row that is done but still here must not outgrow the cache
         hidden.copy_(model.hidden(token, cache)[:, 0])
         place.add_(1)
@@ -182,9 +182,9 @@ def record(step: Callable[[], None]) -> Callable[[], None]:
     return graph.replay
 
 
-def check_room(prompts: Sequence[list[int]], model: GPT) -> int:
+def check_room(prompts: Sequence[list[int]], model: LM) -> int:
     """The length of the longest prompt; UserError where it leaves no room to respond."""
-    longest, context = max(map(len, prompts)), model.config.block_size
+    longest, context = max(map(len, prompts)), model.context
     message = f"a prompt of {longest} tokens leaves no room to respond in a context of {context}"
     require(longest < context, message)
     return longest
@@ -199,13 +199,13 @@ def check_sampling(max_new_tokens: int, temperature: float, top_k: int, top_p: f
     require(0 < top_p <= 1, f"--top-p must be above 0 and at most 1, not {top_p}")
 
 
-def room_for_prompt(model: GPT, max_new_tokens: int) -> int:
+def room_for_prompt(model: LM, max_new_tokens: int) -> int:
     """How many tokens of a prompt are kept: all that leaves `max_new_tokens`, and at least half the context."""
-    return max(model.config.block_size - max_new_tokens, model.config.block_size // 2)
+    return max(model.context - max_new_tokens, model.context // 2)
 
 
 def respond(
-    model: GPT,
+    model: LM,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     *,

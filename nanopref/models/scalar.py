@@ -1,10 +1,12 @@
 """A model that says a number of each token: a reward model, or a critic."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanopref.models.gpt2 import GPT, GPTConfig
+from nanopref.models.language import LM
 
 
 class ScalarModel(nn.Module):
@@ -15,7 +17,7 @@ class ScalarModel(nn.Module):
     float32, under autocast too: 8 bits would leave a few hundred different scores.
     """
 
-    def __init__(self, transformer: GPT, heads: int = 1):
+    def __init__(self, transformer: LM, heads: int = 1):
         super().__init__()
         self.transformer = transformer
         self.score = nn.Linear(transformer.config.n_embd, heads, bias=False)
@@ -23,8 +25,12 @@ class ScalarModel(nn.Module):
         nn.init.normal_(self.score.weight, std=(transformer.config.n_embd + 1) ** -0.5)
 
     @property
-    def config(self) -> GPTConfig:
+    def config(self) -> Any:
         return self.transformer.config
+
+    @property
+    def context(self) -> int:
+        return self.transformer.context
 
     @property
     def blocks(self) -> nn.ModuleList:

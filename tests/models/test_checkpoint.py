@@ -234,7 +234,7 @@ def test_missing_weights_are_refused(folder):
 )
 def test_a_config_that_is_none_is_refused(folder, content):
     (folder / "config.json").write_bytes(content if isinstance(content, bytes) else content.encode())
-    assert f"{folder / 'config.json'}: not a GPT-2 configuration" in message_of(models.load, folder)
+    assert f"{folder / 'config.json'}: not a model's configuration" in message_of(models.load, folder)
 
 
 @pytest.mark.parametrize("key", ["vocab_size", "n_positions", "n_layer", "n_head", "n_embd"])
@@ -248,7 +248,7 @@ def test_sizes_that_are_none_are_refused(folder, key, value):
 @pytest.mark.parametrize(
     "key, value",
     [
-        ("model_type", "llama"),
+        ("model_type", "mistral"),
         ("activation_function", "relu"),
         ("activation_function", "gelu"),
         ("layer_norm_epsilon", 1e-6),
@@ -279,10 +279,10 @@ def test_a_config_of_other_sizes_is_refused(folder):
 # ---- the tokenizer beside it -----------------------------------------------------------------------------------------
 
 
-def test_a_vocabulary_that_does_not_fit_is_refused(folder):
-    Tokenizer.train(["aaa bb"], 258).save(folder)
+def test_a_vocabulary_that_is_larger_than_the_models_is_refused(folder):
+    Tokenizer.train(["aaa bbb cc ddd eee"], 262).save(folder)
     message = message_of(models.load, folder)
-    assert str(folder) in message and "258" in message and "260" in message
+    assert str(folder) in message and "262" in message and "260" in message
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"model": 3}'])

@@ -148,7 +148,7 @@ def test_the_presets_have_the_published_sizes(name, parameters):
 def test_presets_by_name():
     assert preset("tiny", vocab_size=5, block_size=7, dropout=0.5) == GPTConfig(5, 7, *PRESETS["tiny"], 0.5)
     assert preset("gpt2", vocab_size=50257, block_size=1024) == GPTConfig()
-    assert "gpt2-xl" in message_of(lambda: preset("huge", vocab_size=5, block_size=7))
+    assert "gpt2-xl" in message_of(lambda: models.new("huge", vocab_size=5, block_size=7))
 
 
 def test_dropout_only_in_training():

@@ -1,0 +1,125 @@
+"""What all families of language models share: from tokens to hidden states, with or without a cache, to log-probs.
+
+Padding goes to the right of the real tokens: under causal attention nothing real can look at it.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import kernels
+from kernels.reference import IGNORE
+from nanopref.models.cache import KVCache
+
+Cached = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # a layer's keys and values, rows, positions, mask: see `attend`
+
+
+class LM(nn.Module):
+    """A family adds its blocks, called with (x, cached, *context), and what the methods below ask for.
+
+    `config` has vocab_size, block_size, n_layer, n_head, n_kv_head, head_dim, n_embd and from_scratch.
+    """
+
+    config: Any
+    blocks: nn.ModuleList
+    context: int  # longest sequence that this run reads: at most config.block_size
+    checkpoint_activations = False  # whether a block's activations are computed again in the backward pass
+
+    @property
+    def unembedding(self) -> Tensor:
+        """The matrix [V, D] that turns hidden states into logits."""
+        raise NotImplementedError
+
+    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """tokens [B, T], positions [B, T] or [T] -> what the first block reads [B, T, D]."""
+        raise NotImplementedError
+
+    def positional(self, positions: Tensor) -> tuple[Tensor, ...]:
+        """What every block is told of the positions [B, T] or [T], if they are not in the embedding."""
+        return ()
+
+    def final_norm(self, x: Tensor) -> Tensor:
+        """The last norm, [B, T, D]."""
+        raise NotImplementedError
+
+    @property
+    def device(self) -> torch.device:
+        return self.unembedding.device
+
+    def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        """tokens [B, T] -> the last hidden states [B, T, D], after the final norm.
+
+        With a cache, `tokens` continue each row where its cache ends, and `cache.lengths` grows by T. A caller that
+        padded a row on the right sets its length back to the real one: the padding's entries are overwritten later
+        and never seen. Raises ValueError where a row would outgrow the context or the cache (not with `cache.seen`).
+        """
+        T = tokens.shape[1]
+        if cache is None:
+            if T > self.config.block_size:
+                raise ValueError(f"{T} tokens are more than the context of {self.config.block_size}")
+            positions, cached = torch.arange(T, device=tokens.device), None
+        else:
+            positions = cache.lengths[:, None] + torch.arange(T, device=tokens.device)
+            seen = cache.seen or int(positions.max()) + 1
+            if not cache.seen and seen > min(cache.keys.shape[3], self.config.block_size):
+                raise ValueError(f"{seen} tokens are more than the cache or the context holds")
+            unseen = torch.arange(seen, device=tokens.device) > positions[:, None, :, None]
+            mask = torch.zeros(unseen.shape, device=tokens.device, dtype=cache.keys.dtype)
+            mask.masked_fill_(unseen, -torch.inf)  # added to the scores of every layer
+            cached = torch.arange(len(tokens), device=tokens.device)[:, None], positions, mask
+            cache.lengths += T
+        x, told = self.embed(tokens, positions), self.positional(positions)
+        for i, block in enumerate(self.blocks):
+            layer = cached and (cache.keys[i], cache.values[i], *cached)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x = checkpoint(block, x, layer, *told, use_reentrant=False)
+            else:
+                x = block(x, layer, *told)
+        return self.final_norm(x)
+
+    def logprobs(
+        self, hidden: Tensor, targets: Tensor, mask: Tensor, temperature: float = 1.0, entropy: bool = False
+    ) -> Any:
+        """hidden [B, T, D] -> log π(targets) [B, T] in float32, 0 where the mask is 0; with `entropy` entropies too."""
+        counted = targets.where(mask.bool(), IGNORE).flatten()
+        results = kernels.token_logprobs(
+            hidden.flatten(0, 1), self.unembedding, counted, temperature=temperature, entropy=entropy
+        )
+        return tuple(x.view_as(targets) for x in results) if entropy else results.view_as(targets)
+
+    def forward(
+        self, tokens: Tensor, targets: Tensor, mask: Tensor, temperature: float = 1.0, entropy: bool = False
+    ) -> Any:
+        """tokens, targets, mask [B, T] -> log π(targets[:, t] | tokens[:, :t + 1]) [B, T], nats, float32, 0 where the
+        mask is 0; with `entropy` the pair (log-probs, entropies). What a training step needs is this one call."""
+        return self.logprobs(self.hidden(tokens), targets, mask, temperature, entropy)
+
+    def logits(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        """tokens [B, T] -> logits [B, T, V] in float32, as the log-probs are made from."""
+        return kernels.reference.logits(self.hidden(tokens, cache), self.unembedding)
+
+    def new_cache(self, batch: int, length: int, *, dtype: torch.dtype = torch.float32) -> KVCache:
+        """Room for `batch` rows of `length` tokens, for `hidden` and `logits`."""
+        c = self.config
+        return KVCache(c.n_layer, c.n_kv_head, c.head_dim, batch, length, device=self.device, dtype=dtype)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, cached: Cached | None, dropout: float = 0.0) -> Tensor:
+    """Causal attention of queries [B, H, T, width] to keys and values of as many heads, or of fewer, each for some
+    queries (Ainslie et al. 2023) -> [B, T, H·width].
+
+    With a cache the new keys and values are written to it at `positions` [B, T], and what the mask leaves is seen.
+    """
+    grouped = q.shape[1] != k.shape[1]
+    if cached is None:
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, enable_gqa=grouped)
+    else:
+        keys, values, rows, positions, mask = cached
+        keys[rows, :, positions] = k.transpose(1, 2).to(keys.dtype)
+        values[rows, :, positions] = v.transpose(1, 2).to(values.dtype)
+        keys, values = (x[:, :, : mask.shape[-1]] for x in (keys, values))  # no row has reached the others
+        y = F.scaled_dot_product_attention(q.to(keys.dtype), keys, values, attn_mask=mask, enable_gqa=grouped)
+    return y.transpose(1, 2).flatten(2)
