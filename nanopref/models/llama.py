@@ -36,13 +36,13 @@ class LlamaConfig:
     mlp_bias: bool = False
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
-    rope_scaling: tuple[float, float, float, float] | None = None  # Llama 3's: factor, low, high, original context
+    rope_scaling: tuple[float, float, float, int] | None = None  # Llama 3's: factor, low, high, original context
     rope_factor: float = 1.0  # positions are divided by it
 
 
 PRESETS = {  # name: layers, heads, heads of keys and values, width, inner width
     "llama-tiny": (4, 4, 2, 128, 352),
-    "llama-small": (6, 6, 2, 384, 1024),
+    "llama-small": (6, 6, 2, 384, 1216),
     "llama-135m": (30, 9, 3, 576, 1536),
 }
 
@@ -239,7 +239,7 @@ def _or(value: Any, default: Any) -> Any:
     return default if value is None else value
 
 
-def _rope(settings: dict[str, Any], where: str) -> tuple[tuple[float, float, float, float] | None, float, float]:
+def _rope(settings: dict[str, Any], where: str) -> tuple[tuple[float, float, float, int] | None, float, float]:
     """Llama 3's scaling or None, the factor of positions, and θ."""
     found = _or(settings.get("rope_parameters"), {}) | _or(settings.get("rope_scaling"), {})
     theta, scaling, factor = settings.get("rope_theta", found.get("rope_theta", 10000.0)), None, 1.0
@@ -247,7 +247,7 @@ def _rope(settings: dict[str, Any], where: str) -> tuple[tuple[float, float, flo
     require(found.get("partial_rotary_factor", 1.0) == 1.0, f"{where}: heads that turn in part are not supported")
     if kind == "llama3":
         names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        scaling = tuple(float(found[name]) for name in names)
+        scaling = (*(float(found[name]) for name in names[:3]), int(found[names[3]]))
     elif kind == "linear":
         factor = float(found["factor"])
     else:
