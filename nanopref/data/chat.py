@@ -78,16 +78,19 @@ def encode_answer(tokenizer: Tokenizer, prompt: str, response: str) -> list[int]
     return _tokens(tokenizer, text, mark) + ([] if closing.end else [tokenizer.end_of_text])
 
 
-def encode_turns(tokenizer: Tokenizer, messages: Sequence[Message], room: int) -> tuple[list[int], list[bool]] | None:
-    """Tokens of a conversation up to its last answer, and which of them count: what the assistant says, and the token
-    that ends each turn of it. What is longer than `room` loses its oldest turns; None where one is still too long."""
-    messages = list(messages)
+def encode_turns(
+    tokenizer: Tokenizer, messages: Sequence[Message], room: int
+) -> tuple[list[int], list[bool], bool]:
+    """Tokens of a conversation up to its last answer, which of them count (what the assistant says, and the token that
+    ends each turn of it), and whether it lost its oldest turns to fit into `room`; no tokens where one does not fit."""
+    shortened = False
     while messages:
         parts = (_template_parts if tokenizer.template else _plain_parts)(tokenizer, messages)
-        if sum(len(tokens) for tokens, _ in parts) <= room:
-            return [token for tokens, _ in parts for token in tokens], [is_his for tokens, is_his in parts for _ in tokens]
-        messages = without_oldest(messages)
-    return None
+        counted = [its for tokens, its in parts for _ in tokens]
+        if len(counted) <= room:
+            return [token for tokens, _ in parts for token in tokens], counted, shortened
+        messages, shortened = without_oldest(messages), True
+    return [], [], shortened
 
 
 def without_oldest(messages: Sequence[Message]) -> list[Message]:
