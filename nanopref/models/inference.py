@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from kernels.reference import logits
 from nanopref.data.groups import Batch, Encoded, micro_batches
 from nanopref.models.language import LM
 from nanopref.models.scalar import ScalarModel
@@ -61,6 +62,18 @@ def reference_logprobs(path: Path, model: LM | None, *parts: Encoded, batch_size
 def response_scores(model: ScalarModel, encoded: Encoded, description: str = "scores", batch_size: int = 64) -> Tensor:
     """What each head says of each row at its last token [N, heads], on the CPU."""
     return _by_batches(model, encoded, description, batch_size, lambda batch: model(batch.tokens, batch.last))
+
+
+def choice_logits(
+    model: LM, encoded: Encoded, choices: list[int], description: str = "choices", batch_size: int = 64
+) -> Tensor:
+    """The logits of some tokens behind each row [N, choices], on the CPU: log-probs, but for a number a row."""
+
+    def say(batch: Batch) -> Tensor:
+        hidden = model.hidden(batch.tokens)[torch.arange(len(batch.last)), batch.last]
+        return logits(hidden, model.unembedding[choices])
+
+    return _by_batches(model, encoded, description, batch_size, say)
 
 
 @torch.no_grad()
