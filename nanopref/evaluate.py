@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from nanopref import models
 from nanopref.evaluation import best_of_n, report, tournament
 from nanopref.evaluation.compare import compare, new_prompts

@@ -29,7 +29,7 @@ from nanopref.feedback.rules import Rule
 from nanopref.models.inference import choice_logits
 from nanopref.models.language import LM
 from nanopref.models.sampling import Answer, response_text
-from nanopref.running.flags import RewardError, UserError, require
+from nanopref.running.flags import UserError, require
 
 # What it reads: `a` and `b` are answers here,
 WHICH = """Below are a prompt and two answers to it.
@@ -105,7 +105,7 @@ def compare(judge: Judge, question: str, tokenizer: Tokenizer, batch_size: int, 
     """
     by_prompt: dict[str, list[int]] = {}
     for i, answer in enumerate(answers):
-        by_prompt.setdefault(_prompt(answer, tokenizer), []).append(i)
+        by_prompt.setdefault(prompt_text(_asked(answer, tokenizer)), []).append(i)
     alone = bool(answers) and all(len(rows) == 1 for rows in by_prompt.values())
     require(not alone, "compares the answers to a prompt, and here each prompt has but one: rates: takes them singly")
     texts = [answer.text.strip() for answer in answers]
@@ -127,16 +127,25 @@ def compare(judge: Judge, question: str, tokenizer: Tokenizer, batch_size: int, 
 def rate(judge: Judge, question: str, tokenizer: Tokenizer, batch_size: int, answers: Sequence[Answer]) -> Tensor:
     """The log-odds that an answer is good [N], each asked of alone."""
     cases = [
-        {"prompt": _prompt(x, tokenizer), "answer": x.text.strip(), "question": question, "a": "Yes", "b": "No"}
+        {
+            "prompt": prompt_text(_asked(x, tokenizer)),
+            "answer": x.text.strip(),
+            "question": question,
+            "a": "Yes",
+            "b": "No",
+        }
         for x in answers
     ]
     return margins(judge.log_odds(WHETHER, cases, batch_size))
 
 
-def _prompt(answer: Answer, tokenizer: Tokenizer) -> str:
-    """What was asked, for the judge to read."""
-    text = getattr(answer, "asked", "") or response_text(answer.prompt, tokenizer)
-    return text.removesuffix(TURN).strip()
+def _asked(answer: Answer, tokenizer: Tokenizer) -> str:
+    return getattr(answer, "asked", "") or response_text(answer.prompt, tokenizer)
+
+
+def prompt_text(prompt: str) -> str:
+    """A prompt, as the judge reads it."""
+    return prompt.removesuffix(TURN).strip()
 
 
 # name: what is asked, of an answer as such and by a principle, and who turns what is said into numbers
