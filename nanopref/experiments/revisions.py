@@ -67,10 +67,7 @@ def main(config: Config) -> None:
     ]  # fmt: skip
     lead = asking.margins(judge.log_odds(asking.WHICH, cases, config.sample_batch)).numpy()
     for row in rows[:3]:
-        say(
-            "\n"
-            + "\n".join(f"{name}: {row[name]}" for name in ("prompt", "draft", "principle", "critique", "completion"))
-        )
+        say("\n" + "\n".join(f"{name}: {text}" for name, text in row.items()))
     rate, (low, high) = win_rate(lead, 0 * lead)
     say(f"\n{len(rows)} revisions of {len(prompts)} drafts; the model itself finds {rate:.1%} of them ({low:.1%} to "
         f"{high:.1%}) to follow the principle better")  # fmt: skip

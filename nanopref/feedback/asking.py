@@ -126,16 +126,8 @@ def compare(judge: Judge, question: str, tokenizer: Tokenizer, batch_size: int, 
 
 def rate(judge: Judge, question: str, tokenizer: Tokenizer, batch_size: int, answers: Sequence[Answer]) -> Tensor:
     """The log-odds that an answer is good [N], each asked of alone."""
-    cases = [
-        {
-            "prompt": prompt_text(_asked(x, tokenizer)),
-            "answer": x.text.strip(),
-            "question": question,
-            "a": "Yes",
-            "b": "No",
-        }
-        for x in answers
-    ]
+    case = {"question": question, "a": "Yes", "b": "No"}
+    cases = [case | {"prompt": prompt_text(_asked(x, tokenizer)), "answer": x.text.strip()} for x in answers]
     return margins(judge.log_odds(WHETHER, cases, batch_size))
 
 

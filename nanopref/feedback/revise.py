@@ -1,8 +1,7 @@
 """Self-critique, the first half of constitutional AI (Bai et al. 2022, section 3): answer, critique, revision.
 
-A model that follows instructions is asked to criticise its answer by a principle and to write it anew: `revise_in_words`.
-The small ones of the built-in task cannot be asked, so the rules themselves find the fault, and a revision is another
-try: `revise`.
+A chat model is asked to criticise its answer by a principle and to write it anew: `revise_in_words`. The small ones of
+the built-in task cannot be asked, so the rules themselves find the fault, and a revision is another try: `revise`.
 """
 
 import random
@@ -71,9 +70,9 @@ def revise_in_words(
             Dialogue([*talk.messages, ("assistant", answer.text.strip()), ("user", words.format(**rule._asdict()))])
             for talk, answer, rule in zip(talks, said[name], drawn, strict=True)
         ]
-    return [
-        {"prompt": prompt} | {name: answers[i].text.strip() for name, answers in said.items()}
-        | {"principle": drawn[i].principle}
-        for i, prompt in enumerate(asked)
-        if said["completion"][i].ended and said["completion"][i].text.strip()
-    ]  # fmt: skip
+    rows = []
+    for i, (prompt, rule, revision) in enumerate(zip(asked, drawn, said["completion"], strict=True)):
+        if revision.ended and revision.text.strip():
+            texts = {name: answers[i].text.strip() for name, answers in said.items()}
+            rows.append({"prompt": prompt, "principle": rule.principle, **texts})
+    return rows

@@ -205,9 +205,9 @@ def load(words: Sequence[str], policy: LM | None, tokenizer: Tokenizer | None, c
             for rule in rules.load(name.partition(":")[2]):
                 parts[rule.name] = rule.weight, partial(rule_reward, rule)
         elif kind in asking.WAYS:
-            single = 1 in (getattr(config, "group", 0), getattr(config, "answers", 0))
-            require(kind != "asks" or not single, f"--reward {name}: compares the answers to a prompt, and there is but "
-                    "one: ask for more by --group or --answers, or use rates:")  # fmt: skip
+            several = 1 not in (getattr(config, "group", 0), getattr(config, "answers", 0))
+            require(kind == "rates" or several, f"--reward {name}: compares the answers to a prompt, and there is but "
+                    "one: rates: takes them singly, --group and --answers make more")  # fmt: skip
             for rule, asked in asking.load(name, policy, tokenizer, batch_size):
                 parts[rule.name] = rule.weight, asked or partial(rule_reward, rule)
         elif kind == "implicit":
