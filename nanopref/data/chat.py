@@ -73,6 +73,11 @@ def encode_prompt(
     return tokens[-room:]
 
 
+def asked(tokenizer: Tokenizer, prompt: str) -> str:
+    """The transcript of what a chat template writes in its own way; nothing for a prompt that is read as it stands."""
+    return str(prompt) if isinstance(prompt, Dialogue) and tokenizer.template else ""
+
+
 def encode_answer(tokenizer: Tokenizer, prompt: str, response: str) -> list[int]:
     """Tokens of an answer to a prompt, up to and with the one that ends it."""
     if not (isinstance(prompt, Dialogue) and tokenizer.template):
