@@ -34,6 +34,14 @@ def ends(tokenizer: Tokenizer) -> frozenset[int]:
     return tokenizer.ends | ({tokenizer.added[token]} if token else set())
 
 
+def check(tokenizer: Tokenizer, prompt: str = Dialogue([("user", "?")])) -> None:
+    """Raise UserError where the chat template refuses a conversation, or an answer to it, or does not work at all."""
+    if tokenizer.template and isinstance(prompt, Dialogue):
+        _closing(tokenizer)
+        _render(tokenizer, prompt.messages, True)
+        _render(tokenizer, [*prompt.messages, ("assistant", "?")], False)
+
+
 def encode_prompt(
     tokenizer: Tokenizer, prompt: str, room: int | None = None, notes: Counter | None = None
 ) -> list[int]:
@@ -44,11 +52,12 @@ def encode_prompt(
     """
     notes = Counter() if notes is None else notes
     if not (isinstance(prompt, Dialogue) and tokenizer.template):
-        tokens = tokenizer.encode(prompt)
-        if room is not None and len(tokenizer.begin) + len(tokens) > room:
+        begin, tokens = tokenizer.begin, tokenizer.encode(prompt)
+        if room is not None and len(begin) + len(tokens) > room:
             notes[CUT] += 1
-            tokens = tokens[len(tokens) - max(room - len(tokenizer.begin), 1) :]
-        return (tokenizer.begin + tokens or [tokenizer.end_of_text])[slice(None) if room is None else slice(-room, None)]
+            tokens = tokens[-(room - len(begin)) :] if room > len(begin) else tokens
+            return (begin + tokens)[-room:]
+        return begin + tokens or [tokenizer.end_of_text]
     messages = list(prompt.messages)
     tokens = _encode(tokenizer, messages)
     if room is None or len(tokens) <= room:
@@ -62,6 +71,11 @@ def encode_prompt(
         messages[-1] = role, tokenizer.decode_bytes(kept).decode("utf-8", "ignore") if kept else ""
         tokens = _encode(tokenizer, messages)
     return tokens[-room:]
+
+
+def asked(tokenizer: Tokenizer, prompt: str) -> str:
+    """The transcript of what a chat template writes in its own way; nothing for a prompt that is read as it stands."""
+    return str(prompt) if isinstance(prompt, Dialogue) and tokenizer.template else ""
 
 
 def encode_answer(tokenizer: Tokenizer, prompt: str, response: str) -> list[int]:
@@ -78,9 +92,7 @@ def encode_answer(tokenizer: Tokenizer, prompt: str, response: str) -> list[int]
     return _tokens(tokenizer, text, mark) + ([] if closing.end else [tokenizer.end_of_text])
 
 
-def encode_turns(
-    tokenizer: Tokenizer, messages: Sequence[Message], room: int
-) -> tuple[list[int], list[bool], bool]:
+def encode_turns(tokenizer: Tokenizer, messages: Sequence[Message], room: int) -> tuple[list[int], list[bool], bool]:
     """Tokens of a conversation up to its last answer, which of them count (what the assistant says, and the token that
     ends each turn of it), and whether it lost its oldest turns to fit into `room`; no tokens where one does not fit."""
     shortened = False
@@ -91,6 +103,14 @@ def encode_turns(
             return [token for tokens, _ in parts for token in tokens], counted, shortened
         messages, shortened = without_oldest(messages), True
     return [], [], shortened
+
+
+def shortened(tokenizer: Tokenizer, prompts: Sequence[str], room: int) -> Counter:
+    """How many prompts lose something to fit into `room`, and what."""
+    notes = Counter()
+    for prompt in prompts:
+        encode_prompt(tokenizer, prompt, room, notes)
+    return notes
 
 
 def without_oldest(messages: Sequence[Message]) -> list[Message]:
@@ -125,7 +145,7 @@ def _template_parts(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[t
     starts = []
     for i in answers:
         opened = _render(tokenizer, messages[:i], True)
-        starts.append(len(opened) if text.startswith(opened) else len(os.path.commonprefix((opened, text))))
+        starts.append(len(opened) if text.startswith(opened) else len(os.path.commonprefix([opened, text])))  # noqa: RUF071
     parts, before = [], 0
     for i, start, limit in zip(answers, starts, [*starts[1:], len(text)], strict=True):
         content = messages[i][1].strip()
@@ -137,7 +157,8 @@ def _template_parts(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[t
             at = text.find(closing.end, start, limit) if closing.end else -1
             require(at >= 0, f"the model's chat template leaves no trace of an assistant turn: {content[:80]!r}")
             end = at + len(closing.end)
-        parts += [(_tokens(tokenizer, text[before:start], mark), False), (_tokens(tokenizer, text[start:end], mark), True)]
+        asked, said = (_tokens(tokenizer, part, mark) for part in (text[before:start], text[start:end]))
+        parts += [(asked, False), (said, True)]
         before = end
     return parts if closing.end else [*parts, ([tokenizer.end_of_text], True)]
 
@@ -203,11 +224,10 @@ def _tokens(tokenizer: Tokenizer, text: str, mark: str) -> list[int]:
     """Tokens of a template's text, without the mark."""
     if mark not in text:
         return tokenizer.encode(text, special=True)
-    pieces = _special(tokenizer.special).anywhere.split(text)
-    found = [
-        [tokenizer.added[piece]] if i % 2 else tokenizer.encode(piece.replace(mark, "")) for i, piece in enumerate(pieces)
-    ]
-    return [token for tokens in found for token in tokens]
+    found = []
+    for i, piece in enumerate(_special(tokenizer.special).anywhere.split(text)):  # every other one is special
+        found += [tokenizer.added[piece]] if i % 2 else tokenizer.encode(piece.replace(mark, ""))
+    return found
 
 
 PROBE = "\ue000"

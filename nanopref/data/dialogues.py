@@ -13,7 +13,7 @@ from typing import Any
 
 from nanopref.running.flags import UserError, require
 
-TURN = "\n\nAssistant:"  # what opens an answer
+TURN, NEXT = "\n\nAssistant:", "\n\nHuman:"  # what opens an answer, and what the user says to it
 NAMES = {"user": "Human", "assistant": "Assistant", "system": "System"}
 _OPENING = re.compile(r"\n\n(Human|Assistant):")
 

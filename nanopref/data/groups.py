@@ -26,8 +26,7 @@ from nanopref.data.tokenizer import Tokenizer
 from nanopref.running import parallel
 from nanopref.running.flags import UserError, require
 
-# The tokens of a prompt and of an answer to it; of a conversation, in which not all behind the first answer counts, also
-# what of it does.
+# The tokens of a prompt and of an answer to it; of a conversation also which of those behind the prompt count.
 Row = tuple[list[int], list[int]] | tuple[list[int], list[int], list[bool]]
 FAR = 1e30  # between answers in order: more than any scale of ratings holds
 
@@ -170,7 +169,9 @@ class Encoded:
         """`said` and `margins` of the rows; 0 where nothing was said."""
         rows = [row for group in groups for row in group]
         flat = [torch.tensor([*prompt, *answer], dtype=torch.int32) for prompt, answer, *_ in rows]
-        counts = [[False] * len(prompt) + (marks[0] if marks else [True] * len(answer)) for prompt, answer, *marks in rows]
+        counts = [
+            [False] * len(prompt) + (marks[0] if marks else [True] * len(answer)) for prompt, answer, *marks in rows
+        ]
         starts = torch.tensor([0, *map(len, flat)]).cumsum(0)
         firsts = torch.tensor([0, *map(len, groups)]).cumsum(0)
         prompt_lengths = torch.tensor([len(prompt) for prompt, *_ in rows], dtype=torch.long)
@@ -260,7 +261,9 @@ def encode(groups: Sequence[Group], tokenizer: Tokenizer, block_size: int) -> tu
         if alone and (group.turns or (group.whole and tokenizer.template)):
             rows = [_conversation(group, tokenizer, block_size, notes)]
         elif group.whole and len(group.responses) == 1:
-            stream += tokenizer.begin + tokenizer.encode(group.prompt) + encode_answer(tokenizer, "", group.responses[0])
+            stream += (
+                tokenizer.begin + tokenizer.encode(group.prompt) + encode_answer(tokenizer, "", group.responses[0])
+            )
             continue
         elif group.prompts:
             asked = zip(group.prompts, group.responses, strict=True)
