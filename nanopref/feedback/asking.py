@@ -132,7 +132,7 @@ def rate(judge: Judge, question: str, tokenizer: Tokenizer, batch_size: int, ans
 
 
 def _asked(answer: Answer, tokenizer: Tokenizer) -> str:
-    return getattr(answer, "asked", "") or response_text(answer.prompt, tokenizer)
+    return answer.asked or response_text(answer.prompt, tokenizer)
 
 
 def prompt_text(prompt: str) -> str:

@@ -73,7 +73,7 @@ def choice_logits(
         hidden = model.hidden(batch.tokens)[torch.arange(len(batch.last)), batch.last]
         return logits(hidden, model.unembedding[choices])
 
-    return _by_batches(model, encoded, description, batch_size, say)
+    return _by_batches(model, encoded, description, batch_size, say).view(-1, len(choices))
 
 
 @torch.no_grad()
