@@ -1,4 +1,4 @@
-"""Byte-level byte-pair encoding: trained here, or GPT-2's, and run by tiktoken.
+"""Byte-level byte-pair encoding: trained here or read from Hugging Face's files, and run by tiktoken.
 
 Training (Sennrich et al. 2016, https://arxiv.org/abs/1508.07909) starts from single symbols, joins the pair of
 neighbours that is seen most often into a new symbol, and repeats. GPT-2 (Radford et al. 2019) starts from the 256
@@ -7,49 +7,54 @@ which nothing is joined. Encoding replays the merges in the order in which they 
 """
 
 import heapq
-import json
 import os
 import re
+import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
 import regex
 import tiktoken
 
+from nanopref.data.tokenizer_files import END_OF_TEXT, GPT2_SPLIT, OWN_VARIABLES, Layout, Settings, contents, read
 from nanopref.running.folder import write_atomic
 from nanopref.running.parallel import progress
 
-END_OF_TEXT = "<|endoftext|>"
-
-# GPT-2's splitting as tiktoken writes it: the same pieces as the original, without its backtracking on long runs.
-_SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
-
-# GPT-2's files write a token as text, one printable character for each byte: the byte's own where Latin-1 prints it,
-# else the next one from U+0100 on.
-_PRINTABLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-_CHARACTER = {byte: chr(byte) for byte in _PRINTABLE}
-_CHARACTER |= {byte: chr(256 + i) for i, byte in enumerate(b for b in range(256) if b not in _CHARACTER)}
-_BYTE = {character: byte for byte, character in _CHARACTER.items()}
-
 
 class Tokenizer:
-    """A byte-level BPE vocabulary: `ranks` gives each token's bytes its id, and the end of text has the last id.
+    """A byte-level BPE vocabulary. Two tokenizers are equal if they give every text the same ids.
 
-    Two tokenizers are equal if they give every text the same ids.
+    ranks        each BPE token's bytes and its id; the ids increase in the order of the merges and may begin anywhere
+    added        the tokens beside the BPE, as "<|im_end|>", and their ids
+    vocab_size   the largest id and one more; an id below it may be that of no token
+    end_of_text  the id that ends an answer, and `ends` all ids at which sampling stops
+    begin        the ids that `transformers` puts before a text; `encode` does not
+    padding      an id for padding that no text holds
+    template     the chat template, in Jinja, and `variables` what it may refer to: "bos_token", "eos_token", ...
     """
 
-    def __init__(self, ranks: dict[bytes, int]):
-        self.ranks = ranks
-        self.end_of_text = len(ranks)
-        self.vocab_size = len(ranks) + 1
-        self._encoding = tiktoken.Encoding(
-            "nanopref", pat_str=_SPLIT, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: self.end_of_text}
-        )
+    def __init__(self, ranks: dict[bytes, int], layout: Layout | None = None, settings: Settings | None = None):
+        """Without a `layout`: GPT-2's, where the end of text has the id after the ranks."""
+        layout = layout or Layout({END_OF_TEXT: len(ranks)})
+        settings = settings or Settings([layout.added[END_OF_TEXT]], variables=dict(OWN_VARIABLES))
+        self.ranks, self.added = ranks, layout.added
+        self.vocab_size = max([*ranks.values(), *self.added.values()]) + 1
+        self.begin, self.template, self.variables = settings.begin, settings.template, settings.variables
+        self.end_of_text, self.ends = settings.ends[0], frozenset(settings.ends)
+        candidates = [self.added.get(self.variables.get("pad_token", "")), ranks.get(b"\0"), *self.added.values()]
+        self.padding = next((i for i in candidates if i not in (None, self.end_of_text)), self.end_of_text)
+        self._layout, self._files = layout, settings.files
+        self._tokens = {i: token for token, i in ranks.items()} | {i: t.encode() for t, i in self.added.items()}
+        self._missing = bytes(byte for byte in range(256) if bytes([byte]) not in ranks)
+        self._encoding = tiktoken.Encoding("nanopref", pat_str=layout.split, mergeable_ranks=ranks, special_tokens={})
+        late = [token for token in self.added if token in layout.late]
+        early = [token for token in self.added if token not in layout.late]
+        self._patterns = [_any_of(tokens) for tokens in (early, late) if tokens]
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Tokenizer) and self.ranks == other.ranks
+        return isinstance(other, Tokenizer) and self.ranks == other.ranks and self._layout == other._layout
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
@@ -62,7 +67,7 @@ class Tokenizer:
             raise ValueError(f"vocab_size must be at least 257 (256 bytes and the end of text), not {vocab_size}")
         pieces: Counter[str] = Counter()
         for text in texts:
-            pieces.update(regex.findall(_SPLIT, text))
+            pieces.update(regex.findall(GPT2_SPLIT, text))
         tokens = [bytes([byte]) for byte in range(256)]
         for left, right in _learn_merges(pieces, vocab_size - 257):
             tokens.append(tokens[left] + tokens[right])
@@ -77,72 +82,94 @@ class Tokenizer:
             raise OSError(f"GPT-2's vocabulary is not in tiktoken's cache and cannot be downloaded: {error}") from error
         return cls({encoding.decode_single_token_bytes(rank): rank for rank in range(encoding.eot_token)})
 
-    def encode(self, text: str | bytes) -> list[int]:
-        """Ids of any text or bytes. Nothing in it is special: "<|endoftext|>" is thirteen characters of text."""
+    def encode(self, text: str | bytes, special: bool = False) -> list[int]:
+        """Ids of any text or bytes. Unless `special`, "<|endoftext|>" is thirteen characters of text as any others.
+
+        Added tokens that their file does not call special, as Qwen3's "<think>", are tokens of every text. A byte for
+        which the vocabulary has no token is left out.
+        """
         if isinstance(text, str):
-            return self._encoding.encode_ordinary(text)
+            return self._encode(text, special)
         # tiktoken reads text only, so bytes that are not valid UTF-8 become one token each between the runs that are.
         ids: list[int] = []
         for run in re.split("([\udc80-\udcff])", text.decode("utf-8", "surrogateescape")):
             if "\udc80" <= run <= "\udcff":
-                ids.append(self.ranks[run.encode("utf-8", "surrogateescape")])
+                stray = self.ranks.get(run.encode("utf-8", "surrogateescape"))
+                ids += [] if stray is None else [stray]
             else:
-                ids += self._encoding.encode_ordinary(run)
+                ids += self._encode(run, special)
         return ids
 
-    def decode(self, tokens: list[int]) -> str:
-        """The text of ids, the end of text as "<|endoftext|>", bytes that are not valid UTF-8 as U+FFFD."""
-        return self._encoding.decode(tokens, errors="replace")
+    def _encode(self, text: str, special: bool) -> list[int]:
+        ids: list[int] = []
+        for run in self._find_added(text, special, self._patterns if special or self._layout.ordinary else []):
+            ids += [run] if isinstance(run, int) else self._encode_run(run)
+        return ids
 
-    def decode_bytes(self, tokens: list[int]) -> bytes:
-        """The bytes of ids, the end of text as b"<|endoftext|>"; KeyError for an id outside the vocabulary."""
-        return self._encoding.decode_bytes(tokens)
+    def _find_added(self, text: str, special: bool, patterns: list[re.Pattern]) -> Iterator[str | int]:
+        """The ids of the added tokens in a text, and the text between them."""
+        if not patterns:
+            yield text
+            return
+        start = 0
+        for match in patterns[0].finditer(text):
+            if special or match[0] in self._layout.ordinary:
+                yield from self._find_added(text[start : match.start()], special, patterns[1:])
+                yield self.added[match[0]]
+                start = match.end()
+        yield from self._find_added(text[start:], special, patterns[1:])
+
+    def _encode_run(self, text: str) -> list[int]:
+        """Ids of a text without added tokens."""
+        if self._layout.compose:
+            text = unicodedata.normalize("NFC", text)
+        if not self._missing or not _holds(text, self._missing):
+            return self._encoding.encode_ordinary(text)
+        # tiktoken cannot do without a byte's token (it panics). Hugging Face's BPE joins what stands around the byte.
+        pieces = [piece.encode("utf-8", "replace") for piece in regex.findall(self._layout.split, text)]
+        kept = filter(None, (piece.translate(None, self._missing) for piece in pieces))
+        return [i for piece in kept for i in self._encoding._encode_single_piece(piece)]
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """The text of ids, the end of text as "<|endoftext|>", bytes that are not valid UTF-8 as U+FFFD."""
+        return self.decode_bytes(tokens).decode("utf-8", "replace")
+
+    def decode_bytes(self, tokens: Iterable[int]) -> bytes:
+        """The bytes of ids, the end of text as b"<|endoftext|>". An id of no token, which the embedding of a model may
+        have beside its vocabulary's, gives none.
+        """
+        return b"".join(self._tokens.get(token, b"") for token in tokens)
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Write tokenizer.json and tokenizer_config.json, from which `transformers` makes the same tokenizer."""
+        """Write tokenizer.json and tokenizer_config.json, from which `transformers` makes the same tokenizer.
+
+        A tokenizer that was loaded writes the files that it was read from, byte for byte.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        vocab = {_to_characters(token): rank for token, rank in self.ranks.items()} | {END_OF_TEXT: self.end_of_text}
-        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-        end_of_text = {"id": self.end_of_text, "content": END_OF_TEXT, "special": True, "normalized": False}
-        tokenizer = {
-            "version": "1.0",
-            "truncation": None,
-            "padding": None,
-            "added_tokens": [end_of_text | {"single_word": False, "lstrip": False, "rstrip": False}],
-            "normalizer": None,
-            "pre_tokenizer": byte_level,
-            "post_processor": None,
-            "decoder": byte_level,
-            "model": {
-                "type": "BPE",
-                "vocab": vocab,
-                # "a b" and not ["a", "b"]: every release of `tokenizers` reads it.
-                "merges": [" ".join(map(_to_characters, pair)) for pair in _merges(self.ranks)],
-            },
-        }
-        config = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": END_OF_TEXT,
-            "eos_token": END_OF_TEXT,
-            "unk_token": END_OF_TEXT,
-        }
-        write_atomic(folder / "tokenizer_config.json", json.dumps(config, indent=2))
-        write_atomic(folder / "tokenizer.json", json.dumps(tokenizer, ensure_ascii=False, indent=1))
+        files = self._files or contents(self.ranks, self.end_of_text)
+        for name in sorted(
+            files, key=lambda name: name == "tokenizer.json"
+        ):  # this last: it makes a tokenizer's folder
+            write_atomic(folder / name, files[name])
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> "Tokenizer":
-        """Read `folder`/tokenizer.json, ours or GPT-2's of the hub.
+        """Read the tokenizer of a folder: ours, or GPT-2's, Llama 3's, Qwen's or SmolLM2's of the hub.
 
-        FileNotFoundError without that file; ValueError if it is malformed or means what GPT-2's tokenizer cannot.
+        FileNotFoundError without tokenizer.json; ValueError, which names the file, if one is malformed or asks for what
+        this tokenizer cannot do.
         """
-        path = Path(folder) / "tokenizer.json"
-        try:
-            return cls(_read_ranks(json.loads(path.read_text(encoding="utf-8"))))
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is not laid out as a byte-level BPE tokenizer: {error!r}") from error
-        except ValueError as error:
-            raise ValueError(f"{path} is not a GPT-2 tokenizer: {error}") from error
+        return cls(*read(Path(folder)))
+
+
+def _any_of(tokens: list[str]) -> re.Pattern:
+    return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)))
+
+
+def _holds(text: str, some: bytes) -> bool:
+    data = text.encode("utf-8", "replace")
+    return len(data.translate(None, some)) < len(data)
 
 
 def _learn_merges(pieces: dict[str, int], n_merges: int) -> list[tuple[int, int]]:
@@ -199,50 +226,3 @@ def _join(word: list[int], pair: tuple[int, int], new: int) -> list[int]:
             joined.append(word[i])
             i += 1
     return joined
-
-
-def _merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The pair that makes each token, in order of rank: what BPE leaves of the token's bytes at lower ranks alone.
-
-    ValueError for ranks that no BPE has learnt.
-    """
-    merges = []
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1])[256:]:
-        parts = [token[i : i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            best, i = min((ranks.get(parts[i] + parts[i + 1], rank), i) for i in range(len(parts) - 1))
-            if best >= rank:
-                raise ValueError(f"no merge of earlier tokens makes token {rank}, {_to_characters(token)!r}")
-            parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        merges.append((parts[0], parts[1]))
-    return merges
-
-
-def _read_ranks(file: dict) -> dict[bytes, int]:
-    """The ranks in the contents of a tokenizer.json; ValueError says what in it is not GPT-2's."""
-    added = {token["content"]: token["id"] for token in file["added_tokens"]}
-    vocab = file["model"]["vocab"]
-    if len(file["added_tokens"]) != 1 or added != {END_OF_TEXT: vocab.get(END_OF_TEXT, added.get(END_OF_TEXT))}:
-        raise ValueError(f"its added tokens are not exactly one {END_OF_TEXT}")
-    vocab = vocab | added
-    if sorted(vocab.values()) != list(range(len(vocab))):
-        raise ValueError(f"its ids are not 0 to {len(vocab) - 1}, each once")
-    if vocab.pop(END_OF_TEXT) != len(vocab):
-        raise ValueError(f"{END_OF_TEXT} does not have the last id")
-    split = file["pre_tokenizer"]
-    plain = split["type"] == "ByteLevel" and not split["add_prefix_space"] and split.get("use_regex", True)
-    if not plain or file["normalizer"] is not None:
-        raise ValueError("it changes or splits the text in another way")
-    if foreign := [token for token in vocab if not token or not set(token) <= _BYTE.keys()]:
-        raise ValueError(f"token {foreign[0]!r} is not written in its alphabet of bytes")
-    ranks = {bytes(_BYTE[character] for character in token): rank for token, rank in vocab.items()}
-    if {token for token, rank in ranks.items() if rank < 256} != {bytes([byte]) for byte in range(256)}:
-        raise ValueError("its first 256 ids are not the 256 bytes")
-    merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in file["model"]["merges"]]
-    if merges != [tuple(map(_to_characters, pair)) for pair in _merges(ranks)]:
-        raise ValueError("its merges do not make its tokens in the order of their ids")
-    return ranks
-
-
-def _to_characters(token: bytes) -> str:
-    return "".join(_CHARACTER[byte] for byte in token)

@@ -1,0 +1,329 @@
+"""Hugging Face's tokenizer files: what of them gives a text its ids, read whole or refused, and written.
+
+A tokenizer.json describes a pipeline: added tokens are found in the text, what is left is normalized, split into pieces
+by patterns, and each piece is encoded by BPE. Read here are the pipelines of GPT-2, Llama 3, Qwen2 and SmolLM2, in any
+vocabulary. What another file asks for is a ValueError, never left out: an id that differs from those the model was
+trained on is an error that nobody sees.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+from operator import itemgetter
+from pathlib import Path
+
+END_OF_TEXT = "<|endoftext|>"
+VARIABLES = ("bos_token", "eos_token", "pad_token", "unk_token")
+OWN_VARIABLES = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)  # of the tokenizers made here
+
+# A tokenizer's splitting as tiktoken writes it: the pieces of the published pattern, without its backtracking.
+# GPT-2: '(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
+GPT2_SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+# SmolLM2 cuts the text at every digit and then splits as GPT-2, for which the text ends before each digit.
+DIGITS_SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++|\p{N}| ?[^\s\p{L}\p{N}]++|\s++(?=\p{N}|$)|\s+(?!\S)|\s"""
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+_LLAMA3_SPLIT = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s*[\r\n]|\s++$"
+    r"|\s+(?!\S)|\s"
+)
+# The patterns that a file may bring: as written there, and as tiktoken runs them. Another could take exponential time.
+REGEXES = {_LLAMA3: _LLAMA3_SPLIT, _LLAMA3.replace("{1,3}", ""): _LLAMA3_SPLIT.replace("{1,3}+", "")}  # and Qwen's
+
+# The files write a token as text, one printable character for each byte: the byte's own where Latin-1 prints it, else
+# the next one from U+0100 on.
+_PRINTABLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+_CHARACTER = {byte: chr(byte) for byte in _PRINTABLE}
+_CHARACTER |= {byte: chr(256 + i) for i, byte in enumerate(b for b in range(256) if b not in _CHARACTER)}
+_BYTE = {ord(character): byte for byte, character in _CHARACTER.items()}
+_IS_BYTE = dict.fromkeys(_BYTE)  # for `str.translate`: leaves what is no byte
+_IN_TEXT = {*range(0xC0), *range(0xC2, 0xF5)}  # the bytes that UTF-8 makes use of
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What besides the merges decides a text's ids."""
+
+    added: dict[str, int]  # tokens that are found in the text as they stand, the longest at a place
+    ordinary: frozenset[str] = frozenset()  # those of them that are no special ones: found in every text
+    late: frozenset[str] = frozenset()  # those that are looked for after the others
+    split: str = GPT2_SPLIT
+    compose: bool = False  # the text to Unicode's normal form C first
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What changes no text's ids."""
+
+    ends: list[int]  # the ids that end an answer, the first of them above all
+    begin: list[int] = field(default_factory=list)  # what `transformers` puts before a text
+    variables: dict[str, str] = field(default_factory=dict)
+    template: str | None = None
+    files: dict[str, bytes] = field(default_factory=dict)  # what it was read from
+
+
+def read(folder: Path) -> tuple[dict[bytes, int], Layout, Settings]:
+    """The tokenizer of a folder: ranks, layout, settings.
+
+    FileNotFoundError without tokenizer.json. ValueError names the file that is malformed or asks for what is not here.
+    """
+    names = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]
+    paths = [folder / name for name in [*names, "generation_config.json"]]
+    files = {path.name: path.read_bytes() for path in paths if path.exists() or path.name == "tokenizer.json"}
+    path = folder / "tokenizer.json"
+    file = _json(path)
+    try:
+        layout = _read_layout(file)
+        ranks = _read_ranks(file["model"], layout)
+        begin = _read_begin(file["post_processor"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not laid out as a byte-level BPE tokenizer: {error!r}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not a tokenizer that can be used here: {error}") from error
+    return ranks, layout, _read_settings(folder, ranks, layout, begin, files)
+
+
+def contents(ranks: dict[bytes, int], end_of_text: int) -> dict[str, str]:
+    """Files by name, from which `transformers` makes GPT-2's tokenizer with these ranks."""
+    vocab = {to_characters(token): rank for token, rank in ranks.items()} | {END_OF_TEXT: end_of_text}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    added = {"id": end_of_text, "content": END_OF_TEXT, "special": True, "normalized": False}
+    tokenizer = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [added | {"single_word": False, "lstrip": False, "rstrip": False}],
+        "normalizer": None,
+        "pre_tokenizer": byte_level,
+        "post_processor": None,
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE",
+            "vocab": vocab,
+            # "a b" and not ["a", "b"]: every release of `tokenizers` reads it.
+            "merges": [" ".join(map(to_characters, pair)) for _, pair in _derive_merges(ranks)],
+        },
+    }
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **OWN_VARIABLES}
+    return {
+        "tokenizer_config.json": json.dumps(config, indent=2),
+        "tokenizer.json": json.dumps(tokenizer, ensure_ascii=False, indent=1),
+    }
+
+
+def to_characters(token: bytes) -> str:
+    return "".join(_CHARACTER[byte] for byte in token)
+
+
+def _read_layout(file: dict) -> Layout:
+    if file["normalizer"] not in (None, {"type": "NFC"}):
+        raise ValueError("its normalizer is neither null nor NFC")
+    if file["decoder"]["type"] != "ByteLevel":
+        raise ValueError("its decoder is not ByteLevel")
+    vocab, tokens = file["model"]["vocab"], file["added_tokens"]
+    added: dict[str, int] = {}
+    for token in tokens:
+        name = token["content"]
+        if token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
+            raise ValueError(f"its added token {name!r} takes spaces along or has to stand alone")
+        # `tokenizers` does not read the id, but counts on from the vocabulary.
+        if token["id"] != vocab.get(name, max([len(vocab), *(i + 1 for i in added.values())])) or not name:
+            raise ValueError(f"its added token {name!r} has the id {token['id']}, which is not the next one")
+        added[name] = token["id"]
+    late = frozenset(token["content"] for token in tokens if token.get("normalized"))
+    if late and file["normalizer"]:
+        raise ValueError(f"its added token {min(late)!r} is looked for in the normalized text")
+    return Layout(
+        added=added,
+        ordinary=frozenset(token["content"] for token in tokens if not token.get("special")),
+        late=late,
+        split=_read_split(file["pre_tokenizer"]),
+        compose=file["normalizer"] is not None,
+    )
+
+
+def _read_split(pre_tokenizer: dict) -> str:
+    """The pattern for what a file splits the text with."""
+    steps = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
+    *before, last = steps
+    if last["type"] == "ByteLevel" and last["add_prefix_space"]:
+        raise ValueError("its pre_tokenizer puts a space first (add_prefix_space)")
+    if last["type"] == "ByteLevel" and last.get("use_regex", True):
+        if not before:
+            return GPT2_SPLIT
+        if before == [{"type": "Digits", "individual_digits": True}]:
+            return DIGITS_SPLIT
+    elif last["type"] == "ByteLevel" and len(before) == 1 and before[0]["type"] == "Split":
+        pattern, way = before[0]["pattern"].get("Regex"), (before[0]["behavior"], before[0]["invert"])
+        if pattern in REGEXES and way == ("Isolated", False):
+            return REGEXES[pattern]
+        raise ValueError("its pre_tokenizer splits by a pattern that is neither Llama 3's nor Qwen2's")
+    raise ValueError(f"its pre_tokenizer is another than those known: {', '.join(step['type'] for step in steps)}")
+
+
+def _read_begin(post_processor: dict | None) -> list[int]:
+    """The ids that a file puts before a text."""
+    kind = post_processor["type"] if post_processor else "ByteLevel"
+    if kind == "ByteLevel":  # which concerns offsets in the text alone
+        return []
+    if kind == "Sequence":
+        return [i for step in reversed(post_processor["processors"]) for i in _read_begin(step)]
+    if kind != "TemplateProcessing" or post_processor["single"][-1].get("Sequence", {}).get("id") != "A":
+        raise ValueError("its post_processor does more than put tokens before the text")
+    names = [part["SpecialToken"]["id"] for part in post_processor["single"][:-1]]
+    return [i for name in names for i in post_processor["special_tokens"][name]["ids"]]
+
+
+def _read_ranks(model: dict, layout: Layout) -> dict[bytes, int]:
+    if model.get("type", "BPE") != "BPE":
+        raise ValueError(f"its model is {model['type']}, not BPE")
+    for setting in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
+        if model.get(setting):
+            raise ValueError(f"its BPE has {setting}")
+    vocab, whole = model["vocab"], bool(model.get("ignore_merges"))
+    ids = [*vocab.values(), *(i for name, i in layout.added.items() if name not in vocab)]
+    if not all(type(i) is int and i >= 0 for i in ids) or len(set(ids)) < len(ids):
+        raise ValueError("its ids are not whole numbers, each used once")
+    merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
+    made = {"".join(merge) for merge in merges}
+    # An added token that stands in the vocabulary is one of the BPE too where a piece of text can become it.
+    tokens = {token: i for token, i in vocab.items() if token not in layout.added or whole or token in made}
+    ranks = {}
+    for token, i in tokens.items():
+        data = token.translate(_BYTE)
+        if not token or token.translate(_IS_BYTE):
+            raise ValueError(f"token {token!r} is not written in its alphabet of bytes")
+        ranks[data.encode("latin-1")] = i
+    missing = [byte for byte in _IN_TEXT if bytes([byte]) not in ranks]
+    if missing and (whole or model.get("unk_token") is not None):
+        raise ValueError(f"the byte {missing[0]:#04x} has no token, and would not simply be left out")
+    _check_merges(ranks, merges, whole)
+    return ranks
+
+
+def _check_merges(ranks: dict[bytes, int], merges: list[tuple[str, ...]], whole: bool) -> None:
+    """ValueError unless BPE by a file's `merges` is what tiktoken does, which knows no merges.
+
+    tiktoken joins whichever neighbours make a token, first those that make the token of the lowest id. Of the pairs
+    that could make a token it ever meets only the one that the token's own bytes are joined to by lower ids, since all
+    of these have been joined by then. So the list has to hold this pair for each token, in the order of ids, and no
+    other pair of a token before it. A token that its bytes are never joined to is taken where it is a `whole` piece,
+    and may besides be met in any two parts: the list has to hold all that are tokens.
+    """
+    characters = {token: to_characters(token) for token in ranks}
+    wanted = []
+    for token, pair in _derive_merges(ranks, whole):
+        cuts = [(token[:i], token[i:]) for i in range(1, len(token))] if pair is None else [pair]
+        needed = {(characters[a], characters[b]) for a, b in cuts if a in ranks and b in ranks}
+        if needed or pair:
+            wanted.append((ranks[token], needed))
+    names = {name: ranks[token] for token, name in characters.items()}
+    position, fits = 0, len(set(merges)) == len(merges)
+    for merge in merges:
+        made = names.get("".join(merge))
+        if made is None or len(merge) != 2 or not all(part in names for part in merge):
+            fits = False
+            break
+        if position < len(wanted):
+            rank, needed = wanted[position]
+            fits = fits and made <= rank
+            needed.discard(merge)
+            position += not needed
+    if not fits or position < len(wanted):
+        raise ValueError("its merges do not make its tokens in the order of their ids")
+
+
+def _derive_merges(ranks: dict[bytes, int], whole: bool = False) -> Iterator[tuple[bytes, tuple[bytes, bytes] | None]]:
+    """Each token of several bytes in the order of ids, and the pair that makes it: what BPE leaves of the token's bytes
+    at lower ranks alone. Where that is no pair: None if tokens may be taken `whole`, else ValueError.
+    """
+    for token, rank in sorted(ranks.items(), key=itemgetter(1)):
+        if len(token) == 1:
+            continue
+        parts = [token[i : i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            scores = [ranks.get(a + b, rank) for a, b in pairwise(parts)]
+            best = min(scores)
+            if best >= rank:
+                break
+            i = scores.index(best)
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        if len(parts) > 2 and not whole:
+            raise ValueError(f"no merge of earlier tokens makes token {rank}, {to_characters(token)!r}")
+        yield token, (parts[0], parts[1]) if len(parts) == 2 else None
+
+
+def _read_settings(
+    folder: Path, ranks: dict[bytes, int], layout: Layout, begin: list[int], files: dict[str, bytes]
+) -> Settings:
+    path = folder / "tokenizer_config.json"
+    config = _json(path, {})
+    if "added_tokens_decoder" not in config:  # `transformers` then goes by the older file
+        config |= _json(folder / "special_tokens_map.json", {})
+    try:
+        variables = {name: _text(config[name]) for name in VARIABLES if config.get(name) is not None}
+        named = [*variables.values()]
+        for key in ("additional_special_tokens", "extra_special_tokens"):
+            more = config.get(key) or []
+            named += map(_text, more.values() if isinstance(more, dict) else more)
+        named += [_text(token) for token in (config.get("added_tokens_decoder") or {}).values()]
+        templates = config.get("chat_template") or []
+        if isinstance(templates, str):
+            templates = [{"name": "default", "template": templates}]
+        template = {row["name"]: _text(row["template"]) for row in templates}.get("default")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not laid out as a tokenizer's settings: {error!r}") from error
+    # `transformers` would add a token for each name that is none, at an id of which the model knows nothing.
+    for name in named:
+        if name not in layout.added:
+            raise ValueError(f"{path} names the token {name!r}, which is no added token of tokenizer.json")
+    if config.get("add_eos_token"):
+        raise ValueError(f"{path} puts a token after the text (add_eos_token)")
+    if config.get("add_bos_token") is not None:
+        begin = [layout.added[variables["bos_token"]]] if config["add_bos_token"] and "bos_token" in variables else []
+    if "chat_template.jinja" in files:  # which `transformers` takes first
+        try:
+            template = files["chat_template.jinja"].decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{folder / 'chat_template.jinja'} is not text: {error}") from error
+    ends = [layout.added[variables["eos_token"]]] if "eos_token" in variables else []
+    # Ids of no token, as the defaults of a configuration are in another vocabulary, cannot be sampled.
+    known = {*ranks.values(), *layout.added.values()}
+    ends += [i for name in ("config.json", "generation_config.json") for i in _read_ends(folder / name) if i in known]
+    ends = ends or [layout.added[name] for name in [END_OF_TEXT] if name in layout.added]
+    if not ends:
+        raise ValueError(f"{path} has no eos_token, and no other file says which token ends a text")
+    return Settings(ends, begin, variables, template, files)
+
+
+def _read_ends(path: Path) -> list[int]:
+    """What a configuration's eos_token_id names."""
+    ids = _json(path, {}).get("eos_token_id")
+    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if not all(type(i) is int for i in ids):
+        raise ValueError(f"{path}: eos_token_id is {ids}, not an id or a list of ids")
+    return ids
+
+
+def _text(token: str | dict) -> str:
+    """A token, which the files write as text or as an object, or a template."""
+    text = token if isinstance(token, str) else token["content"]
+    if not isinstance(text, str):
+        raise TypeError(f"{text!r} is not text")
+    return text
+
+
+def _json(path: Path, default: dict | None = None) -> dict:
+    """The object in a file of JSON; `default` where there is none."""
+    if default is not None and not path.exists():
+        return default
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not an object of JSON")
+    return content
