@@ -8,8 +8,8 @@ trained on is an error that nobody sees.
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from itertools import pairwise
+from dataclasses import dataclass, field, replace
+from math import inf
 from operator import itemgetter
 from pathlib import Path
 
@@ -83,7 +83,8 @@ def read(folder: Path) -> tuple[dict[bytes, int], Layout, Settings]:
         raise ValueError(f"{path} is not laid out as a byte-level BPE tokenizer: {error!r}") from error
     except ValueError as error:
         raise ValueError(f"{path} is not a tokenizer that can be used here: {error}") from error
-    return ranks, layout, _read_settings(folder, ranks, layout, begin, files)
+    settings, special = _read_settings(folder, ranks, layout.added, begin, files)
+    return ranks, replace(layout, ordinary=layout.ordinary - special), settings
 
 
 def contents(ranks: dict[bytes, int], end_of_text: int) -> dict[str, str]:
@@ -213,27 +214,27 @@ def _check_merges(ranks: dict[bytes, int], merges: list[tuple[str, ...]], whole:
     other pair of a token before it. A token that its bytes are never joined to is taken where it is a `whole` piece,
     and may besides be met in any two parts: the list has to hold all that are tokens.
     """
+    error = ValueError("its merges do not make its tokens in the order of their ids")
     characters = {token: to_characters(token) for token in ranks}
+    made = {characters[token]: rank for token, rank in ranks.items()}
     wanted = []
     for token, pair in _derive_merges(ranks, whole):
-        cuts = [(token[:i], token[i:]) for i in range(1, len(token))] if pair is None else [pair]
-        needed = {(characters[a], characters[b]) for a, b in cuts if a in ranks and b in ranks}
-        if needed or pair:
-            wanted.append((ranks[token], needed))
-    names = {name: ranks[token] for token, name in characters.items()}
-    position, fits = 0, len(set(merges)) == len(merges)
+        cuts = [pair] if pair else [(token[:i], token[i:]) for i in range(1, len(token))]
+        pairs = {(characters[a], characters[b]) for a, b in cuts if a in ranks and b in ranks}
+        if len(pairs) < len(cuts) and pair:
+            raise error
+        if pairs:
+            wanted.append((ranks[token], pairs))
+    wanted.append((max(ranks.values()), {()}))  # the end, which no merge reaches
+    position = 0
     for merge in merges:
-        made = names.get("".join(merge))
-        if made is None or len(merge) != 2 or not all(part in names for part in merge):
-            fits = False
-            break
-        if position < len(wanted):
-            rank, needed = wanted[position]
-            fits = fits and made <= rank
-            needed.discard(merge)
-            position += not needed
-    if not fits or position < len(wanted):
-        raise ValueError("its merges do not make its tokens in the order of their ids")
+        rank, pairs = wanted[position]
+        if len(merge) != 2 or not made.keys() >= {*merge} or made.get("".join(merge), inf) > rank:
+            raise error
+        pairs.discard(merge)
+        position += not pairs
+    if position < len(wanted) - 1 or len(set(merges)) < len(merges):
+        raise error
 
 
 def _derive_merges(ranks: dict[bytes, int], whole: bool = False) -> Iterator[tuple[bytes, tuple[bytes, bytes] | None]]:
@@ -244,32 +245,36 @@ def _derive_merges(ranks: dict[bytes, int], whole: bool = False) -> Iterator[tup
         if len(token) == 1:
             continue
         parts = [token[i : i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            scores = [ranks.get(a + b, rank) for a, b in pairwise(parts)]
-            best = min(scores)
-            if best >= rank:
-                break
+        scores = [ranks.get(token[i : i + 2], rank) for i in range(len(token) - 1)]
+        while len(parts) > 2 and (best := min(scores)) < rank:
             i = scores.index(best)
             parts[i : i + 2] = [parts[i] + parts[i + 1]]
+            del scores[i]
+            for j in (i - 1, i):
+                if 0 <= j < len(scores):
+                    scores[j] = ranks.get(parts[j] + parts[j + 1], rank)
         if len(parts) > 2 and not whole:
             raise ValueError(f"no merge of earlier tokens makes token {rank}, {to_characters(token)!r}")
         yield token, (parts[0], parts[1]) if len(parts) == 2 else None
 
 
 def _read_settings(
-    folder: Path, ranks: dict[bytes, int], layout: Layout, begin: list[int], files: dict[str, bytes]
-) -> Settings:
+    folder: Path, ranks: dict[bytes, int], added: dict[str, int], begin: list[int], files: dict[str, bytes]
+) -> tuple[Settings, set[str]]:
+    """The settings, and which added tokens they make special ones."""
     path = folder / "tokenizer_config.json"
     config = _json(path, {})
     if "added_tokens_decoder" not in config:  # `transformers` then goes by the older file
         config |= _json(folder / "special_tokens_map.json", {})
     try:
         variables = {name: _text(config[name]) for name in VARIABLES if config.get(name) is not None}
-        named = [*variables.values()]
+        named, special = [*variables.values()], {*variables.values()}
         for key in ("additional_special_tokens", "extra_special_tokens"):
             more = config.get(key) or []
             named += map(_text, more.values() if isinstance(more, dict) else more)
-        named += [_text(token) for token in (config.get("added_tokens_decoder") or {}).values()]
+        for token in (config.get("added_tokens_decoder") or {}).values():
+            named.append(_text(token))
+            special |= {_text(token)} if token.get("special") else set()
         templates = config.get("chat_template") or []
         if isinstance(templates, str):
             templates = [{"name": "default", "template": templates}]
@@ -278,25 +283,21 @@ def _read_settings(
         raise ValueError(f"{path} is not laid out as a tokenizer's settings: {error!r}") from error
     # `transformers` would add a token for each name that is none, at an id of which the model knows nothing.
     for name in named:
-        if name not in layout.added:
+        if name not in added:
             raise ValueError(f"{path} names the token {name!r}, which is no added token of tokenizer.json")
-    if config.get("add_eos_token"):
-        raise ValueError(f"{path} puts a token after the text (add_eos_token)")
-    if config.get("add_bos_token") is not None:
-        begin = [layout.added[variables["bos_token"]]] if config["add_bos_token"] and "bos_token" in variables else []
     if "chat_template.jinja" in files:  # which `transformers` takes first
         try:
             template = files["chat_template.jinja"].decode()
         except UnicodeDecodeError as error:
             raise ValueError(f"{folder / 'chat_template.jinja'} is not text: {error}") from error
-    ends = [layout.added[variables["eos_token"]]] if "eos_token" in variables else []
+    ends = [added[variables["eos_token"]]] if "eos_token" in variables else []
     # Ids of no token, as the defaults of a configuration are in another vocabulary, cannot be sampled.
-    known = {*ranks.values(), *layout.added.values()}
+    known = {*ranks.values(), *added.values()}
     ends += [i for name in ("config.json", "generation_config.json") for i in _read_ends(folder / name) if i in known]
-    ends = ends or [layout.added[name] for name in [END_OF_TEXT] if name in layout.added]
+    ends = ends or [added[name] for name in [END_OF_TEXT] if name in added]
     if not ends:
         raise ValueError(f"{path} has no eos_token, and no other file says which token ends a text")
-    return Settings(ends, begin, variables, template, files)
+    return Settings(ends, begin, variables, template, files), special
 
 
 def _read_ends(path: Path) -> list[int]:
