@@ -93,7 +93,9 @@ def save(model: LM | ScalarModel, tokenizer: Tokenizer, folder: str | Path, **se
     body = model.transformer if scalar else model
     family = next(family for family in FAMILIES.values() if isinstance(body, family.Model))
     tensors = {name: x.cpu() for name, x in family.to_tensors(body).items()}
-    settings = family.to_settings(body.config, scalar) | {"eos_token_id": tokenizer.end_of_text} | settings
+    first = tokenizer.added.get(tokenizer.variables.get("bos_token", ""))
+    ids = {"bos_token_id": first, "eos_token_id": tokenizer.end_of_text}
+    settings = family.to_settings(body.config, scalar) | ids | settings
     if scalar:
         tensors.pop("lm_head.weight", None)  # which says nothing here
         tensors["score.weight"] = model.score.weight.detach().cpu()
