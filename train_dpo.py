@@ -71,8 +71,8 @@ def train(config: Config) -> None:
     flags.check_people(config)
     run, kinds = Run(config), objectives.kinds(OBJECTIVES)
     if file := config.judged or ("" if config.reward else config.data):
-        groups, held_out_groups, notes = read_feedback(file, kinds, config.loss, votes=config.votes)
-    prompts = new_prompts(config.data, config.eval_prompts, config.seed)
+        groups, held_out_groups, notes = read_feedback(file, kinds, config.loss, config.votes, tokenizer)
+    prompts = new_prompts(config.data, config.eval_prompts, config.seed, tokenizer)
     require(not file or config.rounds == 1, "--rounds asks who judges anew, and here a file is read")
     require(not config.fresh_reference or config.rounds > 1, "--fresh-reference: one round has but one reference")
     require(config.prompts >= 20 * config.rounds, f"--prompts: at least 20 for each of the {config.rounds} --rounds")

@@ -9,7 +9,6 @@ import nanopref  # noqa: F401, I001  (first, because it sets how torch's threads
 
 import copy
 import time
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +20,7 @@ from torch import Tensor
 import kernels
 from kernels.reference import logits, masked_mean
 from nanopref import models, sft
+from nanopref.data.chat import shortened
 from nanopref.data.formats import read_feedback
 from nanopref.evaluation.compare import compare, new_prompts
 from nanopref.evaluation.report import PPO_CURVES, conclude
@@ -95,10 +95,10 @@ def train(config: Config) -> None:
         reward = rewards.load(given, policy and policy.to(device), tokenizer, config)
     elif config.data:
         hint = "give a --reward of train_rm.py --loss"  # or else it trains one on pairs
-        read_feedback(config.data, kinds(SCORES), "bradley-terry", votes=config.votes, meet=True, hint=hint)
+        read_feedback(config.data, kinds(SCORES), "bradley-terry", config.votes, tokenizer, meet=True, hint=hint)
     asked = config.batch_size // config.group  # prompts a round
-    prompts = training_prompts(config.data, config.iterations * asked, f"ppo {config.seed}")
-    held_out_prompts = new_prompts(config.data, config.eval_prompts, config.seed)
+    prompts = training_prompts(config.data, config.iterations * asked, f"ppo {config.seed}", tokenizer)
+    held_out_prompts = new_prompts(config.data, config.eval_prompts, config.seed, tokenizer)
     run.begin()
 
     # 1. π_SFT, where the policy starts and what it is held to; and who judges.
@@ -120,7 +120,7 @@ def train(config: Config) -> None:
     how = {"gamma": config.gamma, "lam": config.lam, "group": config.group, "baseline": learner.baseline}
     advantage = partial(estimate.ADVANTAGES[config.advantage], **how)
     room = room_for_prompt(policy, config.max_new_tokens)
-    notes = Counter({"prompts cut on the left": sum(len(tokenizer.encode(prompt)) > room for prompt in prompts)})
+    notes = shortened(tokenizer, prompts, room)
     notes["prompts a round more than there are, so that some come twice"] = max(0, asked - len(prompts))
     say(f"PPO: {config.iterations} rounds of {config.batch_size} responses to {len(prompts):,} prompts")
     for note, count in (+notes).items():

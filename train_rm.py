@@ -65,7 +65,7 @@ def train(config: Config) -> None:
     flags.check_people(config)
     run, kinds = Run(config), objectives.kinds(SCORES)
     if file := config.judged or ("" if config.reward else config.data):
-        groups, held_out_groups, notes = read_feedback(file, kinds, config.loss, votes=config.votes, meet=True)
+        groups, held_out_groups, notes = read_feedback(file, kinds, config.loss, config.votes, tokenizer, meet=True)
     judge, chooser = rewards.who(config, reference and reference.to(device), tokenizer)
     run.begin()
 

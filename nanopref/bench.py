@@ -324,7 +324,7 @@ def rollouts(config: Config, folder: Path, limit: dict) -> Iterator[dict]:
 
     def own() -> None:
         with parallel.autocast(device):
-            samples = generate(gpt, prompts.tolist(), config.new_tokens, end_of_text=-1)  # which is never drawn
+            samples = generate(gpt, prompts.tolist(), config.new_tokens, ends=())
         assert sum(len(sample.tokens) for sample in samples) == total
 
     def theirs(cache: str) -> None:

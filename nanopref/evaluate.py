@@ -47,9 +47,9 @@ def main(config: Config) -> None:
             "who wins")  # fmt: skip
     require(config.best_of == 1 or config.reward is not None, "--best-of needs a --reward, to say which is best")
     device = parallel.start(config.device, config.seed)
-    prompts = new_prompts(config.data, config.eval_prompts, config.seed)
     found = {name: models.load(name) for name in names}
     reference, tokenizer = found[config.reference]
+    prompts = new_prompts(config.data, config.eval_prompts, config.seed, tokenizer)
     for name, (policy, other) in found.items():
         require(other == tokenizer, f"{name} and {config.reference} have different tokenizers")
         same = policy.context == reference.context

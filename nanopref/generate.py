@@ -1,24 +1,33 @@
-"""An answer to a prompt, as it is sampled, or the best of several: `python -m nanopref.generate`"""
+"""An answer to a prompt, as it is sampled, the best of several, or a conversation: `python -m nanopref.generate`"""
 
 import codecs
+import sys
+from contextlib import suppress
 from dataclasses import dataclass
 
 from nanopref import models
-from nanopref.data.groups import encode_prompt
+from nanopref.data import chat
+from nanopref.data.chat import encode_prompt
+from nanopref.data.dialogues import NEXT, Dialogue
+from nanopref.data.tokenizer import Tokenizer
 from nanopref.feedback import rewards
-from nanopref.models.sampling import as_answer, check_room, check_sampling, generate, response_text
+from nanopref.models.language import LM
+from nanopref.models.sampling import as_answer, check_room, check_sampling, generate, response_text, room_for_prompt
 from nanopref.running import flags, parallel
 from nanopref.running.flags import RewardFlags, flag, require
 
 
 @dataclass
 class Config(RewardFlags):
-    """Let a trained model finish a prompt, printing as it samples.
+    """Let a trained model finish a prompt, or talk with you, printing as it samples.
 
     Example: python -m nanopref.generate --model out/dpo --prompt "Last night I watched Paper Crown,"
+    Example: python -m nanopref.generate --model HuggingFaceTB/SmolLM2-135M-Instruct --chat
     """
 
     prompt: str = flag("", "what the response should follow; default: nothing, a text from its beginning")
+    chat: bool = flag(False, "talk with the model: it answers each line you type; an empty line or Ctrl-D ends")
+    system: str = flag("", "with --chat: tell the model first how it is to behave")
     model: str = flag("out/dpo", "a run folder, a Hugging Face folder, or a name on the hub")
     max_new_tokens: int = flag(200, "stop here if the response has not ended by itself", least=1)
     temperature: float = flag(1.0, "below 1 more cautious, above 1 wilder, 0 always the most likely token", least=0)
@@ -33,38 +42,86 @@ def main(config: Config) -> None:
     flags.check(config)
     check_sampling(config.max_new_tokens, config.temperature, config.top_k, config.top_p)
     require((config.best_of > 1) == (config.reward is not None), "--best-of n, above 1, and --reward go together")
+    require(config.chat or not config.system, "--system goes with --chat")
+    alone = not config.chat or (not config.prompt and config.best_of == 1)
+    require(alone, "--chat asks for what you say line by line: leave out --prompt and --best-of")
     device = parallel.start(config.device, config.seed)
     model, tokenizer = models.load(config.model)
     model.to(device).eval()
+    setting = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
+    setting |= {"generator": parallel.generator(config.seed, "generate", device), "ends": chat.ends(tokenizer)}
+    if config.chat:
+        return converse(config, model, tokenizer, setting)
     judge = rewards.load(config.reward, model, tokenizer, config) if config.best_of > 1 else None
     prompt = encode_prompt(tokenizer, config.prompt)
     check_room([prompt], model)
-    text = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end inside a character
-
-    def show(_row: int, token: int) -> None:
-        if token != tokenizer.end_of_text:
-            print(text.decode(tokenizer.decode_bytes([token])), end="", flush=True)
-
     print(config.prompt, end="", flush=True)
-    with parallel.autocast(device):
-        samples = generate(
-            model,
-            [prompt] * config.best_of,
-            config.max_new_tokens,
-            end_of_text=tokenizer.end_of_text,
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            generator=parallel.generator(config.seed, "generate", device),
-            on_token=show if judge is None else None,
-        )
     if judge is None:
-        print(text.decode(b"", final=True))
+        printer = Printer(tokenizer, setting["ends"])
+        sample(model, [prompt], config.max_new_tokens, on_token=printer.show, **setting)
+        printer.finish()
     else:
-        scores = judge([as_answer(prompt, sample, tokenizer) for sample in samples])
+        samples = sample(model, [prompt] * config.best_of, config.max_new_tokens, **setting)
+        scores = judge([as_answer(prompt, sample, tokenizer, config.prompt) for sample in samples])
         print(response_text(samples[int(scores.argmax())].tokens, tokenizer))
         mean, most = scores.mean().item(), scores.max().item()
         print(f"\nscore {most:.2f}: the best of {config.best_of}, whose mean is {mean:.2f}")
+
+
+def sample(model: LM, prompts: list[list[int]], max_new_tokens: int, **setting) -> list:
+    with parallel.autocast(model.device):
+        return generate(model, prompts, max_new_tokens, **setting)
+
+
+def converse(config: Config, model: LM, tokenizer: Tokenizer, setting: dict) -> None:
+    """Answer each line of stdin, knowing all that was said before, or what of it there is room for."""
+    with suppress(ImportError):
+        import readline  # noqa: F401, which lets one edit what one types
+    asking = "> " if sys.stdin.isatty() else ""
+    messages = [("system", config.system)] if config.system else []
+    with suppress(EOFError, KeyboardInterrupt):
+        while line := input(asking).strip():
+            messages.append(("user", line))
+            prompt = encode_prompt(tokenizer, Dialogue(messages), room_for_prompt(model, config.max_new_tokens))
+            printer = Printer(tokenizer, setting["ends"], stop="" if tokenizer.template else NEXT, strip=True)
+            with suppress(Stop):
+                sample(model, [prompt], config.max_new_tokens, on_token=printer.show, **setting)
+            messages.append(("assistant", printer.finish()))
+
+
+class Stop(Exception):
+    """The answer is over, though the model goes on."""
+
+
+class Printer:
+    """Prints an answer as its tokens come."""
+
+    def __init__(self, tokenizer: Tokenizer, ends: frozenset[int], stop: str = "", strip: bool = False):
+        """`stop` is a text that ends the answer; with `strip` it begins with what is no space."""
+        self.tokenizer, self.ends, self.stop, self.strip = tokenizer, ends, stop, strip
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end inside a character
+        self.said = self.held = ""  # what was printed, and what may turn out to be the stop
+
+    def show(self, _row: int, token: int) -> None:
+        if token not in self.ends:
+            self.write(self.decoder.decode(self.tokenizer.decode_bytes([token])))
+
+    def write(self, text: str) -> None:
+        self.held += text
+        self.held = self.held.lstrip() if self.strip and not self.said else self.held
+        text, stop, _ = self.held.partition(self.stop) if self.stop else (self.held, "", "")
+        ahead = range(min(len(self.stop), len(text)), 0, -1) if not stop else ()
+        n = len(text) - next((n for n in ahead if self.stop.startswith(text[-n:])), 0)
+        print(text[:n], end="", flush=True)
+        self.said, self.held = self.said + text[:n], text[n:]
+        if stop:
+            raise Stop
+
+    def finish(self) -> str:
+        """All that was said."""
+        last = self.held + self.decoder.decode(b"", final=True)
+        print(last)
+        return self.said + last
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def train(config: Config) -> None:
         require(fits, f"--block-size {config.block_size} is more than the context of {config.init}")
     run = Run(config)
     device = parallel.start(config.device, config.seed)
-    groups, notes = read_to_imitate(config.data) if config.data else (sample_reviews(config), Counter())
+    groups, notes = read_to_imitate(config.data, tokenizer) if config.data else (sample_reviews(config), Counter())
     train_groups, held_out_groups = split(groups)
     run.begin()
 

@@ -15,14 +15,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from nanopref.data import chat
+from nanopref.data.chat import encode_answer, encode_prompt
+from nanopref.data.dialogues import Dialogue, as_json, turns
 from nanopref.data.tokenizer import Tokenizer
 from nanopref.running import parallel
 from nanopref.running.flags import UserError, require
 
-Row = tuple[list[int], list[int]]  # the tokens of a prompt and of an answer to it
+# The tokens of a prompt and of an answer to it; of a conversation also which of those behind the prompt count.
+Row = tuple[list[int], list[int]] | tuple[list[int], list[int], list[bool]]
 FAR = 1e30  # between answers in order: more than any scale of ratings holds
 
 
@@ -33,6 +38,7 @@ class Group(NamedTuple):
     scores: tuple[float, ...] = ()  # ratings, one a response; or of a single one whether it is good: 1 or 0
     prompts: tuple[str, ...] = ()  # where each response answers another prompt, of which only reward models can learn
     whole: bool = False  # where K = 1, the prompt is to be learnt too, as in plain text, which has none, or a dialogue
+    turns: bool = False  # where K = 1, all that the assistant says in the prompt is to be learnt too
     source: str = ""  # the text that prompt and response were cut from
     about: tuple[tuple[str, Any], ...] = ()  # what else a file is to say of it, for people to read
 
@@ -58,7 +64,7 @@ def write_groups(groups: Sequence[Group]) -> str:
         else:
             row = {"responses": group.responses} | ({"scores": group.scores} if group.scores else {})
         row |= ({} if group.margin == 1 else {"margin": group.margin}) | dict(group.about)
-        lines.append(json.dumps({"prompt": group.prompt, **row}, ensure_ascii=False) + "\n")
+        lines.append(json.dumps({"prompt": as_json(group.prompt), **row}, ensure_ascii=False) + "\n")
     return "".join(lines)
 
 
@@ -83,7 +89,7 @@ def split(groups: Sequence[Group]) -> tuple[list[Group], list[Group]]:
 def as_labels(groups: Sequence[Group]) -> list[Group]:
     """Each answer a group of its own. Of a pair the better one is good, the other bad; labels stay as they are."""
     return [
-        group._replace(prompt=prompt, responses=(response,), scores=(score,), prompts=(), whole=False)
+        group._replace(prompt=prompt, responses=(response,), scores=(score,), prompts=(), whole=False, turns=False)
         for group in groups
         for prompt, response, score in zip(group.asked(), group.responses, group.scores or (1.0, 0.0), strict=True)
     ]
@@ -149,8 +155,9 @@ class Encoded:
     """Groups in tokens: N rows of G groups, one after the other."""
 
     tokens: Tensor  # int32 [all]
+    counted: Tensor  # bool [all]: whether each is to be learnt, as those of a response
     starts: Tensor  # [N + 1]: where each row begins
-    prompt_lengths: Tensor  # [N]
+    prompt_lengths: Tensor  # [N]: tokens before the first that counts
     firsts: Tensor  # [G + 1]: the first row of each group
     said: Tensor  # [N], and
     margins: Tensor  # [N]: as in Batch
@@ -161,13 +168,17 @@ class Encoded:
     ) -> "Encoded":
         """`said` and `margins` of the rows; 0 where nothing was said."""
         rows = [row for group in groups for row in group]
-        flat = [torch.tensor([*prompt, *answer], dtype=torch.int32) for prompt, answer in rows]
+        flat = [torch.tensor([*prompt, *answer], dtype=torch.int32) for prompt, answer, *_ in rows]
+        counts = [
+            [False] * len(prompt) + (marks[0] if marks else [True] * len(answer)) for prompt, answer, *marks in rows
+        ]
         starts = torch.tensor([0, *map(len, flat)]).cumsum(0)
         firsts = torch.tensor([0, *map(len, groups)]).cumsum(0)
-        prompt_lengths = torch.tensor([len(prompt) for prompt, _ in rows], dtype=torch.long)
+        prompt_lengths = torch.tensor([len(prompt) for prompt, *_ in rows], dtype=torch.long)
         tokens = torch.cat(flat) if flat else torch.empty(0, dtype=torch.int32)
+        counted = torch.tensor([count for row in counts for count in row], dtype=torch.bool)
         told = (torch.tensor([*x, *[0.0] * (len(rows) - len(x))]) for x in (said, margins))
-        return cls(tokens, starts, prompt_lengths, firsts, *told)
+        return cls(tokens, counted, starts, prompt_lengths, firsts, *told)
 
     def __len__(self) -> int:
         return len(self.firsts) - 1
@@ -178,7 +189,9 @@ class Encoded:
 
     @property
     def response_lengths(self) -> Tensor:
-        return self.row_lengths - self.prompt_lengths
+        """Tokens of each row that count."""
+        before = F.pad(self.counted.cumsum(0), (1, 0))
+        return before[self.starts].diff()
 
     def lengths(self) -> list[int]:
         """Tokens of the longest row of each group."""
@@ -201,11 +214,11 @@ class Encoded:
         """The rows of these groups as one batch."""
         rows = self.rows(groups)
         starts, ends = self.starts[rows], self.starts[1:][rows]
-        tokens = pad([self.tokens[i:j] for i, j in zip(starts, ends, strict=True)])
-        place, last = torch.arange(tokens.shape[1] - 1), ends - starts - 1
-        mask = (place >= self.prompt_lengths[rows][:, None] - 1) & (place < last[:, None])
+        tokens, counted = (
+            pad([x[i:j] for i, j in zip(starts, ends, strict=True)]) for x in (self.tokens, self.counted)
+        )
         sizes = (self.firsts[1:] - self.firsts[:-1])[list(groups)].tolist()
-        return Batch(tokens, mask.float(), last, self.said[rows], self.margins[rows], sizes)
+        return Batch(tokens, counted[:, 1:].float(), ends - starts - 1, self.said[rows], self.margins[rows], sizes)
 
 
 def pad(sequences: Sequence[Tensor | list[int]]) -> Tensor:
@@ -235,31 +248,31 @@ def micro_batches(groups: Sequence[int], lengths: Sequence[int], size: int, shar
 # ---- from text to tokens ---------------------------------------------------------------------------------------------
 
 
-def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """Tokens of a prompt; an empty one becomes end-of-text, after which anything may begin."""
-    return tokenizer.encode(prompt) or [tokenizer.end_of_text]
-
-
 def encode(groups: Sequence[Group], tokenizer: Tokenizer, block_size: int) -> tuple[Encoded, Counter]:
-    """Tokens of each group's rows, end-of-text behind each response, no row longer than block_size; and what was cut.
+    """Tokens of each group's rows, no row longer than block_size; and what was cut.
 
     What is to be learnt whole, K = 1, becomes one stream, end-of-text behind each text, that is cut into blocks in
-    which every token but the first counts: groups of K = 1 behind the others.
+    which every token but the first counts: groups of K = 1 behind the others. Of a conversation for a model with a chat
+    template, or whose turns alone are to be learnt, what the assistant says counts.
     """
     encoded, said, margins, stream, notes = [], [], [], [], Counter()
     for group in groups:
-        responses = [[*tokenizer.encode(response), tokenizer.end_of_text] for response in group.responses]
-        if group.whole and len(responses) == 1:
-            stream += tokenizer.encode(group.prompt) + responses[0]
+        alone = len(group.responses) == 1 and isinstance(group.prompt, Dialogue)
+        if alone and (group.turns or (group.whole and tokenizer.template)):
+            rows = [_conversation(group, tokenizer, block_size, notes)]
+        elif group.whole and len(group.responses) == 1:
+            stream += (
+                tokenizer.begin + tokenizer.encode(group.prompt) + encode_answer(tokenizer, "", group.responses[0])
+            )
             continue
-        said += group.said()
-        margins += [group.margin] + [0.0] * (len(responses) - 1)
-        if group.prompts:
-            prompts = (encode_prompt(tokenizer, prompt) for prompt in group.prompts)
-            fitted = (_fit(x, [y], block_size, notes) for x, y in zip(prompts, responses, strict=True))
-            encoded.append([row for rows in fitted for row in rows])
+        elif group.prompts:
+            asked = zip(group.prompts, group.responses, strict=True)
+            rows = [row for x, y in asked for row in _fit(tokenizer, x, (y,), block_size, notes)]
         else:
-            encoded.append(_fit(encode_prompt(tokenizer, group.prompt), responses, block_size, notes))
+            rows = _fit(tokenizer, group.prompt, group.responses, block_size, notes)
+        encoded.append(rows)
+        said += group.said()
+        margins += [group.margin] + [0.0] * (len(rows) - 1)
     for i in range(0, len(stream) - 1, block_size - 1):  # a block's last token is the next one's first
         encoded.append([(stream[i : i + 1], stream[i + 1 : i + block_size])])
     return Encoded.pack(encoded, said, margins), +notes
@@ -281,14 +294,28 @@ def prepare(
     return parts[0], parts[1]
 
 
-def _fit(prompt: list[int], responses: list[list[int]], block_size: int, notes: Counter) -> list[Row]:
-    """Cut a prompt and its responses so that no row is longer than block_size, and count what was cut.
+def _fit(tokenizer: Tokenizer, prompt: str, responses: Sequence[str], block_size: int, notes: Counter) -> list[Row]:
+    """A prompt and its responses, cut so that no row is longer than block_size, and what was cut is counted.
 
-    A prompt that is too long loses its beginning, the same for all responses. A response that fills the context by
-    itself loses its end, and with it the end-of-text, which it does not reach.
+    A prompt that is too long is shortened, the same for all responses. A response that fills the context by itself
+    loses its end, and with it the token that ends it, which it does not reach.
     """
-    notes["answers cut on the right to fit the context"] += sum(len(y) >= block_size for y in responses)
-    responses = [y[: block_size - 1] for y in responses]
-    room = block_size - max(map(len, responses))
-    notes["prompts cut on the left to fit the context"] += len(prompt) > room
-    return [(prompt[-room:], y) for y in responses]
+    answers = [encode_answer(tokenizer, prompt, response) for response in responses]
+    notes["answers cut on the right to fit the context"] += sum(len(y) >= block_size for y in answers)
+    answers = [y[: block_size - 1] for y in answers]
+    asked = encode_prompt(tokenizer, prompt, block_size - max(map(len, answers)), notes)
+    return [(asked, y) for y in answers]
+
+
+def _conversation(group: Group, tokenizer: Tokenizer, block_size: int, notes: Counter) -> Row:
+    """All of a conversation as one row; or its last turn, where that is too long by itself."""
+    (response,) = group.responses
+    said = turns(group.prompt + response) if group.whole else [*group.prompt.messages, ("assistant", response)]
+    while said and said[-1][0] != "assistant":
+        said.pop()
+    tokens, counted, shortened = chat.encode_turns(tokenizer, said, block_size)
+    if not tokens:
+        return _fit(tokenizer, Dialogue(said[:-1]), said[-1][1:], block_size, notes)[0]
+    notes[chat.SHORTENED] += shortened
+    start = counted.index(True)
+    return tokens[:start], tokens[start:], counted[start:]

@@ -27,7 +27,7 @@ class Tokenizer:
     """A byte-level BPE vocabulary. Two tokenizers are equal if they give every text the same ids.
 
     ranks        each BPE token's bytes and its id; the ids increase in the order of the merges and may begin anywhere
-    added        the tokens beside the BPE, as "<|im_end|>", and their ids
+    added        the tokens beside the BPE, as "<|im_end|>", and their ids; `special` those that no text holds
     vocab_size   the largest id and one more; an id below it may be that of no token
     end_of_text  the id that ends an answer, and `ends` all ids at which sampling stops
     begin        the ids that `transformers` puts before a text; `encode` does not
@@ -40,6 +40,7 @@ class Tokenizer:
         layout = layout or Layout({END_OF_TEXT: len(ranks)})
         settings = settings or Settings([layout.added[END_OF_TEXT]], variables=dict(OWN_VARIABLES))
         self.ranks, self.added = ranks, layout.added
+        self.special = tuple(token for token in layout.added if token not in layout.ordinary)
         self.vocab_size = max([*ranks.values(), *self.added.values()]) + 1
         self.begin, self.template, self.variables = settings.begin, settings.template, settings.variables
         self.end_of_text, self.ends = settings.ends[0], frozenset(settings.ends)

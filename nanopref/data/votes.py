@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from nanopref.data.dialogues import as_prompt
 from nanopref.data.groups import Group
 from nanopref.running.flags import UserError, require
 
@@ -132,7 +133,7 @@ def as_pairs(votes: Iterable[Vote], aggregate: Callable, notes: Counter) -> list
     shown = [every[n] for n in decided]
     kept, a_is_better = aggregate(said[:, decided])
     return [
-        Group(shown[n].prompt, (shown[n].a, shown[n].b) if a else (shown[n].b, shown[n].a))
+        Group(as_prompt(shown[n].prompt), (shown[n].a, shown[n].b) if a else (shown[n].b, shown[n].a))
         for n, a in zip(kept, a_is_better, strict=True)
     ]
 

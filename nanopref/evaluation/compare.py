@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from nanopref.data import reviews
+from nanopref.data.chat import encode_prompt
 from nanopref.data.formats import read_prompts
-from nanopref.data.groups import encode_prompt
 from nanopref.data.tokenizer import Tokenizer
 from nanopref.evaluation.metrics import win_rate
 from nanopref.feedback.rewards import Rewards, true_reward
@@ -22,11 +22,11 @@ from nanopref.models.language import LM
 from nanopref.models.sampling import pack, respond
 
 
-def new_prompts(file: str, n: int, seed: int) -> list[str]:
+def new_prompts(file: str, n: int, seed: int, tokenizer: Tokenizer | None = None) -> list[str]:
     """At most n prompts that no stage trains on: of the file's held-out tenth or, without a file, of the built-in task
     (where one in some hundreds has been trained on, of the many there are)."""
     if file:
-        return read_prompts(file)[1][:n]
+        return read_prompts(file, tokenizer)[1][:n]
     rng = random.Random(f"evaluation {seed}")
     return [reviews.sample_prompt(rng) for _ in range(n)]
 

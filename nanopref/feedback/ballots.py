@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nanopref.data import votes
-from nanopref.data.formats import read_rows
+from nanopref.data.files import read_rows
 from nanopref.data.votes import SAID, Vote, first_and_again, pair_id, standing
 from nanopref.running.flags import require
 

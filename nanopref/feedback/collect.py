@@ -11,7 +11,8 @@ import numpy as np
 from torch import Tensor
 
 from nanopref.data import reviews
-from nanopref.data.formats import read_feedback, read_prompts, read_rows
+from nanopref.data.files import read_rows
+from nanopref.data.formats import read_feedback, read_prompts
 from nanopref.data.groups import Group, write_groups
 from nanopref.data.tokenizer import Tokenizer
 from nanopref.data.votes import AGGREGATES
@@ -24,10 +25,10 @@ from nanopref.running.folder import Run, write_atomic
 from nanopref.running.parallel import barrier, rank, say
 
 
-def training_prompts(file: str, n: int, stream: str) -> list[str]:
+def training_prompts(file: str, n: int, stream: str, tokenizer: Tokenizer | None = None) -> list[str]:
     """The prompts that a file has for training, or n of the built-in task, drawn from a random stream of this name."""
     if file:
-        return read_prompts(file)[0]
+        return read_prompts(file, tokenizer)[0]
     rng = random.Random(stream)
     return [reviews.sample_prompt(rng) for _ in range(n)]
 
@@ -250,7 +251,7 @@ def ensure_feedback(
     n = config.prompts // rounds
     if not path.exists() and rank() == 0:
         stream = f"pairs {config.seed}"
-        prompts = training_prompts(config.data, n * rounds, stream)
+        prompts = training_prompts(config.data, n * rounds, stream, tokenizer)
         if config.data:
             shuffled = random.Random(stream).sample(prompts, len(prompts))
             prompts = list(itertools.islice(itertools.cycle(shuffled), n * rounds))

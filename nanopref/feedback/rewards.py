@@ -82,7 +82,7 @@ def function_reward(name: str, function: Callable, tokenizer: Tokenizer, batch_s
     """What a user's function says. It is called with a prompt and a response; or, if it names its arguments `prompts`
     and `responses`, with lists of them, for which it gives a list. UserError, with what was asked, where it fails."""
     together = {"prompts", "responses"} <= _parameters(function)
-    asked = [(response_text(answer.prompt, tokenizer), answer.text) for answer in answers]
+    asked = [(answer.asked or response_text(answer.prompt, tokenizer), answer.text) for answer in answers]
     found: list[float] = []
     for i in range(0, len(asked), size := batch_size if together else 1):
         prompts, responses = map(list, zip(*asked[i : i + size], strict=True))
@@ -308,8 +308,8 @@ def as_answers(groups: Sequence[Group], tokenizer: Tokenizer, block_size: int) -
     """The responses of groups, as if a policy had just given them; they end."""
     encoded, _ = encode(groups, tokenizer, block_size)
     rows = [x.tolist() for x in encoded.tokens.split(encoded.row_lengths.tolist())]
-    texts = [text for group in groups for text in group.responses]
+    texts = [(text, str(asked)) for group in groups for text, asked in zip(group.responses, group.asked(), strict=True)]
     return [
-        Answer(row[:n], row[n:], [], text, True)
-        for row, n, text in zip(rows, encoded.prompt_lengths.tolist(), texts, strict=True)
+        Answer(row[:n], row[n:], [], text, True, asked)
+        for row, n, (text, asked) in zip(rows, encoded.prompt_lengths.tolist(), texts, strict=True)
     ]

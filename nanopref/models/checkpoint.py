@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from nanopref.data import chat
 from nanopref.data.tokenizer import Tokenizer
 from nanopref.models import gpt2, llama
 from nanopref.models.language import LM
@@ -202,4 +203,8 @@ def _tokenizer(folder: Path, model: LM) -> Tokenizer:
     fits = tokenizer.vocab_size <= size  # some models have rows that no token uses
     require(fits, f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens and the model only {size}; they do not "
             "belong together")  # fmt: skip
+    try:
+        chat.check(tokenizer)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from None
     return tokenizer

@@ -6,7 +6,7 @@ as a CUDA graph, and replayed, because launching its many small kernels one by o
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.reference import logits as float32_logits
-from nanopref.data.groups import Encoded, encode_prompt, pad
+from nanopref.data import chat
+from nanopref.data.chat import encode_prompt
+from nanopref.data.groups import Encoded, pad
 from nanopref.data.tokenizer import Tokenizer
 from nanopref.models.inference import evaluating
 from nanopref.models.language import LM
@@ -28,14 +30,16 @@ class Answer(NamedTuple):
     """What a policy said to a prompt."""
 
     prompt: list[int]
-    tokens: list[int]  # end-of-text included where it was reached
+    tokens: list[int]  # the one that ends it included where it was reached
     logprobs: list[float]  # of each token, as it was drawn
     text: str
     ended: bool
+    asked: str = ""  # the prompt as text, where that is known
 
 
 class Sample(NamedTuple):
-    """A response: its tokens, end-of-text included where it was reached, and the log-prob of each as it was drawn."""
+    """A response: its tokens, the one that ends it included where it was reached, and the log-prob of each as it was
+    drawn."""
 
     tokens: list[int]
     logprobs: list[float]
@@ -94,7 +98,7 @@ def generate(
     prompts: Sequence[list[int]],
     max_new_tokens: int,
     *,
-    end_of_text: int,
+    ends: Collection[int],
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
@@ -104,9 +108,9 @@ def generate(
 ) -> list[Sample]:
     """One response to each of at least one prompts (tokens, at least one in each), all as one batch.
 
-    A response ends with end-of-text, after `max_new_tokens`, or where the context is full. `on_token(row, token)` is
-    called as tokens appear. `static` (default: on a GPU) keeps every row until all are done and waits for nothing, see
-    KVCache.seen. Raises UserError where a prompt leaves no room to respond.
+    A response ends with one of the tokens `ends`, after `max_new_tokens`, or where the context is full.
+    `on_token(row, token)` is called as tokens appear. `static` (default: on a GPU) keeps every row until all are done
+    and waits for nothing, see KVCache.seen. Raises UserError where a prompt leaves no room to respond.
     """
     check_sampling(max_new_tokens, temperature, top_k, top_p)
     longest, device, B = check_room(prompts, model), model.device, len(prompts)
@@ -140,7 +144,9 @@ def generate(
         tokens[alive, place] = token[:, 0]
         logprobs[alive, place] = distribution.gather(1, token)[:, 0]
         counts[alive] += going
-        going.logical_and_(token[:, 0] != end_of_text).logical_and_(cache.lengths + 1 < model.context)
+        for end in ends:
+            going.logical_and_(token[:, 0] != end)
+        going.logical_and_(cache.lengths + 1 < model.context)
         cache.lengths *= going  # a row that is done but still here must not outgrow the cache
         hidden.copy_(model.hidden(token, cache)[:, 0])
         place.add_(1)
@@ -218,11 +224,11 @@ def respond(
     """An answer to each prompt, `batch_size` at once, with a progress bar; dropout is off.
 
     `stream` names the random stream: the same seed and stream give the same answers. A prompt that is longer than
-    `room_for_prompt` loses its beginning.
+    `room_for_prompt` is shortened, see `encode_prompt`.
     """
     room = room_for_prompt(model, max_new_tokens)
-    encoded = [encode_prompt(tokenizer, prompt)[-room:] for prompt in prompts]
-    end = tokenizer.end_of_text
+    encoded = [encode_prompt(tokenizer, prompt, room) for prompt in prompts]
+    ends = chat.ends(tokenizer)
     generator = parallel.generator(seed, stream)  # of the CPU, whose draws go on from batch to batch
     samples: list[Sample] = []
     with (
@@ -232,16 +238,16 @@ def respond(
     ):
         for i in range(0, len(prompts), batch_size):
             part = encoded[i : i + batch_size]
-            setting = {"end_of_text": end, "temperature": temperature, "generator": generator}
+            setting = {"ends": ends, "temperature": temperature, "generator": generator}
             samples += generate(model, part, max_new_tokens, **setting)
             bar.update(len(part))
-    return [as_answer(x, sample, tokenizer) for x, sample in zip(encoded, samples, strict=True)]
+    return [as_answer(x, sample, tokenizer, asked) for x, sample, asked in zip(encoded, samples, prompts, strict=True)]
 
 
-def as_answer(prompt: list[int], sample: Sample, tokenizer: Tokenizer) -> Answer:
+def as_answer(prompt: list[int], sample: Sample, tokenizer: Tokenizer, asked: str = "") -> Answer:
     """A response with its text."""
-    ended = sample.tokens[-1] == tokenizer.end_of_text
-    return Answer(prompt, *sample, response_text(sample.tokens, tokenizer), ended)
+    ended = sample.tokens[-1] in chat.ends(tokenizer)
+    return Answer(prompt, *sample, response_text(sample.tokens, tokenizer), ended, str(asked))
 
 
 def pack(answers: Sequence[Answer]) -> Encoded:
@@ -250,5 +256,6 @@ def pack(answers: Sequence[Answer]) -> Encoded:
 
 
 def response_text(response: list[int], tokenizer: Tokenizer) -> str:
-    """The text of a response, without the end-of-text that closes it."""
-    return tokenizer.decode([t for t in response if t != tokenizer.end_of_text])
+    """The text of a response, without the token that ends it."""
+    ends = chat.ends(tokenizer)
+    return tokenizer.decode([t for t in response if t not in ends])

@@ -52,7 +52,10 @@ BAD_ROWS = {  # what stands in the third line, and what is said of it
     "no rejected": (jsonl({"prompt": "p", "chosen": "c"}), "has no field 'rejected'"),
     "no prompt": (jsonl({"chosen": "c", "rejected": "r"}), "has no field 'prompt', and the two share no dialogue"),
     "empty object": (b"{}\n", "has no field 'chosen'"),
-    "chosen a list": (jsonl({"prompt": "p", "chosen": ["c"], "rejected": "r"}), "'chosen' must be text, found a list"),
+    "chosen a list": (
+        jsonl({"prompt": "p", "chosen": ["c"], "rejected": "r"}),
+        "'chosen' must be text, or a list of messages",
+    ),
     "rejected null": (jsonl({"prompt": "p", "chosen": "c", "rejected": None}), "'rejected' must be text"),
     "prompt a number": (jsonl({"prompt": 3, "chosen": "c", "rejected": "r"}), "'prompt' must be text, found a int"),
     "prompt null": (jsonl({"prompt": None, "chosen": "c", "rejected": "r"}), "'prompt' must be text"),
@@ -97,7 +100,7 @@ def test_a_bad_row_is_refused_with_its_line_and_the_reason(write, case, name):
         ({"prompt": "p", "responses": ["a", 3]}, "'responses' must be text, found a int"),
         ({"prompt": "p", "responses": ["a", "\ud83d"]}, "'responses' holds half of a surrogate"),
         ({"responses": ["a", "b"]}, "has no field 'prompt'"),
-        ({"prompt": ["p"], "responses": ["a", "b"]}, "'prompt' must be text, found a list"),
+        ({"prompt": ["p"], "responses": ["a", "b"]}, "'prompt' must be text, or a list of messages"),
         ({"prompt": "p", "chosen": "a", "rejected": "b"}, "'responses' must be a list"),
     ],
 )

@@ -129,7 +129,7 @@ BAD = [
     (LABEL, LABEL | {"completion": 3}, "'completion' must be text, found a int"),
     (LABEL, LABEL | {"response": None}, "'response' must be text, found a NoneType"),
     ({"prompt": "p"}, {"text": "t"}, "has no field 'prompt'"),
-    ({"prompt": "p"}, {"prompt": ["p"]}, "'prompt' must be text, found a list"),
+    ({"prompt": "p"}, {"prompt": ["p"]}, "'prompt' must be text, or a list of messages"),
     ({"prompt": "p"}, {"prompt": None}, "'prompt' must be text, found a NoneType"),
 ]
 

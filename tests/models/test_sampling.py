@@ -32,7 +32,6 @@ from nanopref.running import parallel
 from nanopref.running.flags import UserError
 
 V, BLOCK = 23, 24
-NEVER = -1  # no token ends a response
 prompt_lists = st.lists(st.lists(st.integers(0, V - 1), min_size=1, max_size=8), min_size=1, max_size=6)
 
 
@@ -131,9 +130,7 @@ def test_half_precision_logits_give_float32():
 @settings(deadline=None, max_examples=25)
 @given(prompt_lists, st.integers(1, 12), st.integers(0, V - 1))
 def test_greedy_takes_the_uncached_models_best(model, prompts, new, end_of_text):
-    for prompt, sample in zip(
-        prompts, generate(model, prompts, new, end_of_text=end_of_text, temperature=0), strict=True
-    ):
+    for prompt, sample in zip(prompts, generate(model, prompts, new, ends={end_of_text}, temperature=0), strict=True):
         with torch.no_grad():
             logits = model.logits(torch.tensor([prompt + sample.tokens[:-1]]))[0, len(prompt) - 1 :]
         chosen = logits.gather(1, torch.tensor(sample.tokens)[:, None])[:, 0]
@@ -147,9 +144,9 @@ def test_greedy_takes_the_uncached_models_best(model, prompts, new, end_of_text)
 def test_logprobs_are_those_of_the_full_model(model, temperature, top_k, top_p):
     prompts = some_prompts(60)
     setting = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    samples = generate(model, prompts, 14, end_of_text=NEVER, **setting)
+    samples = generate(model, prompts, 14, ends=(), **setting)
     end = mode(token for sample in samples for token in sample.tokens)
-    samples = generate(model, prompts, 14, end_of_text=end, generator=torch.Generator().manual_seed(0), **setting)
+    samples = generate(model, prompts, 14, ends={end}, generator=torch.Generator().manual_seed(0), **setting)
     assert len({len(sample.tokens) for sample in samples}) > 5  # the batch has shrunk on the way
     for prompt, sample in zip(prompts, samples, strict=True):
         assert len(sample.logprobs) == len(sample.tokens)
@@ -164,7 +161,7 @@ def test_under_autocast_logits_are_not_rounded(model):
     """One token each, so that only the logits can differ: products of bfloat16, sums in float32, as in the kernels."""
     prompts = [[i % V] * 4 for i in range(200)]
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        samples = generate(model, prompts, 1, end_of_text=NEVER)
+        samples = generate(model, prompts, 1, ends=())
         hidden = model.hidden(torch.tensor(prompts))[:, -1]
     logits = hidden.bfloat16().double() @ model.unembedding.detach().bfloat16().double().T
     for sample, logprobs in zip(samples, logits.log_softmax(-1), strict=True):
@@ -194,7 +191,7 @@ def test_tokens_come_as_often_as_the_distribution_says(model, temperature, top_k
     n, prompt = 8192, [3, 1, 4]
     setting = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     seeded = torch.Generator().manual_seed(1)
-    samples = generate(model, [prompt] * n, 1, end_of_text=NEVER, generator=seeded, **setting)
+    samples = generate(model, [prompt] * n, 1, ends=(), generator=seeded, **setting)
     counts = torch.bincount(torch.tensor([sample.tokens[0] for sample in samples]), minlength=V)
     with torch.no_grad():
         logits = model.logits(torch.tensor([prompt]))[0, -1]
@@ -217,7 +214,7 @@ def test_rows_that_end_at_different_times_keep_their_own_tokens():
         scripted(script, 24),
         prompts,
         new,
-        end_of_text=end,
+        ends={end},
         temperature=0,
         on_token=lambda row, token: seen.append((row, token)),
     )
@@ -230,20 +227,20 @@ def test_rows_that_end_at_different_times_keep_their_own_tokens():
 
 @pytest.mark.parametrize("lengths", [[1], [1, 5, 12], [12, 1, 12, 1, 1, 1]])
 def test_without_end_of_text_all_new_tokens_come(model, lengths):
-    samples = generate(model, [[5] * n for n in lengths], 9, end_of_text=NEVER)
+    samples = generate(model, [[5] * n for n in lengths], 9, ends=())
     assert [len(sample.tokens) for sample in samples] == [9] * len(lengths)
 
 
 def test_prompt_and_response_fit_the_context(model):
     prompts = [[5] * n for n in (1, BLOCK - 1, 20, BLOCK - 1, 10)]
-    samples = generate(model, prompts, 100, end_of_text=NEVER)
+    samples = generate(model, prompts, 100, ends=())
     assert [len(prompt) + len(sample.tokens) for prompt, sample in zip(prompts, samples, strict=True)] == [BLOCK] * 5
 
 
 def test_the_same_seed_gives_the_same_samples(model):
     def sample(seed):
         return generate(
-            model, some_prompts(20), 10, end_of_text=3, generator=torch.Generator().manual_seed(seed), top_p=0.9
+            model, some_prompts(20), 10, ends=(3,), generator=torch.Generator().manual_seed(seed), top_p=0.9
         )
 
     assert sample(0) == sample(0) != sample(1)
@@ -251,7 +248,7 @@ def test_the_same_seed_gives_the_same_samples(model):
 
 def test_greedy_does_not_depend_on_the_batch(model):
     prompts = some_prompts(20)
-    setting = {"end_of_text": 3, "temperature": 0}
+    setting = {"ends": [3], "temperature": 0}
     together = generate(model, prompts, 10, **setting)
     assert together == [generate(model, [prompt], 10, **setting)[0] for prompt in prompts]
     assert together[::-1] == generate(model, prompts[::-1], 10, **setting)
@@ -271,7 +268,7 @@ def test_the_cache_is_at_least_five_times_faster():
         return tokens[:, 16:].tolist()
 
     def cached():
-        return [sample.tokens for sample in generate(model, prompts.tolist(), 48, end_of_text=NEVER, temperature=0)]
+        return [sample.tokens for sample in generate(model, prompts.tolist(), 48, ends=(), temperature=0)]
 
     def timed(function):  # the time of this thread: what else the machine does is not counted
         begun = time.thread_time()
@@ -299,7 +296,10 @@ def test_the_static_path_draws_the_same(data):
     prompts = [[data.draw(st.integers(0, 40)) for _ in range(n)] for n in lengths]
     torch.manual_seed(0)
     model = GPT(GPTConfig(41, data.draw(st.integers(10, 16)), 2, 2, 8))
-    setting = {"end_of_text": data.draw(st.integers(0, 40)), "temperature": data.draw(st.sampled_from([0, 0.7, 1.0]))}
+    setting = {
+        "ends": data.draw(st.sets(st.integers(0, 40), max_size=3)),
+        "temperature": data.draw(st.sampled_from([0, 0.7, 1.0])),
+    }
     new, seed = data.draw(st.integers(1, 20)), data.draw(st.integers(0, 99))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sampling, "CHUNK", data.draw(st.integers(1, 8)))
@@ -321,7 +321,7 @@ def test_the_recorded_step_draws_what_the_ordinary_one_does(bfloat16, monkeypatc
 
     def sample():
         with torch.autocast("cuda", torch.bfloat16, enabled=bfloat16):
-            return generate(model, prompts, 150, end_of_text=7, generator=torch.Generator("cuda").manual_seed(0))
+            return generate(model, prompts, 150, ends=(7,), generator=torch.Generator("cuda").manual_seed(0))
 
     recorded = sample()
     monkeypatch.setattr(sampling, "record", lambda step: step)
@@ -426,7 +426,7 @@ def test_response_text_leaves_out_the_end_of_text():
 @pytest.mark.parametrize("length", [BLOCK, BLOCK + 1, 100])
 def test_a_prompt_without_room_to_respond_is_refused(model, length):
     with pytest.raises(UserError, match=f"a prompt of {length} tokens leaves no room .* context of {BLOCK}"):
-        generate(model, [[1], [1] * length], 5, end_of_text=NEVER)
+        generate(model, [[1], [1] * length], 5, ends=())
 
 
 @pytest.mark.parametrize(
@@ -446,4 +446,4 @@ def test_settings_that_no_distribution_has_are_refused(model, name, value):
     with pytest.raises(UserError, match=flag):
         check_sampling(**bad)
     with pytest.raises(UserError, match=flag):
-        generate(model, [[1]], bad.pop("max_new_tokens"), end_of_text=NEVER, **bad)
+        generate(model, [[1]], bad.pop("max_new_tokens"), ends=(), **bad)
