@@ -179,7 +179,7 @@ def response_values(policy: LM, part: Part, groups: list[int], config: Config) -
     """The rows of these groups; and of each [B] log π_θ(y|x), what --logprobs makes of that, and the baseline."""
     batch = part.rows.collate(groups).to(policy.device)
     with parallel.autocast(policy.device):
-        logprobs = policy(batch.inputs, batch.targets, batch.mask).sum(-1)
+        logprobs = policy(batch.inputs, batch.targets, batch.mask, packed=batch.packed).sum(-1)
     values = LOGPROBS[config.logprobs](logprobs, batch.mask.sum(-1))
     return batch, logprobs, values, part.baseline[part.rows.rows(groups)]
 

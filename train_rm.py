@@ -134,7 +134,7 @@ def group_scores(model: ScalarModel, data: Encoded, groups: list[int]) -> list[T
     what was said, [G, K]."""
     batch = data.collate(groups).to(model.device)
     with parallel.autocast(model.device):
-        scores, there = grouped(model(batch.tokens, batch.last), batch.sizes)
+        scores, there = grouped(model(batch.tokens, batch.last, batch.packed), batch.sizes)
     return [scores, there, *(grouped(x, batch.sizes)[0] for x in (batch.margins, batch.said))]
 
 

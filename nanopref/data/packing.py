@@ -34,6 +34,8 @@ def pack(tokens: Tensor, lengths: Sequence[int], sizes: Sequence[int]) -> Packed
     """Rows [B, T], padded on the right behind `lengths` [B], of groups with so many rows each [G]; None where that
     saves too little."""
     B, T = tokens.shape
+    if len(sizes) == B:  # groups of one
+        return None
     ends = torch.tensor(list(sizes)).cumsum(0).tolist()
     groups = [range(end - size, end) for end, size in zip(ends, sizes, strict=True)]
     shared = [_common(tokens[rows.start : rows.stop], min(lengths[i] for i in rows)) for rows in groups]
