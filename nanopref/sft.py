@@ -143,7 +143,7 @@ def ensure_sft(run: Run) -> Path:
     config, folder = run.config, run.folder / "sft"
     if not (folder / "report.json").exists():
         say(f"no --init: supervised fine-tuning first, in {folder}")
-        names = ("data", "seed", "device", "kernels", "resume", "save_seconds", "micro_batch")
+        names = ("data", "seed", "device", "kernels", "resume", "save_seconds", "tensorboard", "micro_batch")
         train(Config(out=str(folder), steps=config.sft_steps, **{name: getattr(config, name) for name in names}))
     parallel.barrier()
     run.add_seconds(folder, "sft")
