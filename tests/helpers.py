@@ -88,6 +88,7 @@ def results(folder: Path) -> tuple[list[dict], dict]:
     report = json.loads((folder / "report.json").read_text())
     report.pop("seconds")
     report.pop("peak_memory_MiB", None)
+    report["on the way"] = by_hand.rows(folder / "samples.jsonl") if (folder / "samples.jsonl").exists() else []
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if not k.endswith("per_second")} for row in rows], report
 

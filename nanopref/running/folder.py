@@ -239,9 +239,9 @@ class Run:
             report = {**report, **({"peak_memory_MiB": peak} if peak else {}), "seconds": self.seconds}
             write_atomic(self.folder / "report.json", json.dumps(report, indent=2) + "\n")
 
-    def note(self, name: str, row: dict[str, Any], after: int) -> None:
-        """Let a file of JSON Lines hold this row behind its first `after`."""
-        rows = [*self.notes(name)[:after], row]
+    def note(self, name: str, *rows: dict[str, Any], after: int) -> None:
+        """Let a file of JSON Lines hold these rows behind its first `after`."""
+        rows = (*self.notes(name)[:after], *rows)
         write_atomic(self.folder / name, "".join(json.dumps(row) + "\n" for row in rows))
 
     def notes(self, name: str) -> list[dict[str, Any]]:
