@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from nanopref.running import flags as command_flags
+from nanopref.running.folder import read_lines
 
 ROOT = Path(__file__).parent.parent
 
@@ -84,11 +85,11 @@ def _run_script(log: Path, script: str, words: tuple[str, ...], environment: dic
 
 
 def results(folder: Path) -> tuple[list[dict], dict]:
-    """metrics.jsonl and report.json, without what depends on the clock or the GPU."""
+    """metrics.jsonl, and report.json with what samples.jsonl holds; without what depends on the clock or the GPU."""
     report = json.loads((folder / "report.json").read_text())
     report.pop("seconds")
     report.pop("peak_memory_MiB", None)
-    report["on the way"] = by_hand.rows(folder / "samples.jsonl") if (folder / "samples.jsonl").exists() else []
+    report["on the way"] = read_lines(folder / "samples.jsonl")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if not k.endswith("per_second")} for row in rows], report
 
