@@ -94,6 +94,14 @@ def results(folder: Path) -> tuple[list[dict], dict]:
     return [{k: v for k, v in row.items() if not k.endswith("per_second")} for row in rows], report
 
 
+def board(folder: Path, reader=None) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard shows of a run, through a new reader or one that looks on: {tag: (step, value) of each}."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    reader = (reader or EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})).Reload()
+    return {name: [(x.step, x.value) for x in reader.Scalars(name)] for name in reader.Tags()["scalars"]}
+
+
 def stopped(command, config, capsys) -> str:
     """What a command says that ends with exit code 2: a line on stderr."""
     with pytest.raises(SystemExit) as stop:

@@ -7,23 +7,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import refused
+from helpers import board, refused
 from hypothesis import given
 from hypothesis import strategies as st
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train_dpo
 from nanopref.running import optim
 from nanopref.running.flags import RunFlags
 from nanopref.running.folder import Run
 from nanopref.running.tensorboard import TAGS, tag
-
-Reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator").EventAccumulator
-
-
-def read(folder, reader=None) -> dict[str, list[tuple[int, float]]]:
-    """What a board shows of a run, be it a new one or one that has been looking on: {tag: (step, value) of each}."""
-    reader = (reader or Reader(str(folder / "tensorboard"), size_guidance={"scalars": 0})).Reload()
-    return {name: [(x.step, x.value) for x in reader.Scalars(name)] for name in reader.Tags()["scalars"]}
 
 
 def curve(folder, kill=None, **settings) -> None:
@@ -48,7 +41,7 @@ def curve(folder, kill=None, **settings) -> None:
 
 def test_a_board_shows_what_was_logged(tmp_path):
     curve(tmp_path / "run", tensorboard=True)
-    rows, found = Run(RunFlags(out=str(tmp_path / "run"), resume=True)).metrics(), read(tmp_path / "run")
+    rows, found = Run(RunFlags(out=str(tmp_path / "run"), resume=True)).metrics(), board(tmp_path / "run")
     assert found.keys() == {"train/loss", "train/rewards/accuracies", "eval/rewards/accuracies"}
     assert found["train/loss"] == [(row["step"], pytest.approx(row["loss"], rel=1e-6)) for row in rows]
     assert [step for step, _ in found["eval/rewards/accuracies"]] == [2, 4, 6, 8, 10]
@@ -60,14 +53,14 @@ def test_killed_and_resumed_a_board_ends_the_same(when, tmp_path, monkeypatch):
     clock = SimpleNamespace(time=itertools.count(1e9).__next__)  # no two processes start in the same second
     monkeypatch.setattr("tensorboard.summary.writer.event_file_writer.time", clock)
     curve(tmp_path / "whole", tensorboard=True)
-    looking_on = Reader(str(tmp_path / "run" / "tensorboard"), size_guidance={"scalars": 0})
+    looking_on = EventAccumulator(str(tmp_path / "run" / "tensorboard"), size_guidance={"scalars": 0})
     for kill, tensorboard, resume in zip((4, 8, None), when, (False, True, True), strict=True):
         try:
             curve(tmp_path / "run", kill, tensorboard=tensorboard, resume=resume)
         except KeyError:
             if tensorboard:  # further than the state
-                assert read(tmp_path / "run", looking_on)["train/loss"][-1][0] == kill
-    assert read(tmp_path / "run") == read(tmp_path / "whole") == read(tmp_path / "run", looking_on)
+                assert board(tmp_path / "run", looking_on)["train/loss"][-1][0] == kill
+    assert board(tmp_path / "run") == board(tmp_path / "whole") == board(tmp_path / "run", looking_on)
 
 
 def test_without_the_flag_nothing_is_written(tmp_path):
@@ -88,7 +81,7 @@ def test_what_has_no_name_in_trl_keeps_its_own(name, stage):
     assert len(set(TAGS.get(stage, {}).values())) == len(TAGS.get(stage, {}))  # and no two share one
 
 
-def test_names_are_those_of_trls_trainers(tmp_path):
+def test_names_are_those_of_trls_trainers():
     """As TRL's trainers, where it is installed, name them in their source; PPOTrainer is no longer among them."""
     trl = pytest.importorskip("trl")
     for stage, trainer in (("dpo", "dpo_trainer"), ("reward model", "reward_trainer")):
