@@ -161,7 +161,7 @@ def test_four_steps_of_a_reward_model_are_those_by_hand(loss, optimizer, tmp_pat
         torch.testing.assert_close(theirs.double(), (mine - shift) / scale, rtol=0, atol=1e-4)
         model.score.weight /= scale
         truth = [(scores(row) * scale - shift) / scale for row in held_out]  # of each [K, heads]
-    # where the loss is of differences the last bias, into which the shift goes, moves by rounding alone
+    # where the loss is of differences the last bias moves by rounding alone
     by_hand.same_weights(found, model, start, free="transformer.ln_f.bias")
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     check_report(report, expected[-1], truth, shift, scale, held_out, tokenizer)

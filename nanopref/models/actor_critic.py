@@ -58,6 +58,7 @@ def new_critic(kind: str, policy: LM, reward_models: Sequence[ScalarModel]) -> S
         critic = copy.deepcopy(reward_models[0])
         critic.score = nn.Linear(critic.config.n_embd, 1, bias=False)
         critic.score.weight = nn.Parameter(reward_models[0].score.weight.detach().mean(0, keepdim=True))
+        critic.bias = reward_models[0].bias.mean(0, keepdim=True)
         return critic
     critic = ScalarModel(copy.deepcopy(policy) if kind == "network" else policy)
     nn.init.zeros_(critic.score.weight)

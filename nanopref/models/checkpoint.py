@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -74,8 +75,10 @@ def load_scalar(name: str | Path) -> tuple[ScalarModel, Tokenizer]:
     folder = find(name)
     transformer, head = _read(folder, 0.0)
     require(head is not None, f"{folder}: has no scalar head, so it is no reward model; train_rm.py makes one")
-    model = ScalarModel(transformer, len(head))
-    model.score.weight = nn.Parameter(head)
+    weight, bias = head
+    model = ScalarModel(transformer, len(weight))
+    model.score.weight = nn.Parameter(weight)
+    model.bias = model.bias if bias is None else bias
     return model, _tokenizer(folder, transformer)
 
 
@@ -91,21 +94,25 @@ def save(model: LM | ScalarModel, tokenizer: Tokenizer, folder: str | Path, **se
     body = model.transformer if scalar else model
     family = next(family for family in FAMILIES.values() if isinstance(body, family.Model))
     tensors = {name: x.cpu() for name, x in family.to_tensors(body).items()}
-    settings = family.to_settings(body.config, scalar) | settings
+    first = tokenizer.added.get(tokenizer.variables.get("bos_token", ""))
+    ids = {"bos_token_id": first, "eos_token_id": tokenizer.end_of_text}
+    settings = family.to_settings(body.config, scalar) | ids | settings
     if scalar:
         tensors.pop("lm_head.weight", None)  # which says nothing here
         tensors["score.weight"] = model.score.weight.detach().cpu()
+        if model.bias.any():  # `transformers` says that it leaves it out: all scores differ by it there
+            tensors["score.bias"] = model.bias.cpu()
         labels = {str(i): f"LABEL_{i}" for i in range(model.heads)}
         settings |= {"id2label": labels, "label2id": {label: int(i) for i, label in labels.items()}}
-        # `transformers` reads a score at the last token that is no padding: the zero byte, which no text holds
-        settings["pad_token_id"] = tokenizer.ranks[b"\0"]
+        # `transformers` reads a score at the last token that is no padding, which no text holds
+        settings["pad_token_id"] = tokenizer.padding
     write_atomic(folder / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     (folder / INDEX).unlink(missing_ok=True)  # of a model in shards that was here before
     write_atomic(folder / "config.json", json.dumps(settings, indent=2) + "\n")
 
 
-def _read(folder: Path, dropout: float) -> tuple[LM, Tensor | None]:
-    """The transformer in a folder and, where there is one, its scalar head [heads, D]."""
+def _read(folder: Path, dropout: float) -> tuple[LM, tuple[Tensor, Tensor | None] | None]:
+    """The transformer in a folder and, where there is one, its scalar head [heads, D] and that one's bias [heads]."""
     path = folder / "config.json"
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
@@ -154,15 +161,13 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
     return found
 
 
-def _fitted(
-    path: Path, found: dict[str, Tensor], family: ModuleType, model: LM
-) -> tuple[dict[str, Tensor], Tensor | None]:
-    """The weights under the model's names, and the scalar head: float32. UserError where they do not fit."""
-    score = found.pop("score.weight", None)
+def _fitted(path: Path, found: dict[str, Tensor], family: ModuleType, model: LM) -> tuple[dict[str, Tensor], Any]:
+    """The weights under the model's names, and its scalar head: float32. UserError where they do not fit."""
+    score, bias = found.pop("score.weight", None), found.pop("score.bias", None)
     width = model.config.n_embd
     fits = score is None or (score.dim() == 2 and score.shape[1] == width)
     require(fits, f"{path}: score.weight is {[] if score is None else list(score.shape)}, not [heads, {width}]")
-    found, wanted = family.from_tensors(found, str(path)), model.state_dict()
+    found, wanted = family.from_tensors(found, str(path)), {k: x.shape for k, x in model.state_dict().items()}
     if "lm_head.weight" not in wanted and "lm_head.weight" in found:  # some write the tied unembedding once more
         head = found.pop("lm_head.weight")
         tied = score is not None or torch.equal(head, found.get("embed_tokens.weight", head))
@@ -170,15 +175,21 @@ def _fitted(
     missing, extra = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
     require(not missing, f"{path}: {len(missing)} tensors are missing, the first is {''.join(missing[:1])}")
     require(not extra, f"{path}: {len(extra)} tensors do not belong to the model, the first is {''.join(extra[:1])}")
-    named = found if score is None else found | {"score.weight": score}
-    for name, x in named.items():
-        shape = wanted[name].shape if name in wanted else x.shape
-        require(x.shape == shape, f"{path}: {name} is {list(x.shape)}, config.json makes it {list(shape)}")
+    if score is not None:
+        found["score.weight"], wanted["score.weight"] = score, score.shape
+    if bias is not None:
+        found["score.bias"], wanted["score.bias"] = bias, score.shape[:1] if score is not None else None
+    for name, x in found.items():
+        require(
+            x.shape == wanted[name],
+            f"{path}: {name} is {list(x.shape)}, config.json makes it {list(wanted[name] or [])}",
+        )
         require(x.is_floating_point(), f"{path}: {name} holds {x.dtype}, not floating-point numbers")
         finite = bool(x.isfinite().all())
         require(finite, f"{path}: {name} holds numbers that are not finite, as after a run that diverged")
-        named[name] = x.float().contiguous()
-    return {name: named[name] for name in wanted}, named.get("score.weight")
+        found[name] = x.float().contiguous()
+    score, bias = found.pop("score.weight", None), found.pop("score.bias", None)
+    return found, None if score is None else (score, bias)
 
 
 def _tokenizer(folder: Path, model: LM) -> Tokenizer:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanopref.models.language import LM, Cached, attend
+from nanopref.models.language import LM, Seen, attend
 from nanopref.running.flags import require
 
 
@@ -36,13 +36,13 @@ class LlamaConfig:
     mlp_bias: bool = False
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
-    rope_scaling: tuple[float, float, float, float] | None = None  # Llama 3's: factor, low, high, original context
+    rope_scaling: tuple[float, float, float, int] | None = None  # Llama 3's: factor, low, high, original context
     rope_factor: float = 1.0  # positions are divided by it
 
 
 PRESETS = {  # name: layers, heads, heads of keys and values, width, inner width
     "llama-tiny": (4, 4, 2, 128, 352),
-    "llama-small": (6, 6, 2, 384, 1024),
+    "llama-small": (6, 6, 2, 384, 1216),
     "llama-135m": (30, 9, 3, 576, 1536),
 }
 
@@ -65,12 +65,12 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(c.head_dim, c.norm_eps) if normed else nn.Identity()
         self.k_norm = nn.RMSNorm(c.head_dim, c.norm_eps) if normed else nn.Identity()
 
-    def forward(self, x: Tensor, cached: Cached | None, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, seen: Seen, cos: Tensor, sin: Tensor) -> Tensor:
         q, k, v = (
             proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )  # [B, T, heads, width]
         q, k = rotated(self.q_norm(q), cos, sin).to(v.dtype), rotated(self.k_norm(k), cos, sin).to(v.dtype)
-        y = attend(*(z.transpose(1, 2) for z in (q, k, v)), cached, self.dropout if self.training else 0.0)
+        y = attend(*(z.transpose(1, 2) for z in (q, k, v)), seen, self.dropout if self.training else 0.0)
         return F.dropout(self.o_proj(y), self.dropout, self.training)
 
 
@@ -102,8 +102,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(c.n_embd, c.norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x: Tensor, cached: Cached | None, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cached, cos, sin)
+    def forward(self, x: Tensor, seen: Seen, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), seen, cos, sin)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -239,7 +239,7 @@ def _or(value: Any, default: Any) -> Any:
     return default if value is None else value
 
 
-def _rope(settings: dict[str, Any], where: str) -> tuple[tuple[float, float, float, float] | None, float, float]:
+def _rope(settings: dict[str, Any], where: str) -> tuple[tuple[float, float, float, int] | None, float, float]:
     """Llama 3's scaling or None, the factor of positions, and θ."""
     found = _or(settings.get("rope_parameters"), {}) | _or(settings.get("rope_scaling"), {})
     theta, scaling, factor = settings.get("rope_theta", found.get("rope_theta", 10000.0)), None, 1.0
@@ -247,7 +247,7 @@ def _rope(settings: dict[str, Any], where: str) -> tuple[tuple[float, float, flo
     require(found.get("partial_rotary_factor", 1.0) == 1.0, f"{where}: heads that turn in part are not supported")
     if kind == "llama3":
         names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        scaling = tuple(float(found[name]) for name in names)
+        scaling = (*(float(found[name]) for name in names[:3]), int(found[names[3]]))
     elif kind == "linear":
         factor = float(found["factor"])
     else:

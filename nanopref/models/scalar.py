@@ -6,22 +6,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanopref.data.packing import Packed
 from nanopref.models.language import LM
 
 
 class ScalarModel(nn.Module):
     """A transformer with a scalar head (or several) in place of the unembedding.
 
-    The head is a linear map of the last hidden state without a bias, as in …ForSequenceClassification of
-    `transformers`, which opens the saved folder. What one token says is of the text up to it. The head computes in
-    float32, under autocast too: 8 bits would leave a few hundred different scores.
+    The head is a linear map of the last hidden state, as in …ForSequenceClassification of `transformers`, which opens
+    the saved folder; its bias, for which there is no place there, comes from `rescale` alone. What one token says is
+    of the text up to it. The head computes in float32, under autocast too: 8 bits would leave a few hundred scores.
     """
 
     def __init__(self, transformer: LM, heads: int = 1):
         super().__init__()
         self.transformer = transformer
         self.score = nn.Linear(transformer.config.n_embd, heads, bias=False)
-        # of unit variance at first: the last LayerNorm makes D numbers of variance 1 (Stiennon et al. 2020, appendix B)
+        self.register_buffer("bias", torch.zeros(heads))
+        # of unit variance at first: the last norm makes D numbers of variance 1 (Stiennon et al. 2020, appendix B)
         nn.init.normal_(self.score.weight, std=(transformer.config.n_embd + 1) ** -0.5)
 
     @property
@@ -44,22 +46,18 @@ class ScalarModel(nn.Module):
     def heads(self) -> int:
         return len(self.score.weight)
 
-    def forward(self, tokens: Tensor, last: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, last: Tensor | None = None, packed: Packed | None = None) -> Tensor:
         """tokens [B, T] -> [B, T, heads], or with `last` [B] what the tokens there say: [B, heads]. float32."""
-        hidden = self.transformer.hidden(tokens)
+        hidden = self.transformer.hidden(tokens, packed=packed)
         return self.read(hidden if last is None else hidden[torch.arange(len(last), device=last.device), last])
 
     def read(self, hidden: Tensor) -> Tensor:
         """Hidden states [..., D] -> [..., heads], float32."""
         with torch.autocast(hidden.device.type, enabled=False):
-            return F.linear(hidden.to(self.score.weight.dtype), self.score.weight)
+            return F.linear(hidden.to(self.score.weight.dtype), self.score.weight, self.bias)
 
     @torch.no_grad()
     def rescale(self, shift: Tensor, scale: Tensor) -> None:
-        """From now on say (what was said - shift) / scale, for shift and scale [heads].
-
-        The head has no bias, so the shift goes into the last LayerNorm's: to say c more, add Wᵀ(WWᵀ)⁻¹c there.
-        """
-        W = self.score.weight.double()
-        self.transformer.ln_f.bias -= (torch.linalg.pinv(W) @ shift.double()).float()
+        """From now on say (what was said - shift) / scale, for shift and scale [heads]."""
+        self.bias.sub_(shift).div_(scale)
         self.score.weight /= scale[:, None]

@@ -146,6 +146,18 @@ def test_transformers_opens_it_and_gives_the_same_scores(tmp_path, heads):
         torch.testing.assert_close(theirs.eval()(padded).logits, ours, atol=1e-5, rtol=0)
 
 
+def test_the_bias_of_a_rescaled_head_is_kept_and_transformers_leaves_it_out(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model, tokens = randomise(scalar_model(2, SMALL)), random_tokens(259, 1, 9)
+    model.rescale(torch.tensor([3.0, -5.0]), torch.tensor([2.0, 0.5]))
+    models.save(model, TOKENIZER, tmp_path)
+    loaded, _ = models.load_scalar(tmp_path)
+    assert torch.equal(loaded.bias, torch.tensor([-1.5, 10.0])) and torch.equal(loaded(tokens), model(tokens))
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(tokens).logits + loaded.bias, model(tokens)[:, -1], atol=1e-5, rtol=1e-5)
+
+
 def test_a_head_that_does_not_fit_is_refused(tmp_path):
     model = ScalarModel(GPT(SMALL))
     model.score.weight = torch.nn.Parameter(torch.zeros(1, 9))
