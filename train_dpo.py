@@ -9,7 +9,7 @@ nanopref/learning/objectives.py. With --rounds the policy answers anew in each: 
 import nanopref  # noqa: F401, I001  (first, because it sets how torch's threads wait, which torch reads when loaded)
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,8 +19,9 @@ from torch import Tensor
 from nanopref import models
 from nanopref.data.formats import read_feedback
 from nanopref.data.groups import Batch, Encoded, encode, grouped, micro_batches, prepare, unrelated
-from nanopref.evaluation.compare import compare, new_prompts
+from nanopref.evaluation.compare import compare, new_prompts, setting_of
 from nanopref.evaluation.report import DPO_CURVES, conclude
+from nanopref.evaluation.samples import watch
 from nanopref.feedback import rewards
 from nanopref.feedback.collect import best_possible, ensure_feedback
 from nanopref.learning import objectives
@@ -84,6 +85,7 @@ def train(config: Config) -> None:
     if policy is None:
         policy, tokenizer = models.load(start)
         judge, chooser = rewards.who(config, policy.to(device), tokenizer)
+    show_samples = watch(run, policy, tokenizer, prompts)
 
     for round in run.rounds(config.rounds):
         # 2. Groups: some responses of the policy to each prompt, and what is said of them; as pairs y_w ≻ y_l.
@@ -106,7 +108,7 @@ def train(config: Config) -> None:
         del reference
 
         # 4. Fit them.
-        fit(run, policy, *map(Part, rows, baselines), objectives.knobs(config, groups))
+        fit(run, policy, *map(Part, rows, baselines), objectives.knobs(config, groups), show_samples)
 
     # 5. What came of it.
     if parallel.rank() == 0:
@@ -115,8 +117,9 @@ def train(config: Config) -> None:
 
 
 def fit(
-    run: Run, policy: LM, data: Part, held_out: Part, strangers: Part, held_out_strangers: Part, knobs: Knobs
-) -> None:
+    run: Run, policy: LM, data: Part, held_out: Part, strangers: Part, held_out_strangers: Part, knobs: Knobs,
+    show_samples: Callable[[], None],
+) -> None:  # fmt: skip
     """Descend the objective, as DPO's -log σ(β log π_θ(y_w|x)/π_ref(y_w|x) - β log π_θ(y_l|x)/π_ref(y_l|x))."""
     config, device = run.config, policy.device
     optimizer = optim.OPTIMIZERS[config.optimizer](policy, config.lr, config.weight_decay, betas=(0.9, 0.99))
@@ -143,6 +146,7 @@ def fit(
                 looked_at = len(held_out.rows) if step + 1 == steps else min(256, len(held_out.rows))
                 z0 = reference_point(policy, held_out_strangers, range(looked_at), config)
                 metrics |= held_out_metrics(policy, held_out, z0, looked_at, config, knobs)
+                show_samples()
             run.log(metrics)
 
 
@@ -179,7 +183,7 @@ def response_values(policy: LM, part: Part, groups: list[int], config: Config) -
     """The rows of these groups; and of each [B] log π_θ(y|x), what --logprobs makes of that, and the baseline."""
     batch = part.rows.collate(groups).to(policy.device)
     with parallel.autocast(policy.device):
-        logprobs = policy(batch.inputs, batch.targets, batch.mask).sum(-1)
+        logprobs = policy(batch.inputs, batch.targets, batch.mask, packed=batch.packed).sum(-1)
     values = LOGPROBS[config.logprobs](logprobs, batch.mask.sum(-1))
     return batch, logprobs, values, part.baseline[part.rows.rows(groups)]
 
@@ -199,13 +203,9 @@ def report(
 ) -> None:
     """Let policy and reference answer the same new prompts; write report.json and report.png, print the table."""
     config = run.config
-    reference, _ = models.load(config.init or run.folder / "sft")
+    reference = models.load(config.init or run.folder / "sft")[0].to(policy.device)
     with run.stage("evaluation"):
-        result, answers = compare(
-            policy, reference.to(policy.device), tokenizer, prompts, max_new_tokens=config.max_new_tokens,
-            seed=config.seed, sample_batch=config.sample_batch, batch_size=4 * config.micro_batch,
-            true=not config.data, score=score,
-        )  # fmt: skip
+        result, answers = compare(policy, reference, tokenizer, prompts, score=score, **setting_of(config))
     last = run.metrics()[-1]
     held_out = {k.removeprefix("held_out_"): v for k, v in last.items() if k.startswith("held_out_")}
     result |= {"held_out": held_out, "data": notes, "rounds": run.notes("rounds.jsonl")}

@@ -22,8 +22,9 @@ from kernels.reference import logits, masked_mean
 from nanopref import models, sft
 from nanopref.data.chat import shortened
 from nanopref.data.formats import read_feedback
-from nanopref.evaluation.compare import compare, new_prompts
+from nanopref.evaluation.compare import compare, new_prompts, setting_of
 from nanopref.evaluation.report import PPO_CURVES, conclude
+from nanopref.evaluation.samples import watch
 from nanopref.feedback import rewards
 from nanopref.feedback.collect import training_prompts
 from nanopref.feedback.rollout import Rollout, pieces, roll_out
@@ -111,6 +112,7 @@ def train(config: Config) -> None:
     # 2. What learns. No dropout: it would make π_θ another policy at each look (Huang et al. 2023).
     critic = new_critic(config.critic, policy, reward.models) if config.advantage == "gae" else None
     learner = Learner(policy, critic, config.beta).to(device).eval()
+    show_samples = watch(run, policy, tokenizer, held_out_prompts)
     shared = set(policy.parameters())
     parts = [list(policy.parameters()), [p for p in learner.parameters() if p not in shared]]
     parts = [part for part in parts if part]  # each with a gradient clip of its own
@@ -178,14 +180,12 @@ def train(config: Config) -> None:
                 settings = config.kl_target, n, config.kl_horizon
                 learner.beta.fill_(estimate.adapt_kl_coefficient(metrics["beta"], metrics["kl"], *settings))
             run.log(metrics)
+            if 5 * (step + 1) // config.iterations > 5 * step // config.iterations:  # five times a run
+                show_samples()
 
     # 8. What came of it: policy and reference answer the same new prompts.
     with run.stage("evaluation"):
-        result, answers = compare(
-            policy, reference, tokenizer, held_out_prompts, max_new_tokens=config.max_new_tokens, seed=config.seed,
-            sample_batch=config.sample_batch, batch_size=4 * config.micro_batch, true=not config.data, score=reward,
-            temperature=config.temperature, asked=given is not None,
-        )  # fmt: skip
+        result, answers = compare(policy, reference, tokenizer, held_out_prompts, score=reward, **setting_of(config))
     stop_if_collapsed(run, result["kl"], not any(answer["policy"] for answer in answers))
     models.save(policy, tokenizer, run.folder / "model")
     if learner.critic is not None:

@@ -134,7 +134,7 @@ def group_scores(model: ScalarModel, data: Encoded, groups: list[int]) -> list[T
     what was said, [G, K]."""
     batch = data.collate(groups).to(model.device)
     with parallel.autocast(model.device):
-        scores, there = grouped(model(batch.tokens, batch.last), batch.sizes)
+        scores, there = grouped(model(batch.tokens, batch.last, batch.packed), batch.sizes)
     return [scores, there, *(grouped(x, batch.sizes)[0] for x in (batch.margins, batch.said))]
 
 
@@ -165,7 +165,7 @@ def ensure_reward_model(run: Run) -> str:
     if not (folder / "report.json").exists():
         say(f"no --reward: a reward model first, in {folder}")
         names = ("data", "prompts", "annotators", "noise", "voters", "votes", "seed", "device", "kernels", "resume")
-        names += ("save_seconds", "max_new_tokens", "sample_batch", "micro_batch")
+        names += ("save_seconds", "tensorboard", "max_new_tokens", "sample_batch", "micro_batch")
         same = {name: getattr(config, name) for name in names}
         train(Config(out=str(folder), init=config.init or str(run.folder / "sft"), **same))
     run.add_seconds(folder, "reward model")

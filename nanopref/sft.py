@@ -15,9 +15,9 @@ from nanopref.data.formats import read_to_imitate
 from nanopref.data.groups import Encoded, Group, encode, micro_batches, split
 from nanopref.data.tokenizer import Tokenizer
 from nanopref.evaluation import report
+from nanopref.evaluation.samples import watch
 from nanopref.models.inference import evaluating
 from nanopref.models.language import LM
-from nanopref.models.sampling import respond
 from nanopref.running import flags, optim, parallel
 from nanopref.running.flags import LearningFlags, RunFlags, flag, require
 from nanopref.running.folder import Run
@@ -84,6 +84,8 @@ def train(config: Config) -> None:
         say(f"  {count:,} {note}")
 
     optimizer = optim.OPTIMIZERS[config.optimizer](model, config.lr, config.weight_decay)
+    longest, prompts = min(64, model.config.block_size // 2), [group.prompt for group in held_out_groups]
+    show_samples = watch(run, model, tokenizer, prompts, max_new_tokens=longest, beside_first=False)
     lengths, size = data.lengths(), optim.batch_size(config.batch_size, len(data))
     with run.stage("sft"):
         for step, rows in run.steps("SFT", len(data), size, config.steps, model, optimizer, lengths):
@@ -102,10 +104,12 @@ def train(config: Config) -> None:
             elif (step + 1) % config.eval_every == 0:  # on the way a part is enough
                 metrics["held_out_loss"] = held_out_loss(model, held_out, 256, config.micro_batch)
             run.log(metrics)
+            if "held_out_loss" in metrics:
+                show_samples()
 
     if parallel.rank() == 0:
         models.save(model, tokenizer, run.folder / "model")
-        conclude(run, model, tokenizer, held_out_groups, notes)
+        conclude(run, notes)
 
 
 def summed_logprobs(model: LM, data: Encoded, groups: list[int]) -> Tensor:
@@ -143,7 +147,7 @@ def ensure_sft(run: Run) -> Path:
     config, folder = run.config, run.folder / "sft"
     if not (folder / "report.json").exists():
         say(f"no --init: supervised fine-tuning first, in {folder}")
-        names = ("data", "seed", "device", "kernels", "resume", "save_seconds", "micro_batch")
+        names = ("data", "seed", "device", "kernels", "resume", "save_seconds", "tensorboard", "micro_batch")
         train(Config(out=str(folder), steps=config.sft_steps, **{name: getattr(config, name) for name in names}))
     parallel.barrier()
     run.add_seconds(folder, "sft")
@@ -157,21 +161,16 @@ def sample_reviews(config: Config) -> list[Group]:
     return [Group(prompt, (reviews.sample_response(rng, prompt),)) for prompt in prompts]
 
 
-def conclude(run: Run, model: LM, tokenizer: Tokenizer, held_out: list[Group], notes: Counter) -> None:
-    """Write report.json and report.png, print the losses and three samples."""
-    metrics = run.metrics()
-    loss = metrics[-1]["held_out_loss"]
-    prompts = [group.prompt for group in held_out[:3]]
-    longest = min(64, model.context // 2)
-    answers = respond(model, tokenizer, prompts, max_new_tokens=longest, seed=0, stream="samples")
+def conclude(run: Run, notes: Counter) -> None:
+    """Write report.json and report.png, print the losses."""
+    metrics, said = run.metrics(), run.notes("samples.jsonl")
+    step, loss = metrics[-1]["step"], metrics[-1]["held_out_loss"]
     panel = report.curves(metrics, {"loss": "training", "held_out_loss": "held out"}, "SFT loss, nats per token")
     report.plot([panel], run.folder / "report.png")
-    samples = [{"prompt": prompt, "response": answer.text} for prompt, answer in zip(prompts, answers, strict=True)]
+    samples = [{"prompt": row["prompt"], "response": row["policy"]} for row in said if row["step"] == step]
     result = {"held_out_loss": loss, "perplexity": math.exp(loss), "data": dict(notes), "samples": samples}
     run.report(result)
-    say(f"SFT: held-out loss {loss:.3f} nats per token (perplexity {math.exp(loss):.2f}); samples:")
-    for sample in samples:
-        say(f"  {' '.join(sample['prompt'].split())}→{' '.join(sample['response'].split())}"[:300])
+    say(f"SFT: held-out loss {loss:.3f} nats per token (perplexity {math.exp(loss):.2f})")
     say(f"SFT: {report.model_line(run)}")
 
 

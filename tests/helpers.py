@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from nanopref.running import flags as command_flags
+from nanopref.running.folder import read_lines
 
 ROOT = Path(__file__).parent.parent
 
@@ -84,12 +85,21 @@ def _run_script(log: Path, script: str, words: tuple[str, ...], environment: dic
 
 
 def results(folder: Path) -> tuple[list[dict], dict]:
-    """metrics.jsonl and report.json, without what depends on the clock or the GPU."""
+    """metrics.jsonl, and report.json with what samples.jsonl holds; without what depends on the clock or the GPU."""
     report = json.loads((folder / "report.json").read_text())
     report.pop("seconds")
     report.pop("peak_memory_MiB", None)
+    report["on the way"] = read_lines(folder / "samples.jsonl")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if not k.endswith("per_second")} for row in rows], report
+
+
+def board(folder: Path, reader=None) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard shows of a run, through a new reader or one that looks on: {tag: (step, value) of each}."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    reader = (reader or EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})).Reload()
+    return {name: [(x.step, x.value) for x in reader.Scalars(name)] for name in reader.Tags()["scalars"]}
 
 
 def stopped(command, config, capsys) -> str:

@@ -10,13 +10,13 @@ from pathlib import Path
 import by_hand
 import pytest
 import torch
-from helpers import results, stopped
+from helpers import board, results, stopped
 
 import train_dpo
 import train_ppo
 import train_rm
 from nanopref import models, sft
-from nanopref.data.formats import read_feedback
+from nanopref.data.formats import read_feedback, read_prompts
 from nanopref.feedback import rollout
 from nanopref.learning.objectives import OBJECTIVES, resolve
 from nanopref.learning.objectives import knobs as objectives_knobs
@@ -152,6 +152,28 @@ def test_a_look_on_the_way_is_at_256_groups_and_the_last_at_all(name, init, tmp_
     script.train(config_of(name, tmp_path / "out", pairs(tmp_path / "pairs.jsonl", 3000), init, "", **more))
     assert [sorted(look) for look in looks] == [list(range(256)), list(range(300))]
     assert all("held_out_loss" in row for row in by_hand.metrics(tmp_path / "out"))
+
+
+WATCHED = {  # flags, the steps after which answers are shown, and names in TensorBoard
+    "dpo": ({"eval_every": 3}, [3, 4], {"train/loss", "train/rewards/chosen", "eval/rewards/accuracies"}),
+    "rm": ({"eval_every": 3}, [], {"train/accuracy", "train/margin", "eval/accuracy", "train/learning_rate"}),
+    "ppo": ({"iterations": 8}, [2, 4, 5, 7, 8], {"train/objective/kl", "train/loss/value_avg", "train/beta"}),
+    "sft": ({"eval_every": 3}, [3, 4], {"train/loss", "eval/loss", "train/learning_rate"}),
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_run_can_be_watched(name, init, judge, tmp_path, no_picture):
+    """Three prompts that are held out are answered at each look; curves have the names that they have in TRL."""
+    more, steps, tags = WATCHED[name]
+    data = pairs(tmp_path / "pairs.jsonl", 40)
+    SCRIPTS[name].train(config_of(name, tmp_path / "out", data, init, judge, tensorboard=True, **more))
+    rows = folder.read_lines(tmp_path / "out" / "samples.jsonl")
+    held_out = read_prompts(data)[1][:3]
+    assert [(row["step"], row["prompt"]) for row in rows] == [(step, x) for step in steps for x in held_out]
+    assert all(("reference" in row) == (name != "sft") for row in rows)
+    assert name != "dpo" or len({row["reference"] for row in rows}) < len({row["policy"] for row in rows})
+    assert tags <= board(tmp_path / "out").keys()
 
 
 @pytest.mark.parametrize("name", LEARNERS)

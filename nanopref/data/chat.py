@@ -37,9 +37,9 @@ def ends(tokenizer: Tokenizer) -> frozenset[int]:
 def check(tokenizer: Tokenizer, prompt: str = Dialogue([("user", "?")])) -> None:
     """Raise UserError where the chat template refuses a conversation, or an answer to it, or does not work at all."""
     if tokenizer.template and isinstance(prompt, Dialogue):
-        _closing(tokenizer)
         _render(tokenizer, prompt.messages, True)
         _render(tokenizer, [*prompt.messages, ("assistant", "?")], False)
+        _closing(tokenizer)
 
 
 def encode_prompt(

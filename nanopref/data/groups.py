@@ -22,6 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from nanopref.data import chat
 from nanopref.data.chat import encode_answer, encode_prompt
 from nanopref.data.dialogues import Dialogue, as_json, turns
+from nanopref.data.packing import Packed, pack
 from nanopref.data.tokenizer import Tokenizer
 from nanopref.running import parallel
 from nanopref.running.flags import UserError, require
@@ -137,6 +138,7 @@ class Batch(NamedTuple):
     said: Tensor  # [B]: of each row, see Group.said
     margins: Tensor  # [B]: by how much the first row of each group is to be better; 0 for the others
     sizes: list[int]  # the rows of each group, whose sum is B
+    packed: Packed | None = None  # the same tokens with what a group's rows share once, where that pays
 
     @property
     def inputs(self) -> Tensor:
@@ -147,7 +149,8 @@ class Batch(NamedTuple):
         return self.tokens[:, 1:]
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(*(x.to(device, non_blocking=True) for x in self[:-1]), self.sizes)
+        tensors = (x.to(device, non_blocking=True) for x in self[:-2])
+        return Batch(*tensors, self.sizes, self.packed and self.packed.to(device))
 
 
 @dataclass
@@ -202,6 +205,12 @@ class Encoded:
         """The row numbers of these groups."""
         return [row for g in groups for row in range(self.firsts[g], self.firsts[g + 1])]
 
+    @property
+    def repeated(self) -> float:
+        """The share of all tokens that are of a prompt which stands in an earlier row of its group."""
+        again = self.prompt_lengths.sum() - self.prompt_lengths[self.firsts[:-1]].sum()
+        return float(again / max(1, len(self.tokens)))
+
     def single_rows(self) -> "Encoded":
         """The same rows as groups of one."""
         return replace(self, firsts=torch.arange(len(self.starts)))
@@ -217,8 +226,9 @@ class Encoded:
         tokens, counted = (
             pad([x[i:j] for i, j in zip(starts, ends, strict=True)]) for x in (self.tokens, self.counted)
         )
-        sizes = (self.firsts[1:] - self.firsts[:-1])[list(groups)].tolist()
-        return Batch(tokens, counted[:, 1:].float(), ends - starts - 1, self.said[rows], self.margins[rows], sizes)
+        sizes, lengths = (self.firsts[1:] - self.firsts[:-1])[list(groups)].tolist(), ends - starts
+        told = self.said[rows], self.margins[rows]
+        return Batch(tokens, counted[:, 1:].float(), lengths - 1, *told, sizes, pack(tokens, lengths.tolist(), sizes))
 
 
 def pad(sequences: Sequence[Tensor | list[int]]) -> Tensor:
@@ -310,7 +320,7 @@ def _fit(tokenizer: Tokenizer, prompt: str, responses: Sequence[str], block_size
 def _conversation(group: Group, tokenizer: Tokenizer, block_size: int, notes: Counter) -> Row:
     """All of a conversation as one row; or its last turn, where that is too long by itself."""
     (response,) = group.responses
-    said = turns(group.prompt + response) if group.whole else [*group.prompt.messages, ("assistant", response)]
+    said = turns(group.prompt + response) if group.whole else [*group.prompt.messages, ("assistant", response.strip())]
     while said and said[-1][0] != "assistant":
         said.pop()
     tokens, counted, shortened = chat.encode_turns(tokenizer, said, block_size)

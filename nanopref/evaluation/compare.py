@@ -31,6 +31,19 @@ def new_prompts(file: str, n: int, seed: int, tokenizer: Tokenizer | None = None
     return [reviews.sample_prompt(rng) for _ in range(n)]
 
 
+def setting_of(config: Any) -> dict[str, Any]:
+    """What the flags of a script say of how to `compare`."""
+    return {
+        "max_new_tokens": config.max_new_tokens,
+        "seed": config.seed,
+        "sample_batch": config.sample_batch,
+        "batch_size": 4 * config.micro_batch,
+        "true": not config.data,
+        "asked": config.reward is not None,
+        "temperature": getattr(config, "temperature", 1.0),
+    }
+
+
 def compare(
     policy: LM,
     reference: LM,

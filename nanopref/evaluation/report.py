@@ -10,6 +10,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 
 from nanopref.evaluation.metrics import rank_correlation
 from nanopref.running.folder import Run, write_atomic
@@ -146,10 +147,21 @@ def print_samples(rows: Sequence[dict[str, Any]]) -> None:
         say(f"\n{side_by_side(row, width)}")
 
 
+def shows_something(panel: Panel) -> bool:
+    """Not a panel that is empty, or in which every curve stays where it began, as β does that nothing changes."""
+    axis = Figure().add_subplot()
+    panel(axis)
+    moves = any(np.ptp(line.get_ydata()) > 1e-6 * np.abs(line.get_ydata()).max() for line in axis.lines)
+    return bool(moves or axis.collections or axis.patches)
+
+
 def plot(panels: Sequence[Panel], path: Path) -> None:
-    """Draw each panel on axes of its own in a PNG that appears whole: three in a row, or four in a square."""
-    columns = 2 if len(panels) == 4 else min(len(panels), 3)
-    rows = -(-len(panels) // columns)
+    """Draw each panel that shows something, or else the first, on axes of its own in a PNG that appears whole: four in
+    a square, more in rows of three or four, whichever leaves fewer places empty."""
+    panels = [panel for panel in panels if shows_something(panel)] or panels[:1]
+    n = len(panels)
+    columns = min(n, 3) if n < 4 else 2 if n == 4 else min((4, 3), key=lambda columns: -n % columns)
+    rows = -(-n // columns)
     size = (5 * columns, 3.6 * rows)
     figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
     for axis in axes.flat[len(panels) :]:
@@ -172,7 +184,8 @@ def curves(metrics: Sequence[dict[str, float]], names: dict[str, str], title: st
                 axis.plot(*zip(*points, strict=True), label=legend, marker=marker, alpha=0.9)
         axis.set(title=title, xlabel=xlabel)
         axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.legend(frameon=False)
+        if axis.lines:
+            axis.legend(frameon=False)
 
     return draw
 

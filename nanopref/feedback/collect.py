@@ -270,7 +270,7 @@ def ensure_feedback(
                     "  a voter of noise {noise:g}: by all votes right in {accuracy:.0%}, as of {estimated_noise:.2g}"
                 )
                 say(words.format(**voter))
-            run.note("rounds.jsonl", {"round": round + 1, **means}, round)
+            run.note("rounds.jsonl", {"round": round + 1, **means}, after=round)
             write_atomic(path, write_groups(found))
     barrier()
     groups, held_out, notes = read_feedback(path, kinds, config.loss)

@@ -94,7 +94,9 @@ def save(model: LM | ScalarModel, tokenizer: Tokenizer, folder: str | Path, **se
     body = model.transformer if scalar else model
     family = next(family for family in FAMILIES.values() if isinstance(body, family.Model))
     tensors = {name: x.cpu() for name, x in family.to_tensors(body).items()}
-    settings = family.to_settings(body.config, scalar) | settings
+    first = tokenizer.added.get(tokenizer.variables.get("bos_token", ""))
+    ids = {"bos_token_id": first, "eos_token_id": tokenizer.end_of_text}
+    settings = family.to_settings(body.config, scalar) | ids | settings
     if scalar:
         tensors.pop("lm_head.weight", None)  # which says nothing here
         tensors["score.weight"] = model.score.weight.detach().cpu()
@@ -102,8 +104,8 @@ def save(model: LM | ScalarModel, tokenizer: Tokenizer, folder: str | Path, **se
             tensors["score.bias"] = model.bias.cpu()
         labels = {str(i): f"LABEL_{i}" for i in range(model.heads)}
         settings |= {"id2label": labels, "label2id": {label: int(i) for i, label in labels.items()}}
-        # `transformers` reads a score at the last token that is no padding: the zero byte, which no text holds
-        settings["pad_token_id"] = tokenizer.ranks[b"\0"]
+        # `transformers` reads a score at the last token that is no padding, which no text holds
+        settings["pad_token_id"] = tokenizer.padding
     write_atomic(folder / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     (folder / INDEX).unlink(missing_ok=True)  # of a model in shards that was here before
     write_atomic(folder / "config.json", json.dumps(settings, indent=2) + "\n")

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanopref.models.language import LM, Cached, attend
+from nanopref.models.language import LM, Seen, attend
 from nanopref.running.flags import require
 
 
@@ -60,10 +60,10 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor, cached: Cached | None = None) -> Tensor:
+    def forward(self, x: Tensor, seen: Seen) -> Tensor:
         B, T, D = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, D // self.n_head).permute(2, 0, 3, 1, 4)
-        y = attend(q, k, v, cached, self.dropout if self.training else 0.0)
+        y = attend(q, k, v, seen, self.dropout if self.training else 0.0)
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 
 
@@ -87,8 +87,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cached: Cached | None = None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), cached)
+    def forward(self, x: Tensor, seen: Seen) -> Tensor:
+        x = x + self.attn(self.ln_1(x), seen)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -149,8 +149,6 @@ def to_settings(c: GPTConfig, scalar: bool = False) -> dict[str, Any]:
         "resid_pdrop": c.dropout,
         "layer_norm_epsilon": 1e-5,
         "tie_word_embeddings": True,
-        "bos_token_id": c.vocab_size - 1,
-        "eos_token_id": c.vocab_size - 1,
         "nanopref_from_scratch": c.from_scratch,
     }
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from kernels.reference import logits
 from nanopref.data.groups import Batch, Encoded, micro_batches
+from nanopref.data.packing import PAYS
 from nanopref.models.language import LM
 from nanopref.models.scalar import ScalarModel
 from nanopref.running import parallel
@@ -30,7 +31,7 @@ def response_logprobs(
     """log π(y|x) of each row [N], on the CPU."""
     return _by_batches(
         model, encoded, description, batch_size,
-        lambda batch: model(batch.inputs, batch.targets, batch.mask, temperature).sum(-1),
+        lambda batch: model(batch.inputs, batch.targets, batch.mask, temperature, packed=batch.packed).sum(-1),
     )  # fmt: skip
 
 
@@ -61,7 +62,9 @@ def reference_logprobs(path: Path, model: LM | None, *parts: Encoded, batch_size
 
 def response_scores(model: ScalarModel, encoded: Encoded, description: str = "scores", batch_size: int = 64) -> Tensor:
     """What each head says of each row at its last token [N, heads], on the CPU."""
-    return _by_batches(model, encoded, description, batch_size, lambda batch: model(batch.tokens, batch.last))
+    return _by_batches(
+        model, encoded, description, batch_size, lambda batch: model(batch.tokens, batch.last, batch.packed)
+    )
 
 
 def choice_logits(
@@ -80,12 +83,16 @@ def choice_logits(
 def _by_batches(
     model: nn.Module, encoded: Encoded, description: str, batch_size: int, say: Callable[[Batch], Tensor]
 ) -> Tensor:
-    """`say` of all rows; those alike in length share a batch, whatever their groups, so little of it is padding."""
-    results, order, alone = [], [], encoded.single_rows()
-    with evaluating(model), progress(description, len(alone)) as bar:
-        for rows in micro_batches(range(len(alone)), alone.lengths(), batch_size):
+    """`say` of all rows. Those alike in length share a batch, so that little of it is padding, whatever their groups,
+    unless these share much."""
+    results, order = [], []
+    parts = encoded if encoded.repeated > 1 - PAYS else encoded.single_rows()
+    size = max(1, batch_size * len(parts) // max(1, len(encoded.row_lengths)))
+    with evaluating(model), progress(description, len(encoded.row_lengths)) as bar:
+        for groups in micro_batches(range(len(parts)), parts.lengths(), size):
+            rows = parts.rows(groups)
             with autocast(model.device):
-                results.append(say(alone.collate(rows).to(model.device)).float().cpu())
+                results.append(say(parts.collate(groups).to(model.device)).float().cpu())
             order += rows
             bar.update(len(rows))
     return torch.cat(results)[torch.tensor(order).argsort()] if results else torch.empty(0)

@@ -3,7 +3,7 @@
 Padding goes to the right of the real tokens: under causal attention nothing real can look at it.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,13 +12,22 @@ from torch.utils.checkpoint import checkpoint
 
 import kernels
 from kernels.reference import IGNORE
+from nanopref.data.packing import Packed
 from nanopref.models.cache import KVCache
 
-Cached = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # a layer's keys and values, rows, positions, mask: see `attend`
+
+class Seen(NamedTuple):
+    """What a layer's attention looks at: by default each token at itself and all before it."""
+
+    mask: Tensor | None = None  # [B or 1, 1, T, S], True or 0 where a token looks
+    keys: Tensor | None = None  # the layer's cache [B, heads, S', width]
+    values: Tensor | None = None
+    rows: Tensor | None = None  # [B, 1] and
+    positions: Tensor | None = None  # [B, T]: where the new keys and values go
 
 
 class LM(nn.Module):
-    """A family adds its blocks, called with (x, cached, *context), and what the methods below ask for.
+    """A family adds its blocks, called with (x, seen, *positional), and what the methods below ask for.
 
     `config` has vocab_size, block_size, n_layer, n_head, n_kv_head, head_dim, n_embd and from_scratch.
     """
@@ -49,8 +58,10 @@ class LM(nn.Module):
     def device(self) -> torch.device:
         return self.unembedding.device
 
-    def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+    def hidden(self, tokens: Tensor, cache: KVCache | None = None, packed: Packed | None = None) -> Tensor:
         """tokens [B, T] -> the last hidden states [B, T, D], after the final norm.
+
+        `packed` (of these rows, or of what goes on behind them) has what they share computed once.
 
         With a cache, `tokens` continue each row where its cache ends, and `cache.lengths` grows by T. A caller that
         padded a row on the right sets its length back to the real one: the padding's entries are overwritten later
@@ -60,25 +71,28 @@ class LM(nn.Module):
         if cache is None:
             if T > self.config.block_size:
                 raise ValueError(f"{T} tokens are more than the context of {self.config.block_size}")
-            positions, cached = torch.arange(T, device=tokens.device), None
+            positions, seen = torch.arange(T, device=tokens.device), Seen()
+            if packed is not None:
+                tokens, positions, seen = packed.tokens, packed.positions, Seen(packed.mask())
         else:
             positions = cache.lengths[:, None] + torch.arange(T, device=tokens.device)
-            seen = cache.seen or int(positions.max()) + 1
-            if not cache.seen and seen > min(cache.keys.shape[3], self.config.block_size):
-                raise ValueError(f"{seen} tokens are more than the cache or the context holds")
-            unseen = torch.arange(seen, device=tokens.device) > positions[:, None, :, None]
+            columns = cache.seen or int(positions.max()) + 1
+            if not cache.seen and columns > min(cache.keys.shape[3], self.config.block_size):
+                raise ValueError(f"{columns} tokens are more than the cache or the context holds")
+            unseen = torch.arange(columns, device=tokens.device) > positions[:, None, :, None]
             mask = torch.zeros(unseen.shape, device=tokens.device, dtype=cache.keys.dtype)
             mask.masked_fill_(unseen, -torch.inf)  # added to the scores of every layer
-            cached = torch.arange(len(tokens), device=tokens.device)[:, None], positions, mask
+            seen = Seen(mask, rows=torch.arange(len(tokens), device=tokens.device)[:, None], positions=positions)
             cache.lengths += T
         x, told = self.embed(tokens, positions), self.positional(positions)
         for i, block in enumerate(self.blocks):
-            layer = cached and (cache.keys[i], cache.values[i], *cached)
+            layer = seen if cache is None else seen._replace(keys=cache.keys[i], values=cache.values[i])
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x = checkpoint(block, x, layer, *told, use_reentrant=False)
             else:
                 x = block(x, layer, *told)
-        return self.final_norm(x)
+        x = self.final_norm(x)
+        return x if packed is None else x.flatten(0, 1)[packed.places[:, :T]]
 
     def logprobs(
         self, hidden: Tensor, targets: Tensor, mask: Tensor, temperature: float = 1.0, entropy: bool = False
@@ -91,11 +105,12 @@ class LM(nn.Module):
         return tuple(x.view_as(targets) for x in results) if entropy else results.view_as(targets)
 
     def forward(
-        self, tokens: Tensor, targets: Tensor, mask: Tensor, temperature: float = 1.0, entropy: bool = False
-    ) -> Any:
+        self, tokens: Tensor, targets: Tensor, mask: Tensor, temperature: float = 1.0, entropy: bool = False,
+        packed: Packed | None = None,
+    ) -> Any:  # fmt: skip
         """tokens, targets, mask [B, T] -> log π(targets[:, t] | tokens[:, :t + 1]) [B, T], nats, float32, 0 where the
         mask is 0; with `entropy` the pair (log-probs, entropies). What a training step needs is this one call."""
-        return self.logprobs(self.hidden(tokens), targets, mask, temperature, entropy)
+        return self.logprobs(self.hidden(tokens, packed=packed), targets, mask, temperature, entropy)
 
     def logits(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """tokens [B, T] -> logits [B, T, V] in float32, as the log-probs are made from."""
@@ -107,19 +122,13 @@ class LM(nn.Module):
         return KVCache(c.n_layer, c.n_kv_head, c.head_dim, batch, length, device=self.device, dtype=dtype)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, cached: Cached | None, dropout: float = 0.0) -> Tensor:
-    """Causal attention of queries [B, H, T, width] to keys and values of as many heads, or of fewer, each for some
-    queries (Ainslie et al. 2023) -> [B, T, H·width].
-
-    With a cache the new keys and values are written to it at `positions` [B, T], and what the mask leaves is seen.
-    """
+def attend(q: Tensor, k: Tensor, v: Tensor, seen: Seen, dropout: float = 0.0) -> Tensor:
+    """Attention of queries [B, H, T, width] to keys and values of as many heads, or of fewer, each for some queries
+    (Ainslie et al. 2023) -> [B, T, H·width]. With a cache the new keys and values are written to it first."""
+    if seen.keys is not None:
+        seen.keys[seen.rows, :, seen.positions] = k.transpose(1, 2).to(seen.keys.dtype)
+        seen.values[seen.rows, :, seen.positions] = v.transpose(1, 2).to(seen.values.dtype)
+        k, v = (x[:, :, : seen.mask.shape[-1]] for x in (seen.keys, seen.values))  # no row has reached the others
     grouped = q.shape[1] != k.shape[1]
-    if cached is None:
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, enable_gqa=grouped)
-    else:
-        keys, values, rows, positions, mask = cached
-        keys[rows, :, positions] = k.transpose(1, 2).to(keys.dtype)
-        values[rows, :, positions] = v.transpose(1, 2).to(values.dtype)
-        keys, values = (x[:, :, : mask.shape[-1]] for x in (keys, values))  # no row has reached the others
-        y = F.scaled_dot_product_attention(q.to(keys.dtype), keys, values, attn_mask=mask, enable_gqa=grouped)
-    return y.transpose(1, 2).flatten(2)
+    how = {"attn_mask": seen.mask, "is_causal": seen.mask is None, "dropout_p": dropout, "enable_gqa": grouped}
+    return F.scaled_dot_product_attention(q.to(k.dtype), k, v, **how).transpose(1, 2).flatten(2)

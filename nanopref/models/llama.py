@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanopref.models.language import LM, Cached, attend
+from nanopref.models.language import LM, Seen, attend
 from nanopref.running.flags import require
 
 
@@ -65,12 +65,12 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(c.head_dim, c.norm_eps) if normed else nn.Identity()
         self.k_norm = nn.RMSNorm(c.head_dim, c.norm_eps) if normed else nn.Identity()
 
-    def forward(self, x: Tensor, cached: Cached | None, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, seen: Seen, cos: Tensor, sin: Tensor) -> Tensor:
         q, k, v = (
             proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )  # [B, T, heads, width]
         q, k = rotated(self.q_norm(q), cos, sin).to(v.dtype), rotated(self.k_norm(k), cos, sin).to(v.dtype)
-        y = attend(*(z.transpose(1, 2) for z in (q, k, v)), cached, self.dropout if self.training else 0.0)
+        y = attend(*(z.transpose(1, 2) for z in (q, k, v)), seen, self.dropout if self.training else 0.0)
         return F.dropout(self.o_proj(y), self.dropout, self.training)
 
 
@@ -102,8 +102,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(c.n_embd, c.norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x: Tensor, cached: Cached | None, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cached, cos, sin)
+    def forward(self, x: Tensor, seen: Seen, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), seen, cos, sin)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanopref.data.packing import Packed
 from nanopref.models.language import LM
 
 
@@ -45,9 +46,9 @@ class ScalarModel(nn.Module):
     def heads(self) -> int:
         return len(self.score.weight)
 
-    def forward(self, tokens: Tensor, last: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, last: Tensor | None = None, packed: Packed | None = None) -> Tensor:
         """tokens [B, T] -> [B, T, heads], or with `last` [B] what the tokens there say: [B, heads]. float32."""
-        hidden = self.transformer.hidden(tokens)
+        hidden = self.transformer.hidden(tokens, packed=packed)
         return self.read(hidden if last is None else hidden[torch.arange(len(last), device=last.device), last])
 
     def read(self, hidden: Tensor) -> Tensor:

@@ -214,6 +214,7 @@ class RunFlags:
         "auto", "log-probs and losses: auto is Triton on CUDA, PyTorch elsewhere", among=kernels.BACKENDS
     )
     save_seconds: float = flag(60.0, "time between two saves of the state that --resume continues from", least=0)
+    tensorboard: bool = flag(False, "also write the curves for TensorBoard, in OUT/tensorboard, under TRL's names")
 
 
 @dataclass

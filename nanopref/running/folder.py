@@ -3,7 +3,8 @@
 `out/<stage>/` holds
     config.json     every flag, the versions, the seed
     seconds.json    what each stage took
-    metrics.jsonl   one row a logged step
+    metrics.jsonl   one row a logged step; with --tensorboard, tensorboard/ holds the same as event files
+    samples.jsonl   answers to the same prompts, at each look on the way
     state.pt        what `--resume` continues from: weights, optimiser, random state, step
     model/          the trained model, a Hugging Face folder, with its tokenizer
     report.json, report.png
@@ -33,6 +34,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import kernels
+from nanopref.running import tensorboard
 from nanopref.running.flags import RewardError, RunFlags, UserError, require
 from nanopref.running.optim import Both, batches
 from nanopref.running.parallel import barrier, progress, rank, say, sum_gradients, sum_processes, world_size
@@ -43,7 +45,8 @@ except ImportError:  # a system without it does not notice two runs in one folde
     fcntl = None
 
 PARTIAL = ".partial"  # how the names of files end that are being written
-FREE = {"resume", "overwrite", "out", "device", "kernels", "save_seconds", "micro_batch", "sample_batch"}  # may change
+# flags that may change between the start of a run and its --resume
+FREE = {"resume", "overwrite", "out", "device", "kernels", "save_seconds", "tensorboard", "micro_batch", "sample_batch"}
 
 
 def write_atomic(path: str | Path, content: str | bytes | Callable[[Path], None]) -> None:
@@ -103,6 +106,9 @@ class Run:
         self._round, self._before = 0, 0
         self._clean = False  # whether a step has begun of which no weight knows yet
         self._next_save, self.last_saved = 0.0, 0
+        self._board = None  # TensorBoard's writer, once there is something to write
+        if config.tensorboard:
+            tensorboard.writer_class()
         require(not self.folder.exists() or self.folder.is_dir(), f"--out {self.folder}: that is a file; name a folder")
         require(
             not (config.resume and config.overwrite),
@@ -217,6 +223,10 @@ class Run:
                 self._bar.set_postfix(self._shown, refresh=False)
             with (self.folder / "metrics.jsonl").open("a") as f:
                 f.write(json.dumps({"step": self.step + 1, **metrics}) + "\n")
+            if self.config.tensorboard:  # at first with all that was logged before the run was resumed
+                rows = [{"step": self.step + 1, **metrics}] if self._board else self.metrics()
+                self._board = self._board or tensorboard.open_board(self.folder / "tensorboard")
+                tensorboard.show(self._board, self._stage, rows)
 
     def metrics(self) -> list[dict[str, float]]:
         """The rows logged so far."""
@@ -229,9 +239,9 @@ class Run:
             report = {**report, **({"peak_memory_MiB": peak} if peak else {}), "seconds": self.seconds}
             write_atomic(self.folder / "report.json", json.dumps(report, indent=2) + "\n")
 
-    def note(self, name: str, row: dict[str, Any], after: int) -> None:
-        """Let a file of JSON Lines hold this row behind its first `after`."""
-        rows = [*self.notes(name)[:after], row]
+    def note(self, name: str, *rows: dict[str, Any], after: int) -> None:
+        """Let a file of JSON Lines hold these rows behind its first `after`."""
+        rows = (*self.notes(name)[:after], *rows)
         write_atomic(self.folder / name, "".join(json.dumps(row) + "\n" for row in rows))
 
     def notes(self, name: str) -> list[dict[str, Any]]:

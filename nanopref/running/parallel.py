@@ -90,9 +90,10 @@ def sum_processes(x: Tensor) -> Tensor:
 
 
 def say(*words) -> None:
-    """Print from one process only, and at once."""
+    """Print from one process only, at once, and above a progress bar where there is one."""
     if rank() == 0:
-        print(*words, flush=True)
+        tqdm.write(" ".join(map(str, words)))
+        sys.stdout.flush()
 
 
 def progress(description: str, total: int, unit: str = "row", done: int = 0):

@@ -41,3 +41,18 @@ def test_a_terminal_gets_a_bar(monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     with parallel.progress("SFT", 8, "step") as bar:
         assert hasattr(bar, "ncols") and not bar.disable
+
+
+def test_what_is_said_stands_above_a_progress_bar(monkeypatch, capsys):
+    """The bar is wiped, the words have a line of their own, and then the bar is drawn again."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with parallel.progress("training", 10, "step") as bar:
+        bar.delay = 0
+        bar.update(4)
+        bar.refresh()
+        capsys.readouterr()
+        parallel.say("40 of", 100)
+        printed = capsys.readouterr()
+    assert printed.out == "40 of 100\n"
+    wiped, _, drawn = printed.err.rpartition("\r")
+    assert wiped.strip("\r ") == "" and wiped and drawn.startswith("training")
