@@ -60,7 +60,8 @@ def test_a_score_says_who_wins_where_there_is_no_true_reward(folder):
 
     options = {"max_new_tokens": 8, "seed": 0, "score": alone(score, "sum")}
     report, _ = compare(policy, policy, tokenizer, PROMPTS[:30], **options)
-    said = [x.tolist() for x in scores]
+    (both,) = scores  # all answers are judged in one call
+    said = [x.tolist() for x in both.chunk(2)]
     wins = [(p > r) + 0.5 * (p == r) for p, r in zip(*said, strict=True)]
     assert report["win_rate"] == report["score"]["win_rate"] == np.mean(wins) and report["win_rate_by"] == "score"
     assert "win rate by score" in comparison_table(report) and "true reward" not in comparison_table(report)
