@@ -85,7 +85,9 @@ class Judge(NamedTuple):
             if len(tokens) <= room:
                 return tokens
             kept = self.tokenizer.encode(case["prompt"])[len(tokens) - room :]
-            need = f"a question takes {len(tokens)} tokens without the prompt, and the context of the model is {room}"
+            need = (
+                f"the model that is asked has a context of {room}, and without the prompt a question of {len(tokens)}"
+            )
             require(bool(case["prompt"]), need)
             text = self.tokenizer.decode_bytes(kept).decode("utf-8", "ignore")
             case["prompt"] = text[max(0, text.find("\n\nHuman:")) :].lstrip("\n")
@@ -107,7 +109,8 @@ def compare(judge: Judge, question: str, tokenizer: Tokenizer, batch_size: int, 
     for i, answer in enumerate(answers):
         by_prompt.setdefault(prompt_text(_asked(answer, tokenizer)), []).append(i)
     alone = bool(answers) and all(len(rows) == 1 for rows in by_prompt.values())
-    require(not alone, "compares the answers to a prompt, and here each prompt has but one: rates: takes them singly")
+    require(not alone, "asks:FOLDER compares the answers to a prompt, and here each prompt has but one: rates:FOLDER "
+            "takes them singly")  # fmt: skip
     texts = [answer.text.strip() for answer in answers]
     pairs = [
         (prompt, a, b)

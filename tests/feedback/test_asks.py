@@ -201,7 +201,9 @@ def test_of_what_does_not_fit_the_oldest_turns_are_cut(folder, tmp_path):
     plain = judge.question(asking.WHICH, {**case, "prompt": "the film " * 200 + "end"})
     assert len(plain) == 300 and "the film end\n\nAnswer A" in judge.tokenizer.decode(plain)
     case["a"] = "is good " * 200
-    assert "without the prompt, and the context" in message_of(judge.question, asking.WHICH, case)
+    assert "has a context of 300, and without the prompt a question of" in message_of(
+        judge.question, asking.WHICH, case
+    )
 
 
 # ---- who asks --------------------------------------------------------------------------------------------------------
