@@ -46,7 +46,7 @@ def main(config: Config) -> None:
             print(text.decode(tokenizer.decode_bytes([token])), end="", flush=True)
 
     print(config.prompt, end="", flush=True)
-    with parallel.autocast(device):
+    with parallel.autocast(model):
         samples = generate(
             model,
             [prompt] * config.best_of,

@@ -71,7 +71,7 @@ def _by_batches(
     results, order, alone = [], [], encoded.single_rows()
     with evaluating(model), progress(description, len(alone)) as bar:
         for rows in micro_batches(range(len(alone)), alone.lengths(), batch_size):
-            with autocast(model.device):
+            with autocast(model):
                 results.append(say(alone.collate(rows).to(model.device)).float().cpu())
             order += rows
             bar.update(len(rows))

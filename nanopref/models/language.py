@@ -26,6 +26,7 @@ class LM(nn.Module):
     config: Any
     blocks: nn.ModuleList
     context: int  # longest sequence that this run reads: at most config.block_size
+    name = ""  # where it was loaded from: a folder, or a name on the hub
     checkpoint_activations = False  # whether a block's activations are computed again in the backward pass
 
     @property
@@ -73,6 +74,7 @@ class LM(nn.Module):
             cache.lengths += T
         x, told = self.embed(tokens, positions), self.positional(positions)
         for i, block in enumerate(self.blocks):
+            block = block if cache is None else block.forward  # compiled for whole sequences alone
             layer = cached and (cache.keys[i], cache.values[i], *cached)
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x = checkpoint(block, x, layer, *told, use_reentrant=False)
