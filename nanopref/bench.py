@@ -284,12 +284,12 @@ def parts(config: Config, folder: Path, limit: dict) -> Iterator[dict]:
     optimizer = optim.adamw(gpt, 1e-6)
 
     def trunk(gpt: LM, tokens: Tensor) -> None:
-        with parallel.autocast(device):
+        with parallel.autocast(gpt):
             hidden = gpt.hidden(tokens)
         hidden.float().sum().backward()
 
     def trunk_and_head() -> None:
-        with parallel.autocast(device):
+        with parallel.autocast(gpt):
             logprobs = gpt(tokens, tokens, mask)
         logprobs.sum().backward()
 
@@ -317,13 +317,14 @@ def parts(config: Config, folder: Path, limit: dict) -> Iterator[dict]:
 
 def rollouts(config: Config, folder: Path, limit: dict) -> Iterator[dict]:
     """Tokens sampled a second: ours, transformers' with either cache, and what reading the memory would allow."""
-    device, dtype = (torch.device("cuda"), torch.bfloat16) if CUDA else (torch.device("cpu"), torch.float32)
+    device = torch.device("cuda" if CUDA else "cpu")
     gpt = models.load(folder / "model")[0].to(device).eval()
+    dtype = parallel.precision(gpt)
     prompts = torch.randint(config.vocab_size - 1, (config.prompts, config.tokens // 8), device=device)
     total = config.prompts * config.new_tokens
 
     def own() -> None:
-        with parallel.autocast(device):
+        with parallel.autocast(gpt):
             samples = generate(gpt, prompts.tolist(), config.new_tokens, ends=())
         assert sum(len(sample.tokens) for sample in samples) == total
 

@@ -69,7 +69,7 @@ def main(config: Config) -> None:
 
 
 def sample(model: LM, prompts: list[list[int]], max_new_tokens: int, **setting) -> list:
-    with parallel.autocast(model.device):
+    with parallel.autocast(model):
         return generate(model, prompts, max_new_tokens, **setting)
 
 

@@ -233,7 +233,7 @@ def respond(
     samples: list[Sample] = []
     with (
         evaluating(model),
-        parallel.autocast(model.device),
+        parallel.autocast(model),
         parallel.progress("sampling", len(prompts), "response") as bar,
     ):
         for i in range(0, len(prompts), batch_size):

@@ -47,6 +47,7 @@ except ImportError:  # a system without it does not notice two runs in one folde
 PARTIAL = ".partial"  # how the names of files end that are being written
 # flags that may change between the start of a run and its --resume
 FREE = {"resume", "overwrite", "out", "device", "kernels", "save_seconds", "tensorboard", "micro_batch", "sample_batch"}
+FREE |= {"checkpoint_activations", "compile"}
 
 
 def write_atomic(path: str | Path, content: str | bytes | Callable[[Path], None]) -> None:
@@ -332,12 +333,12 @@ class Run:
         return time.monotonic() >= self._next_save
 
     def save(self) -> None:
-        """Write state.pt: everything that the following steps depend on."""
+        """Write state.pt: everything that the following steps depend on and that changes."""
         if rank() == 0:
             began = time.monotonic()
             state = {
                 "step": self._step,
-                "model": self._model.state_dict(),
+                "model": {name: x for name, x in self._model.state_dict().items() if name not in self._frozen()},
                 "optimizer": self._optimizer.state_dict(),
                 "random": torch.get_rng_state(),
                 "cuda_random": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
@@ -348,6 +349,10 @@ class Run:
         if self._stage:
             self._remember_seconds()
 
+    def _frozen(self) -> set[str]:
+        """The weights that do not learn, which need not be saved: they are again what they were."""
+        return {name for name, p in self._model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+
     def load(self, total: int) -> int:
         """Continue from state.pt where there is one; forget what the round's `total` steps logged after it. Returns the
         updates done."""
@@ -356,7 +361,8 @@ class Run:
         if path.is_file():
             try:
                 state = torch.load(path, map_location="cpu", weights_only=True)
-                self._model.load_state_dict(state["model"])
+                weights = self._model.state_dict()
+                self._model.load_state_dict({name: weights[name] for name in self._frozen()} | state["model"])
                 self._optimizer.load_state_dict(state["optimizer"])
                 torch.set_rng_state(state["random"])
                 if state["cuda_random"] is not None and torch.cuda.is_available():
