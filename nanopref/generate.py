@@ -22,7 +22,6 @@ class Config(RewardFlags):
     """Let a trained model finish a prompt, or talk with you, printing as it samples.
 
     Example: python -m nanopref.generate --model out/dpo --prompt "Last night I watched Paper Crown,"
-    Example: python -m nanopref.generate --model HuggingFaceTB/SmolLM2-135M-Instruct --chat
     """
 
     prompt: str = flag("", "what the response should follow; default: nothing, a text from its beginning")

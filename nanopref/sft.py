@@ -27,13 +27,15 @@ from nanopref.running.parallel import say
 @dataclass
 class Config(LearningFlags, ModelFlags, RunFlags):
     """Supervised fine-tuning of a GPT: from nothing with a tokenizer of its own, or from --init; on the film reviews of
-    the built-in task, or on a file of text, of prompts and responses, or of preferences, whose best side it learns.
+    the built-in task, or on a file of text, of prompts and responses, of conversations (what the assistant says in
+    them), or of preferences, whose best side it learns.
 
     Example: python -m nanopref.sft --data text.jsonl.gz --preset small --out out/mine
     """
 
     out: str = "out/sft"
-    data: str = flag("", "JSON Lines (.gz or not): text, prompt/completion, or preferences; default: film reviews")
+    data: str = flag("", "JSON Lines (.gz or not), Parquet, or a data set's name on the hub: text, prompt/completion, "
+                     "messages, or preferences; default: film reviews")  # fmt: skip
     init: str = flag("", "start from this model (a folder, or a name on the hub) instead of from nothing")
     preset: str = flag("tiny", "size of a model that starts from nothing", among=tuple(models.PRESETS))
     vocab_size: int | None = flag(None, "tokens of a tokenizer trained here", least=257, task=1024, file=4096)

@@ -12,6 +12,7 @@ from nanopref.data.tokenizer import Tokenizer
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|eot_id|>", "<think>", "</think>"]
 CORPUS = [
     "The film wasn't the best of the year; they'LL say it's 1234 of 12, 2024.\n\n  I say: the worst! ==\r\n\t== " * 3,
+    "  a\n  b\n\n  c   d    1  2   3\n 4 \t\t \n\n\n   \n  5  'Sam 'Sam 'sam 'Lla" * 3,
     "Größe, café naïve кино кино 映画映画, 🎬🎬 e\u0301e\u0301 각각  \u3000 abcab abc cab == === ((",
 ]
 LLAMA3 = (
@@ -49,7 +50,7 @@ def trained(splitting: pre_tokenizers.PreTokenizer, without: str = "", first: tu
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     alphabet = [c for c in pre_tokenizers.ByteLevel.alphabet() if c not in without]
     trainer = trainers.BpeTrainer(
-        vocab_size=420, initial_alphabet=alphabet, special_tokens=list(first), show_progress=False
+        vocab_size=460, initial_alphabet=alphabet, special_tokens=list(first), show_progress=False
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
     return json.loads(tokenizer.to_str())
@@ -72,6 +73,7 @@ def family(name: str) -> tuple[str, str]:
         file["model"] |= {"merges": all_pairs(vocab), "ignore_merges": True}
         begin = "<|begin_of_text|>"
         file["added_tokens"] = [added(begin, len(vocab)), added("<|eot_id|>", len(vocab) + 1)]
+        file["added_tokens"].append(added("<|eot_id|>a", len(vocab) + 2))
         single = [{"SpecialToken": {"id": begin, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
         template = {
             "type": "TemplateProcessing",

@@ -37,9 +37,9 @@ def ends(tokenizer: Tokenizer) -> frozenset[int]:
 def check(tokenizer: Tokenizer, prompt: str = Dialogue([("user", "?")])) -> None:
     """Raise UserError where the chat template refuses a conversation, or an answer to it, or does not work at all."""
     if tokenizer.template and isinstance(prompt, Dialogue):
-        _closing(tokenizer)
         _render(tokenizer, prompt.messages, True)
         _render(tokenizer, [*prompt.messages, ("assistant", "?")], False)
+        _closing(tokenizer)
 
 
 def encode_prompt(
@@ -71,6 +71,11 @@ def encode_prompt(
         messages[-1] = role, tokenizer.decode_bytes(kept).decode("utf-8", "ignore") if kept else ""
         tokens = _encode(tokenizer, messages)
     return tokens[-room:]
+
+
+def asked(tokenizer: Tokenizer, prompt: str) -> str:
+    """The transcript of what a chat template writes in its own way; nothing for a prompt that is read as it stands."""
+    return str(prompt) if isinstance(prompt, Dialogue) and tokenizer.template else ""
 
 
 def encode_answer(tokenizer: Tokenizer, prompt: str, response: str) -> list[int]:

@@ -320,7 +320,7 @@ def _fit(tokenizer: Tokenizer, prompt: str, responses: Sequence[str], block_size
 def _conversation(group: Group, tokenizer: Tokenizer, block_size: int, notes: Counter) -> Row:
     """All of a conversation as one row; or its last turn, where that is too long by itself."""
     (response,) = group.responses
-    said = turns(group.prompt + response) if group.whole else [*group.prompt.messages, ("assistant", response)]
+    said = turns(group.prompt + response) if group.whole else [*group.prompt.messages, ("assistant", response.strip())]
     while said and said[-1][0] != "assistant":
         said.pop()
     tokens, counted, shortened = chat.encode_turns(tokenizer, said, block_size)

@@ -18,7 +18,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from nanopref.running.flags import UserError
 
-STEPS = 1_000_000  # how often a rendering may loop or call, and how many characters it may make, and ten for each given
+STEPS = 200_000  # how often a rendering may loop or call, and how many characters it may make, and ten for each given
 TODAY = datetime(2024, 7, 26)  # which is what Llama 3's templates take where they are told no date
 
 

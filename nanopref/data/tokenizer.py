@@ -47,7 +47,9 @@ class Tokenizer:
         candidates = [self.added.get(self.variables.get("pad_token", "")), ranks.get(b"\0"), *self.added.values()]
         self.padding = next((i for i in candidates if i not in (None, self.end_of_text)), self.end_of_text)
         self._layout, self._files = layout, settings.files
-        self._tokens = {i: token for token, i in ranks.items()} | {i: t.encode() for t, i in self.added.items()}
+        self._tokens = {i: token for token, i in ranks.items()} | {
+            i: t.encode("utf-8", "replace") for t, i in self.added.items()
+        }
         self._missing = bytes(byte for byte in range(256) if bytes([byte]) not in ranks)
         self._encoding = tiktoken.Encoding("nanopref", pat_str=layout.split, mergeable_ranks=ranks, special_tokens={})
         late = [token for token in self.added if token in layout.late]
@@ -127,7 +129,8 @@ class Tokenizer:
         if not self._missing or not _holds(text, self._missing):
             return self._encoding.encode_ordinary(text)
         # tiktoken cannot do without a byte's token (it panics). Hugging Face's BPE joins what stands around the byte.
-        pieces = [piece.encode("utf-8", "replace") for piece in regex.findall(self._layout.split, text)]
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        pieces = [piece.encode() for piece in regex.findall(self._layout.split, text)]
         kept = filter(None, (piece.translate(None, self._missing) for piece in pieces))
         return [i for piece in kept for i in self._encoding._encode_single_piece(piece)]
 
@@ -149,9 +152,7 @@ class Tokenizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         files = self._files or contents(self.ranks, self.end_of_text)
-        for name in sorted(
-            files, key=lambda name: name == "tokenizer.json"
-        ):  # this last: it makes a tokenizer's folder
+        for name in sorted(files, key=lambda name: name == "tokenizer.json"):  # which makes it a tokenizer's folder
             write_atomic(folder / name, files[name])
 
     @classmethod

@@ -79,6 +79,8 @@ def read(folder: Path) -> tuple[dict[bytes, int], Layout, Settings]:
         layout = _read_layout(file)
         ranks = _read_ranks(file["model"], layout)
         begin = _read_begin(file["post_processor"])
+        if not {*begin} <= {*layout.added.values()}:
+            raise ValueError("its post_processor puts something else than added tokens before the text")
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not laid out as a byte-level BPE tokenizer: {error!r}") from error
     except ValueError as error:
@@ -126,14 +128,16 @@ def _read_layout(file: dict) -> Layout:
         raise ValueError("its decoder is not ByteLevel")
     vocab, tokens = file["model"]["vocab"], file["added_tokens"]
     added: dict[str, int] = {}
+    following = len(vocab)
     for token in tokens:
-        name = token["content"]
+        name = _text(token)
         if token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
             raise ValueError(f"its added token {name!r} takes spaces along or has to stand alone")
         # `tokenizers` does not read the id, but counts on from the vocabulary.
-        if token["id"] != vocab.get(name, max([len(vocab), *(i + 1 for i in added.values())])) or not name:
+        if token["id"] != vocab.get(name, following) or not name:
             raise ValueError(f"its added token {name!r} has the id {token['id']}, which is not the next one")
         added[name] = token["id"]
+        following = max(following, token["id"] + 1)
     late = frozenset(token["content"] for token in tokens if token.get("normalized"))
     if late and file["normalizer"]:
         raise ValueError(f"its added token {min(late)!r} is looked for in the normalized text")
@@ -191,7 +195,7 @@ def _read_ranks(model: dict, layout: Layout) -> dict[bytes, int]:
     merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
     made = {"".join(merge) for merge in merges}
     # An added token that stands in the vocabulary is one of the BPE too where a piece of text can become it.
-    tokens = {token: i for token, i in vocab.items() if token not in layout.added or whole or token in made}
+    tokens = {token: i for token, i in vocab.items() if token not in layout.added or token in made}
     ranks = {}
     for token, i in tokens.items():
         data = token.translate(_BYTE)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from nanopref import models
-from nanopref.data import reviews
+from nanopref.data import chat, reviews
 from nanopref.data.groups import Encoded, Group, encode
 from nanopref.data.tokenizer import Tokenizer
 from nanopref.feedback import rules
@@ -308,7 +308,11 @@ def as_answers(groups: Sequence[Group], tokenizer: Tokenizer, block_size: int) -
     """The responses of groups, as if a policy had just given them; they end."""
     encoded, _ = encode(groups, tokenizer, block_size)
     rows = [x.tolist() for x in encoded.tokens.split(encoded.row_lengths.tolist())]
-    texts = [(text, str(asked)) for group in groups for text, asked in zip(group.responses, group.asked(), strict=True)]
+    texts = [
+        (text, chat.asked(tokenizer, prompt))
+        for group in groups
+        for text, prompt in zip(group.responses, group.asked(), strict=True)
+    ]
     return [
         Answer(row[:n], row[n:], [], text, True, asked)
         for row, n, (text, asked) in zip(rows, encoded.prompt_lengths.tolist(), texts, strict=True)

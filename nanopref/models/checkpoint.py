@@ -127,7 +127,8 @@ def save(model: LM | ScalarModel, tokenizer: Tokenizer, folder: str | Path, **se
     family = next(family for family in FAMILIES.values() if isinstance(body, family.Model))
     tensors = {name: x.cpu() for name, x in family.to_tensors(lora.merged(body)).items()}
     first = tokenizer.added.get(tokenizer.variables.get("bos_token", ""))
-    ids = {"bos_token_id": first, "eos_token_id": tokenizer.end_of_text}
+    ends = sorted(chat.ends(tokenizer), key=lambda token: (token != tokenizer.end_of_text, token))
+    ids = {"bos_token_id": first, "eos_token_id": ends if len(ends) > 1 else ends[0]}
     settings = family.to_settings(body.config, scalar) | ids | settings
     if scalar:
         tensors.pop("lm_head.weight", None)  # which says nothing here

@@ -34,7 +34,7 @@ class Answer(NamedTuple):
     logprobs: list[float]  # of each token, as it was drawn
     text: str
     ended: bool
-    asked: str = ""  # the prompt as text, where that is known
+    asked: str = ""  # the transcript of the conversation, where a chat template wrote the prompt
 
 
 class Sample(NamedTuple):
@@ -247,7 +247,7 @@ def respond(
 def as_answer(prompt: list[int], sample: Sample, tokenizer: Tokenizer, asked: str = "") -> Answer:
     """A response with its text."""
     ended = sample.tokens[-1] in chat.ends(tokenizer)
-    return Answer(prompt, *sample, response_text(sample.tokens, tokenizer), ended, str(asked))
+    return Answer(prompt, *sample, response_text(sample.tokens, tokenizer), ended, chat.asked(tokenizer, asked))
 
 
 def pack(answers: Sequence[Answer]) -> Encoded:
@@ -257,5 +257,5 @@ def pack(answers: Sequence[Answer]) -> Encoded:
 
 def response_text(response: list[int], tokenizer: Tokenizer) -> str:
     """The text of a response, without the token that ends it."""
-    ends = chat.ends(tokenizer)
-    return tokenizer.decode([t for t in response if t not in ends])
+    frame = chat.ends(tokenizer).union(tokenizer.begin)
+    return tokenizer.decode([t for t in response if t not in frame])

@@ -257,7 +257,8 @@ class RewardFlags:
 
 @dataclass
 class FeedbackFlags:
-    data: str = flag("", "preferences: a file of pairs, rankings, ratings or labels (README); default: film reviews")
+    data: str = flag("", "preferences: a file of pairs, rankings, ratings or labels, or a data set's name on the "
+                     "Hugging Face hub, owner/name:split (README); default: film reviews")  # fmt: skip
     prompts: int = flag(5120, "prompts whose answers are sampled and judged, where no file tells what was", least=20)
     annotators: int | None = flag(None, "who vote on each sampled answer (odd)", least=1, task=3, reward=1)
     noise: float | None = flag(None, "how often they err, in units of reward; 0: never", least=0, task=0.5, reward=0.0)

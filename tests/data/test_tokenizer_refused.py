@@ -33,6 +33,12 @@ def end_after(file, config):
     file["post_processor"] = {"type": "TemplateProcessing", "single": steps, "special_tokens": {}}
 
 
+def put_first(file, config):
+    steps = [{"SpecialToken": {"id": "x", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    special = {"x": {"id": "x", "ids": [999], "tokens": ["x"]}}
+    file["post_processor"] = {"type": "TemplateProcessing", "single": steps, "special_tokens": special}
+
+
 def lose(byte: str):
     def change(file, config):
         file["model"]["vocab"]["<unused>"] = file["model"]["vocab"].pop(byte)
@@ -65,6 +71,8 @@ REFUSED = {
     "an empty token": (token(content=""), FILE, "added token '' has the id"),
     "another post-processor": (of("post_processor", type="BertProcessing"), FILE, "its post_processor does more"),
     "a token after the text": (end_after, FILE, "its post_processor does more than put tokens before"),
+    "an id before the text": (put_first, FILE, "puts something else than added tokens before"),
+    "a token in numbers": (token(content=5), FILE, "not laid out"),
     "a byte without token": (lose("!"), FILE, "the byte 0x21 has no token"),
     "an unknown eos_token": (settings_say(eos_token="</s>"), CONFIG, "names the token '</s>', which is no added token"),
     "an eos_token of the BPE": (settings_say(eos_token="!"), CONFIG, "names the token '!', which is no added token"),
