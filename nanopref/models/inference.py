@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from kernels.reference import logits
 from nanopref.data.groups import Batch, Encoded, micro_batches
 from nanopref.data.packing import PAYS
 from nanopref.models.language import LM
@@ -64,6 +65,18 @@ def response_scores(model: ScalarModel, encoded: Encoded, description: str = "sc
     return _by_batches(
         model, encoded, description, batch_size, lambda batch: model(batch.tokens, batch.last, batch.packed)
     )
+
+
+def choice_logits(
+    model: LM, encoded: Encoded, choices: list[int], description: str = "choices", batch_size: int = 64
+) -> Tensor:
+    """The logits of some tokens behind each row [N, choices], on the CPU: log-probs, but for a number a row."""
+
+    def say(batch: Batch) -> Tensor:
+        hidden = model.hidden(batch.tokens)[torch.arange(len(batch.last)), batch.last]
+        return logits(hidden, model.unembedding[choices])
+
+    return _by_batches(model, encoded, description, batch_size, say).view(-1, len(choices))
 
 
 @torch.no_grad()

@@ -250,7 +250,8 @@ class StartFlags(ModelFlags):
 class RewardFlags:
     reward: tuple[str, ...] | None = flag(
         None, "who judges, if not people: a reward model's folder, true, specificity, rules, rules:FILE.toml, "
-        "implicit:FOLDER (of a DPO policy), FILE.py:FUNCTION; `*0.5` behind one is its weight, several are added",
+        "asks:FOLDER or rates:FOLDER (a chat model), implicit:FOLDER (of a DPO policy), FILE.py:FUNCTION; `*0.5` "
+        "behind one is its weight, several are added",
     )  # fmt: skip
     doubt: float = flag(0.0, "subtract this many times the spread of a reward model's heads from its score", least=0)
 
