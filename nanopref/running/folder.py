@@ -41,8 +41,9 @@ from nanopref.running.parallel import barrier, progress, rank, say, sum_gradient
 
 try:
     import fcntl
-except ImportError:  # a system without it does not notice two runs in one folder
-    fcntl = None
+    import resource
+except ImportError:  # a system without them does not notice two runs in one folder, nor what they take
+    fcntl = resource = None
 
 PARTIAL = ".partial"  # how the names of files end that are being written
 # flags that may change between the start of a run and its --resume
@@ -234,10 +235,10 @@ class Run:
         return read_metrics(self.folder)
 
     def report(self, report: dict[str, Any]) -> None:
-        """Write report.json, with the most GPU memory that tensors of this process ever held, where there is a GPU."""
+        """Write report.json, with the most that tensors of this process held on a GPU, or else what all of it held."""
         if rank() == 0:
-            peak = torch.cuda.max_memory_allocated() / 2**20
-            report = {**report, **({"peak_memory_MiB": peak} if peak else {}), "seconds": self.seconds}
+            peak = {"peak_memory_MiB": (torch.cuda.max_memory_allocated() or most_memory()) / 2**20}
+            report = {**report, **peak, "seconds": self.seconds}
             write_atomic(self.folder / "report.json", json.dumps(report, indent=2) + "\n")
 
     def note(self, name: str, *rows: dict[str, Any], after: int) -> None:
@@ -378,6 +379,12 @@ class Run:
         barrier()
         self._next_save, self.last_saved = time.monotonic() + self.config.save_seconds, step
         return step
+
+
+def most_memory() -> int:
+    """The bytes that this process had in memory at most; 0 where the system does not tell."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if resource else 0
 
 
 def version(package: str) -> str | None:

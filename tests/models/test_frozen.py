@@ -56,7 +56,7 @@ def test_sampling_from_a_frozen_model_draws_the_same(dtype):
     for held in (model.eval(), models.frozen(models.twin(model))):
         with autocast(held):
             random = torch.Generator().manual_seed(0)
-            answers.append(generate(held, [[5, 7], [9]], 8, end_of_text=0, generator=random))
+            answers.append(generate(held, [[5, 7], [9]], 8, ends={0}, generator=random))
     assert answers[0] == answers[1]
 
 
