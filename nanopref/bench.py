@@ -35,6 +35,7 @@ from nanopref.data.groups import Encoded, Group, encode, split, write_groups
 from nanopref.data.tokenizer import Tokenizer
 from nanopref.evaluation.report import table
 from nanopref.experiments.beside_trl import in_a_new_process, trl_run
+from nanopref.models.frozen import rounded
 from nanopref.models.gpt2 import GPT, PRESETS, GPTConfig
 from nanopref.models.language import LM
 from nanopref.models.sampling import generate
@@ -280,7 +281,7 @@ def rollouts(config: Config, folder: Path, limit: dict) -> Iterator[dict]:
     total = config.prompts * config.new_tokens
 
     def own() -> None:
-        with parallel.autocast(gpt):
+        with parallel.autocast(gpt), rounded(gpt):
             samples = generate(gpt, prompts.tolist(), config.new_tokens, ends=())
         assert sum(len(sample.tokens) for sample in samples) == total
 

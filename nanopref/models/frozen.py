@@ -1,6 +1,8 @@
 """Models that are held and do not learn, in as little memory as what they say allows."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -32,6 +34,22 @@ def hold(model: LM | ScalarModel) -> None:
         for layer in body.modules():
             if isinstance(layer, nn.Linear):
                 layer.weight = nn.Parameter(layer.weight.bfloat16(), requires_grad=False)
+
+
+@contextmanager
+def rounded(model: LM) -> Iterator[None]:
+    """Under autocast a model's matrices are held as it rounds them: once, and not anew for each token of an answer."""
+    kind, layers = model.device.type, []
+    if torch.is_autocast_enabled(kind):
+        layers = [layer for block in model.blocks for layer in block.modules() if isinstance(layer, nn.Linear)]
+    kept = [layer.weight.data for layer in layers]
+    try:
+        for layer in layers:
+            layer.weight.data = layer.weight.data.to(torch.get_autocast_dtype(kind))
+        yield
+    finally:
+        for layer, weight in zip(layers, kept, strict=True):
+            layer.weight.data = weight
 
 
 def twin(model: Model) -> Model:
