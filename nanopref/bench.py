@@ -31,7 +31,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import kernels.bench
 from nanopref import models
-from nanopref.data.groups import Encoded, Group, encode, split, write_groups
+from nanopref.data.groups import USUAL, Encoded, Group, encode, split, write_groups
 from nanopref.data.tokenizer import Tokenizer
 from nanopref.evaluation.report import table
 from nanopref.experiments.beside_trl import in_a_new_process, trl_run
@@ -171,7 +171,8 @@ def limits() -> dict[str, float]:
 def own_steps(config: Config, folder: Path, pairs: Path) -> dict:
     """train_dpo.py in a process of its own -> tokens a second at each step, and on a GPU its peak memory."""
     setting = {"init": folder / "model", "data": pairs, "out": folder / "run", "epochs": 1, "eval_every": config.steps}
-    setting |= {"batch_size": config.batch_size, "micro_batch": config.micro_batch, "save_seconds": 1e6}
+    setting |= {"batch_size": config.batch_size, "save_seconds": 1e6}
+    setting |= {"micro_batch": config.micro_batch * max(1, config.tokens // USUAL)}
     setting |= {"eval_prompts": 1, "max_new_tokens": 1, "device": "cuda" if CUDA else "cpu"}
     words = [word for name, value in setting.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     command = [sys.executable, str(ROOT / "train_dpo.py"), *words, "--overwrite"]

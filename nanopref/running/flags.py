@@ -314,7 +314,9 @@ class ObjectiveFlags:
 @dataclass
 class StepFlags:
     batch_size: int = flag(64, "groups (pairs, say) a step, over all processes", least=1)
-    micro_batch: int = flag(16, "groups in memory at once; more steps of this size are accumulated", least=1)
+    micro_batch: int = flag(
+        16, "groups in memory at once, of over 256 tokens fewer; a step is made of as many as it takes", least=1
+    )
     lr: float | None = flag(None, "peak learning rate", above=0)
     grad_clip: float = flag(1.0, "largest norm of the gradient", above=0)
 
