@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from nanopref import models
 from nanopref.evaluation import best_of_n, report, tournament
 from nanopref.evaluation.compare import compare, new_prompts
@@ -62,10 +60,11 @@ def main(config: Config) -> None:
     if config.tournament:
         judge = judge or rewards.alone(rewards.true_reward)
         answers = [
-            respond(found[x][0].to(device), tokenizer, prompts, stream=f"answers of {k}", **sampling)
+            answer
             for k, x in enumerate(names)
+            for answer in respond(found[x][0].to(device), tokenizer, prompts, stream=f"answers of {k}", **sampling)
         ]
-        scores = np.array([judge(said).numpy() for said in answers])
+        scores = judge(answers).view(len(names), -1).numpy()  # at once: some compare the answers to a prompt
         say(f"\n{len(names)} models, {len(prompts)} prompts, each two answers to a prompt compared by {by(config)}\n")
         say(tournament.table(names, scores, reference=0))
         return

@@ -90,7 +90,8 @@ def compare(
     ]
     judged: dict[str, dict[str, np.ndarray]] = {}  # by whom: what is said of the answers of each model
     if score:
-        each = {name: score.each(said) for name, said in answers.items()}
+        both = score.each([*answers["policy"], *answers["reference"]])  # at once: some compare the answers to a prompt
+        each = dict(zip(answers, both.chunk(2, dim=1), strict=True))
         judged["score"] = {name: score.total(found).numpy() for name, found in each.items()}
         means = {name: score.means(found) for name, found in each.items()}
         report["scores"] = {

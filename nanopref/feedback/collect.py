@@ -179,7 +179,8 @@ def collect(
     # an answer without an end is no answer: as text it would be given one
     texts = [[answer.text if answer.ended else "" for answer in found[i :: len(prompts)]] for i in range(len(prompts))]
     there = np.array([[bool(text.strip()) for text in row] for row in texts])
-    asked = [Group(x, (text,)) for x, row in zip(prompts, texts, strict=True) for text in row if text.strip()]
+    asked = [Group(x, tuple(filter(str.strip, row))) for x, row in zip(prompts, texts, strict=True)]
+    asked = [group for group in asked if group.responses]
     said = as_answers(asked, tokenizer, policy.context)
 
     def check(left: int) -> None:
@@ -212,7 +213,8 @@ def collect(
     ]
     check(len(kept))
     if len(judge.parts) > 1:
-        spoken = {(group.prompt, *group.responses): row for group, row in zip(asked, each.T, strict=True)}
+        named = [(group.prompt, text) for group in asked for text in group.responses]
+        spoken = dict(zip(named, each.T, strict=True))
         kept = [_with_reason(group, judge, spoken) for group in kept]
     means = {"answers": len(found), **judge.means(each)}
     means |= {"true_reward": float(true_reward(said).mean())} if true else {}

@@ -3,6 +3,8 @@
     true, specificity          what the built-in task pays, and its second attribute
     out/rm                     a reward model, by its folder; with --doubt less the spread of its heads
     rules, rules:mine.toml     written rules (feedback/rules.py), a number each: -1 where it is broken
+    asks:FOLDER, rates:FOLDER  a chat model that is asked which of two answers is better, or whether one is good; with
+                               :principles.toml behind it by each of these (feedback/asking.py)
     implicit:out/dpo           β log π/π_ref of a policy (Rafailov et al. 2023, eq. 5); `implicit`: of the one in hand
     mine.py:score              a Python function of yours, (prompt, response) -> number
 
@@ -28,7 +30,7 @@ from nanopref import models
 from nanopref.data import chat, reviews
 from nanopref.data.groups import Encoded, Group, encode
 from nanopref.data.tokenizer import Tokenizer
-from nanopref.feedback import rules
+from nanopref.feedback import asking, rules
 from nanopref.models.inference import response_logprobs, response_scores
 from nanopref.models.language import LM
 from nanopref.models.sampling import Answer, pack, response_text
@@ -199,10 +201,16 @@ def load(words: Sequence[str], policy: LM | None, tokenizer: Tokenizer | None, c
                 not getattr(config, "data", ""), f"--reward {name}: only the built-in task knows that of its answers"
             )
             parts[name] = 1.0, TASK[name]
-        elif name.partition(":")[0] == "rules":
+        elif (kind := name.partition(":")[0]) == "rules":
             for rule in rules.load(name.partition(":")[2]):
                 parts[rule.name] = rule.weight, partial(rule_reward, rule)
-        elif name.partition(":")[0] == "implicit":
+        elif kind in asking.WAYS:
+            several = 1 not in (getattr(config, "group", 0), getattr(config, "answers", 0))
+            require(kind == "rates" or several, f"--reward {name}: compares the answers to a prompt, and there is but "
+                    "one: rates: takes them singly, --group and --answers make more")  # fmt: skip
+            for rule, asked in asking.load(name, policy, tokenizer, batch_size):
+                parts[rule.name] = rule.weight, asked or partial(rule_reward, rule)
+        elif kind == "implicit":
             parts[name] = 1.0, _implicit(name, policy, tokenizer, getattr(config, "init", ""), batch_size)
         elif ".py:" in name:
             parts[name] = 1.0, partial(function_reward, name, _imported(name), tokenizer, batch_size)
@@ -241,7 +249,7 @@ def load_model(name: str | Path, policy: LM, tokenizer: Tokenizer) -> ScalarMode
     """The reward model of a folder, on the policy's device. Raises UserError where it cannot judge what that writes."""
     model, other = models.load_scalar(name)
     _check_fit(name, model, other, policy, tokenizer)
-    model.to(policy.device).eval()
+    models.frozen(model.to(policy.device))
     said = response_scores(model, Encoded.pack([[([tokenizer.end_of_text], [tokenizer.end_of_text])]]))
     require(bool(said.isfinite().all()), f"--reward {name}: gives a score that is no finite number")
     return model
@@ -269,7 +277,7 @@ def _implicit(name: str, policy: LM | None, tokenizer: Tokenizer, init: str, bat
     for path in (folder, start):
         model, other = models.load(path) if path else (policy, tokenizer)
         _check_fit(name, model, other, policy, tokenizer)
-        pair.append(model.to(policy.device))
+        pair.append(models.frozen(model.to(policy.device)) if path else model)
     return implicit_reward(*pair, beta, batch_size)
 
 

@@ -1,7 +1,8 @@
 """Written rules that an answer keeps or breaks: a small constitution, after Bai et al. 2022 (Constitutional AI).
 
 A TOML file holds a list of [[rule]]: a name, one test with its argument and, as one likes, the principle in words and a
-weight (1). constitution.toml beside this file is the example, and what is taken where no other is named.
+weight (1). constitution.toml beside this file is the example, and what is taken where no other is named. A principle
+without a test is for a chat model that is asked (asking.py), as those of harmless.toml.
 """
 
 import re
@@ -66,8 +67,8 @@ TESTS: dict[str, tuple[str, Callable[[Any], bool], Callable[[str, Any], bool]]] 
 
 class Rule(NamedTuple):
     name: str
-    principle: str  # in words, for readers; may be empty
-    test: str  # a key of TESTS
+    principle: str  # in words, for readers, or for a model that is asked; may be empty
+    test: str  # a key of TESTS; none where a model is asked
     argument: Any
     weight: float
 
@@ -75,8 +76,9 @@ class Rule(NamedTuple):
         return TESTS[self.test][2](response, self.argument)
 
 
-def load(path: str = "") -> list[Rule]:
-    """The rules of a file, or those shipped. Raises UserError where it cannot be read or a rule is none."""
+def load(path: str = "", sentences: bool = False) -> list[Rule]:
+    """The rules of a file, or those shipped; with `sentences` a principle without a test is one, too. Raises UserError
+    where it cannot be read or a rule is none."""
     file = Path(path) if path else SHIPPED
     require(file.is_file(), f"{file}: {'a folder, not a file' if file.is_dir() else 'no such file'}")
     try:
@@ -91,13 +93,13 @@ def load(path: str = "") -> list[Rule]:
     require(tables, f"{file}: there is no [[rule]] in it")
     rules = []
     for number, row in enumerate(rows, 1):
-        rules.append(_rule(f"{file}, rule {number}", row))
+        rules.append(_rule(f"{file}, rule {number}", row, sentences))
         same = [i for i, rule in enumerate(rules, 1) if rule.name == rules[-1].name]
         require(len(same) == 1, f"{file}, rule {number}: rule {same[0]} has the same name, {rules[-1].name!r}")
     return rules
 
 
-def _rule(where: str, row: dict[str, Any]) -> Rule:
+def _rule(where: str, row: dict[str, Any], sentences: bool) -> Rule:
     """A rule from its table. Raises UserError, which says where, if it is none."""
     name, principle, weight = row.get("name"), row.get("principle", ""), row.get("weight", 1.0)
     require(isinstance(name, str) and bool(name.strip()), f"{where}: needs a name")
@@ -109,6 +111,10 @@ def _rule(where: str, row: dict[str, Any]) -> Rule:
     tests = [key for key in row if key not in ("name", "principle", "weight")]
     unknown = [key for key in tests if key not in TESTS]
     require(not unknown, f"{where}: unknown test {', '.join(unknown)}: there are {', '.join(TESTS)}")
+    if not tests and principle.strip():
+        require(sentences, f"{where}: has no test but a principle, by which --reward asks:FOLDER:FILE.toml has a chat "
+                "model judge")  # fmt: skip
+        return Rule(name, principle.strip(), "", None, float(weight))
     given = " and ".join(tests) or "none"
     require(len(tests) == 1, f"{where}: needs one test, not {given}: there are {', '.join(TESTS)}")
     wanted, fits, _ = TESTS[tests[0]]

@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from kernels.reference import logits
 from nanopref.data.groups import Batch, Encoded, micro_batches
 from nanopref.data.packing import PAYS
 from nanopref.models.language import LM
@@ -66,6 +67,18 @@ def response_scores(model: ScalarModel, encoded: Encoded, description: str = "sc
     )
 
 
+def choice_logits(
+    model: LM, encoded: Encoded, choices: list[int], description: str = "choices", batch_size: int = 64
+) -> Tensor:
+    """The logits of some tokens behind each row [N, choices], on the CPU: log-probs, but for a number a row."""
+
+    def say(batch: Batch) -> Tensor:
+        hidden = model.hidden(batch.tokens)[torch.arange(len(batch.last)), batch.last]
+        return logits(hidden, model.unembedding[choices])
+
+    return _by_batches(model, encoded, description, batch_size, say).view(-1, len(choices))
+
+
 @torch.no_grad()
 def _by_batches(
     model: nn.Module, encoded: Encoded, description: str, batch_size: int, say: Callable[[Batch], Tensor]
@@ -78,7 +91,7 @@ def _by_batches(
     with evaluating(model), progress(description, len(encoded.row_lengths)) as bar:
         for groups in micro_batches(range(len(parts)), parts.lengths(), size):
             rows = parts.rows(groups)
-            with autocast(model.device):
+            with autocast(model):
                 results.append(say(parts.collate(groups).to(model.device)).float().cpu())
             order += rows
             bar.update(len(rows))
