@@ -53,7 +53,9 @@ class Config(SamplingFlags, LearningFlags, ObjectiveFlags, FeedbackFlags, Reward
     fresh_reference: bool = flag(False, "hold each round to the policy that it began with, not to the run's first")
     epochs: int = flag(1, "passes over the data, in each round", least=1)
     batch_size: int = 32
-    lr: float | None = flag(None, "peak learning rate", above=0, task=1e-3, file=2e-4, pretrained=5e-6)
+    lr: float | None = flag(
+        None, "peak learning rate", above=0, task=1e-3, file=2e-4, pretrained=5e-6, pretrained_lora=5e-5
+    )
     eval_every: int = 40
 
 
@@ -65,9 +67,9 @@ class Part(NamedTuple):
 def train(config: Config) -> None:
     # What can be wrong is found before anything is written.
     flags.check(config)
-    device = parallel.start(config.device, config.seed)
+    device = parallel.start(config.device, config.seed, config.dtype)
     config.init = config.init or rewards.made_from([*(config.reward or ()), *(config.chooser or ())])
-    policy, tokenizer, origin = models.load_init(config.init)
+    policy, tokenizer, origin = models.load_init(config, device)
     config = objectives.resolve(flags.resolve(config, origin), OBJECTIVES[config.loss])
     flags.check_people(config)
     run, kinds = Run(config), objectives.kinds(OBJECTIVES)
@@ -77,14 +79,14 @@ def train(config: Config) -> None:
     require(not file or config.rounds == 1, "--rounds asks who judges anew, and here a file is read")
     require(not config.fresh_reference or config.rounds > 1, "--fresh-reference: one round has but one reference")
     require(config.prompts >= 20 * config.rounds, f"--prompts: at least 20 for each of the {config.rounds} --rounds")
-    judge, chooser = rewards.who(config, policy and policy.to(device), tokenizer)
+    judge, chooser = rewards.who(config, policy, tokenizer)
     run.begin()
 
     # 1. π_SFT: where the policy starts, and the reference that it is held to.
     start = config.init or ensure_sft(run)
     if policy is None:
-        policy, tokenizer = models.load(start)
-        judge, chooser = rewards.who(config, policy.to(device), tokenizer)
+        policy, tokenizer, _ = models.load_init(config, device, start)
+        judge, chooser = rewards.who(config, policy, tokenizer)
     show_samples = watch(run, policy, tokenizer, prompts)
 
     for round in run.rounds(config.rounds):
@@ -99,7 +101,7 @@ def train(config: Config) -> None:
 
         # 3. What is taken off the value of each row, log π_ref, once. After this no reference model is held.
         with run.stage("reference"):
-            reference = policy if config.fresh_reference or round == 0 else models.load(start)[0].to(device)
+            reference = policy if config.fresh_reference or round == 0 else models.reference(policy, start)
             reference = reference if config.reference == "model" else None
             path, size = run.path("reference.safetensors"), 4 * config.micro_batch
             logprobs = reference_logprobs(path, reference, *rows, batch_size=size)
@@ -137,7 +139,7 @@ def fit(
                 (losses.sum() / len(batch)).backward()  # a mean over the batch of all pieces and processes
                 totals += sums
             metrics = objectives.averages(totals, len(batch))
-            (norm,) = run.update(metrics["loss"], config.grad_clip, list(policy.parameters()))
+            (norm,) = run.update(metrics["loss"], config.grad_clip, optim.learning(policy))
 
             metrics |= {"grad_norm": norm, "lr": lr}
             tokens = int(data.rows.row_lengths[data.rows.rows(batch)].sum())
@@ -182,7 +184,7 @@ def reference_point(policy: LM, strangers: Part, groups: Sequence[int], config: 
 def response_values(policy: LM, part: Part, groups: list[int], config: Config) -> tuple[Batch, Tensor, Tensor, Tensor]:
     """The rows of these groups; and of each [B] log π_θ(y|x), what --logprobs makes of that, and the baseline."""
     batch = part.rows.collate(groups).to(policy.device)
-    with parallel.autocast(policy.device):
+    with parallel.autocast(policy):
         logprobs = policy(batch.inputs, batch.targets, batch.mask, packed=batch.packed).sum(-1)
     values = LOGPROBS[config.logprobs](logprobs, batch.mask.sum(-1))
     return batch, logprobs, values, part.baseline[part.rows.rows(groups)]
@@ -203,7 +205,7 @@ def report(
 ) -> None:
     """Let policy and reference answer the same new prompts; write report.json and report.png, print the table."""
     config = run.config
-    reference = models.load(config.init or run.folder / "sft")[0].to(policy.device)
+    reference = models.reference(policy, config.init or run.folder / "sft")
     with run.stage("evaluation"):
         result, answers = compare(policy, reference, tokenizer, prompts, score=score, **setting_of(config))
     last = run.metrics()[-1]

@@ -7,7 +7,6 @@ knowing them in advance, while each nat of KL from where it began costs β. With
 
 import nanopref  # noqa: F401, I001  (first, because it sets how torch's threads wait, which torch reads when loaded)
 
-import copy
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ from nanopref.learning import trust_region
 from nanopref.learning.objectives import SCORES, kinds
 from nanopref.models.actor_critic import Learner, new_critic
 from nanopref.models.sampling import room_for_prompt
-from nanopref.running import flags, parallel
+from nanopref.running import flags, optim, parallel
 from nanopref.running.flags import (
     FeedbackFlags, RewardFlags, RunFlags, SamplingFlags, StartFlags, StepFlags, flag, require,
 )  # fmt: skip
@@ -59,7 +58,9 @@ class Config(SamplingFlags, StepFlags, FeedbackFlags, RewardFlags, StartFlags, R
     batch_size: int = flag(128, "responses a round", least=1)
     epochs: int = flag(2, "passes over them", least=1)
     minibatch: int = flag(32, "responses an optimiser step", least=1)
-    lr: float | None = flag(None, "the policy's, falling to 0", above=0, task=4e-4, file=1e-4, pretrained=1e-5)
+    lr: float | None = flag(
+        None, "the policy's, falling to 0", above=0, task=4e-4, file=1e-4, pretrained=1e-5, pretrained_lora=1e-4
+    )
     critic_lr: float | None = flag(None, "the critic's; default: that of the policy", above=0)
     value_weight: float = flag(0.5, "weight of the critic's loss, which matters for --critic head", least=0)
     value_warmup: int | None = flag(None, "rounds for the critic alone", least=0, gae=2, groups=0, reinforce=0)
@@ -85,15 +86,15 @@ class Config(SamplingFlags, StepFlags, FeedbackFlags, RewardFlags, StartFlags, R
 def train(config: Config) -> None:
     # What can be wrong is found before anything is written.
     flags.check(config)
-    device = parallel.start(config.device, config.seed)
+    device = parallel.start(config.device, config.seed, config.dtype)
     require(parallel.world_size() == 1, "train_ppo.py runs as one process: start it without torchrun")
     config.init = config.init or rewards.made_from(config.reward or ())
-    policy, tokenizer, origin = models.load_init(config.init)
+    policy, tokenizer, origin = models.load_init(config, device)
     config = resolve(config, origin)
     run = Run(config)
     given, reward = config.reward, None
     if given is not None:
-        reward = rewards.load(given, policy and policy.to(device), tokenizer, config)
+        reward = rewards.load(given, policy, tokenizer, config)
     elif config.data:
         hint = "give a --reward of train_rm.py --loss"  # or else it trains one on pairs
         read_feedback(config.data, kinds(SCORES), "bradley-terry", config.votes, tokenizer, meet=True, hint=hint)
@@ -104,17 +105,17 @@ def train(config: Config) -> None:
 
     # 1. π_SFT, where the policy starts and what it is held to; and who judges.
     if policy is None:
-        policy, tokenizer = models.load(sft.ensure_sft(run))
+        policy, tokenizer, _ = models.load_init(config, device, sft.ensure_sft(run))
     if reward is None:
-        reward = rewards.load(given or (ensure_reward_model(run),), policy.to(device), tokenizer, config)
-    reference = copy.deepcopy(policy).eval()
+        reward = rewards.load(given or (ensure_reward_model(run),), policy, tokenizer, config)
+    reference = models.reference(policy)
 
     # 2. What learns. No dropout: it would make π_θ another policy at each look (Huang et al. 2023).
-    critic = new_critic(config.critic, policy, reward.models) if config.advantage == "gae" else None
+    critic = new_critic(config.critic, policy, reward.models, config) if config.advantage == "gae" else None
     learner = Learner(policy, critic, config.beta).to(device).eval()
     show_samples = watch(run, policy, tokenizer, held_out_prompts)
     shared = set(policy.parameters())
-    parts = [list(policy.parameters()), [p for p in learner.parameters() if p not in shared]]
+    parts = [optim.learning(policy), [p for p in optim.learning(learner) if p not in shared]]
     parts = [part for part in parts if part]  # each with a gradient clip of its own
     groups = [{"params": p, "peak": lr} for p, lr in zip(parts, (config.lr, config.critic_lr), strict=False)]
     # ε = 1e-5 as in PPO2: with 1e-8 weights that hardly have a gradient move by all of lr (Huang et al. 2022, detail 3)
@@ -238,7 +239,7 @@ def trpo(
     """TRPO's update (Schulman et al. 2015): one step for the policy, inside the trust region, and PPO's minibatches for
     the critic. In float32, since little differences and second derivatives decide."""
     config, policy, mask = run.config, learner.policy, rollout.batch.mask
-    old = copy.deepcopy(policy).requires_grad_(False)
+    old = models.twin(policy).requires_grad_(False)
     batches = list(pieces(rollout.encoded, range(len(mask)), config.micro_batch, mask.device))
 
     def surrogate() -> Iterator[Tensor]:  # eq. 14: mean ρA, ρ = π_θ/π_old

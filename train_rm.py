@@ -48,7 +48,9 @@ class Config(SamplingFlags, LearningFlags, ObjectiveFlags, FeedbackFlags, Reward
         most=64,
     )
     epochs: int | None = flag(None, "passes over the pairs", least=1, task=2, file=1)
-    lr: float | None = flag(None, "peak learning rate", above=0, task=1e-3, file=1e-4, pretrained=1e-5)
+    lr: float | None = flag(
+        None, "peak learning rate", above=0, task=1e-3, file=1e-4, pretrained=1e-5, pretrained_lora=1e-4
+    )
     optimizer: str = "adamw"
     prompts: int = 8192
     eval_every: int = 44
@@ -58,21 +60,21 @@ class Config(SamplingFlags, LearningFlags, ObjectiveFlags, FeedbackFlags, Reward
 def train(config: Config) -> None:
     # What can be wrong is found before anything is written.
     flags.check(config)
-    device = parallel.start(config.device, config.seed)
+    device = parallel.start(config.device, config.seed, config.dtype)
     config.init = config.init or rewards.made_from([*(config.reward or ()), *(config.chooser or ())])
-    reference, tokenizer, origin = models.load_init(config.init)
+    reference, tokenizer, origin = models.load_init(config, device)
     config = objectives.resolve(flags.resolve(config, origin), SCORES[config.loss])
     flags.check_people(config)
     run, kinds = Run(config), objectives.kinds(SCORES)
     if file := config.judged or ("" if config.reward else config.data):
         groups, held_out_groups, notes = read_feedback(file, kinds, config.loss, config.votes, tokenizer, meet=True)
-    judge, chooser = rewards.who(config, reference and reference.to(device), tokenizer)
+    judge, chooser = rewards.who(config, reference, tokenizer)
     run.begin()
 
     # 1. π_SFT, where the reward model starts and whose responses it is to judge.
     if reference is None:
-        reference, tokenizer = models.load(ensure_sft(run))
-        judge, chooser = rewards.who(config, reference.to(device), tokenizer)
+        reference, tokenizer, _ = models.load_init(config, device, ensure_sft(run))
+        judge, chooser = rewards.who(config, reference, tokenizer)
 
     # 2. Groups: some responses of π_SFT to each prompt, and what is said of them; as pairs y_w ≻ y_l.
     if not file:
@@ -106,7 +108,7 @@ def train(config: Config) -> None:
                 (losses.mean(1).sum() / len(batch)).backward()  # a mean over the batch of all pieces and processes
                 totals += objectives.figures(losses.mean(1), scores.mean(2), there, said)
             found = objectives.averages(totals, len(batch))
-            (norm,) = run.update(found["loss"], config.grad_clip, list(model.parameters()))
+            (norm,) = run.update(found["loss"], config.grad_clip, optim.learning(model))
 
             names = {"loss": "loss", "accuracy": "accuracy", "margin": "score_gap"}
             metrics = {name: found[k] for k, name in names.items() if k in found} | {"grad_norm": norm, "lr": lr}
@@ -133,7 +135,7 @@ def group_scores(model: ScalarModel, data: Encoded, groups: list[int]) -> list[T
     """r(x, y) of each response of these groups, by each head: [G, K, heads]; a mask of what is there, the margins, and
     what was said, [G, K]."""
     batch = data.collate(groups).to(model.device)
-    with parallel.autocast(model.device):
+    with parallel.autocast(model):
         scores, there = grouped(model(batch.tokens, batch.last, batch.packed), batch.sizes)
     return [scores, there, *(grouped(x, batch.sizes)[0] for x in (batch.margins, batch.said))]
 
@@ -165,7 +167,8 @@ def ensure_reward_model(run: Run) -> str:
     if not (folder / "report.json").exists():
         say(f"no --reward: a reward model first, in {folder}")
         names = ("data", "prompts", "annotators", "noise", "voters", "votes", "seed", "device", "kernels", "resume")
-        names += ("save_seconds", "tensorboard", "max_new_tokens", "sample_batch", "micro_batch")
+        names += ("save_seconds", "tensorboard", "max_new_tokens", "sample_batch", "micro_batch", "dtype", "lora")
+        names += ("block_size", "checkpoint_activations", "compile")
         same = {name: getattr(config, name) for name in names}
         train(Config(out=str(folder), init=config.init or str(run.folder / "sft"), **same))
     run.add_seconds(folder, "reward model")

@@ -9,10 +9,8 @@ figure with its unit in its name. Times are medians of steps or repeats, after s
 """
 
 import importlib.util
-import io
 import itertools
 import json
-import os
 import random
 import shlex
 import shutil
@@ -20,10 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, replace
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -36,10 +31,11 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import kernels.bench
 from nanopref import models
-from nanopref.data.formats import read
-from nanopref.data.groups import Encoded, Group, encode, split, write_groups
+from nanopref.data.groups import USUAL, Encoded, Group, encode, split, write_groups
 from nanopref.data.tokenizer import Tokenizer
 from nanopref.evaluation.report import table
+from nanopref.experiments.beside_trl import in_a_new_process, trl_run
+from nanopref.models.frozen import rounded
 from nanopref.models.gpt2 import GPT, PRESETS, GPTConfig
 from nanopref.models.language import LM
 from nanopref.models.sampling import generate
@@ -175,7 +171,8 @@ def limits() -> dict[str, float]:
 def own_steps(config: Config, folder: Path, pairs: Path) -> dict:
     """train_dpo.py in a process of its own -> tokens a second at each step, and on a GPU its peak memory."""
     setting = {"init": folder / "model", "data": pairs, "out": folder / "run", "epochs": 1, "eval_every": config.steps}
-    setting |= {"batch_size": config.batch_size, "micro_batch": config.micro_batch, "save_seconds": 1e6}
+    setting |= {"batch_size": config.batch_size, "save_seconds": 1e6}
+    setting |= {"micro_batch": config.micro_batch * max(1, config.tokens // USUAL)}
     setting |= {"eval_prompts": 1, "max_new_tokens": 1, "device": "cuda" if CUDA else "cpu"}
     words = [word for name, value in setting.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     command = [sys.executable, str(ROOT / "train_dpo.py"), *words, "--overwrite"]
@@ -183,48 +180,6 @@ def own_steps(config: Config, folder: Path, pairs: Path) -> dict:
     require(done.returncode == 0, f"{shlex.join(command)} failed: {done.stderr[-2000:]}")
     rates = [json.loads(line)["tokens_per_second"] for line in (folder / "run" / "metrics.jsonl").open()]
     return {"rates": rates, **json.loads((folder / "run" / "report.json").read_text())}
-
-
-def trl_steps(config: Config, folder: Path, pairs: Path, checkpointing: bool) -> dict:
-    """The same of TRL's DPOTrainer, and how many tokens it saw in all; to be called in a process of its own."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    import datasets
-    import transformers
-    import trl
-
-    ends, counts = [], [[]]
-
-    class Clock(transformers.TrainerCallback):
-        def on_step_end(self, *_, **__):
-            ends.append(time.perf_counter())  # without waiting for the GPU, as in train_dpo.py
-            counts.append([])
-
-    class Trainer(trl.DPOTrainer):
-        def compute_loss(self, model, inputs, *arguments, **options):
-            counts[-1].append(inputs["attention_mask"].sum())
-            return super().compute_loss(model, inputs, *arguments, **options)
-
-    groups = split(read(pairs)[1])[0]
-    settings = {"gradient_checkpointing": checkpointing, "precompute_ref_log_probs": True, "bf16": CUDA}
-    settings |= {"per_device_train_batch_size": config.micro_batch, "max_length": config.tokens, "use_cpu": not CUDA}
-    settings |= {"gradient_accumulation_steps": config.batch_size // config.micro_batch, "num_train_epochs": 1}
-    settings |= {"report_to": "none", "logging_strategy": "no", "save_strategy": "no", "disable_tqdm": True}
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        trainer = Trainer(
-            str(folder / "model"),
-            args=trl.DPOConfig(str(folder / "trl"), dataloader_pin_memory=CUDA, **settings),
-            train_dataset=datasets.Dataset.from_list(
-                [dict(zip(("prompt", "chosen", "rejected"), (g.prompt, *g.responses), strict=True)) for g in groups]
-            ),
-            processing_class=transformers.AutoTokenizer.from_pretrained(folder / "model"),
-            callbacks=[Clock()],
-        )
-        ends.append(time.perf_counter())
-        trainer.train()
-    tokens = [int(sum(step)) for step in counts[:-1]]
-    rates = [n / (end - start) for n, (start, end) in zip(tokens, itertools.pairwise(ends), strict=True)]
-    peak = {"peak_memory_MiB": torch.cuda.max_memory_allocated() / 2**20} if CUDA else {}
-    return {"rates": rates, "tokens": sum(tokens), **peak}
 
 
 def step(config: Config, folder: Path, limit: dict) -> Iterator[dict]:
@@ -244,8 +199,11 @@ def step(config: Config, folder: Path, limit: dict) -> Iterator[dict]:
             else:
                 try:
                     require(importlib.util.find_spec("trl") is not None, "trl is not installed")
-                    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as new_process:
-                        found = new_process.submit(trl_steps, config, folder, path, checkpointing).result()
+                    settings = {"gradient_checkpointing": checkpointing, "bf16": CUDA, "max_length": config.tokens}
+                    settings |= {"per_device_train_batch_size": config.micro_batch}
+                    settings |= {"gradient_accumulation_steps": config.batch_size // config.micro_batch}
+                    given = str(folder / "model"), split(made)[0], (), str(folder / "trl")
+                    found = in_a_new_process(trl_run, *given, **settings)
                     require(found["tokens"] == tokens, f"TRL saw {found['tokens']} tokens of {tokens}: other data")
                 except Exception as error:  # another library's failure must not end the run
                     yield row | {"not_measured": reason(error)}
@@ -284,12 +242,12 @@ def parts(config: Config, folder: Path, limit: dict) -> Iterator[dict]:
     optimizer = optim.adamw(gpt, 1e-6)
 
     def trunk(gpt: LM, tokens: Tensor) -> None:
-        with parallel.autocast(device):
+        with parallel.autocast(gpt):
             hidden = gpt.hidden(tokens)
         hidden.float().sum().backward()
 
     def trunk_and_head() -> None:
-        with parallel.autocast(device):
+        with parallel.autocast(gpt):
             logprobs = gpt(tokens, tokens, mask)
         logprobs.sum().backward()
 
@@ -317,13 +275,14 @@ def parts(config: Config, folder: Path, limit: dict) -> Iterator[dict]:
 
 def rollouts(config: Config, folder: Path, limit: dict) -> Iterator[dict]:
     """Tokens sampled a second: ours, transformers' with either cache, and what reading the memory would allow."""
-    device, dtype = (torch.device("cuda"), torch.bfloat16) if CUDA else (torch.device("cpu"), torch.float32)
+    device = torch.device("cuda" if CUDA else "cpu")
     gpt = models.load(folder / "model")[0].to(device).eval()
+    dtype = parallel.precision(gpt)
     prompts = torch.randint(config.vocab_size - 1, (config.prompts, config.tokens // 8), device=device)
     total = config.prompts * config.new_tokens
 
     def own() -> None:
-        with parallel.autocast(device):
+        with parallel.autocast(gpt), rounded(gpt):
             samples = generate(gpt, prompts.tolist(), config.new_tokens, ends=())
         assert sum(len(sample.tokens) for sample in samples) == total
 

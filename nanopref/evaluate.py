@@ -24,7 +24,9 @@ class Config(RewardFlags):
     tournament: tuple[str, ...] = flag(
         (), "instead: these models and the reference all against one another, each pair of answers compared by --reward"
     )
-    data: str = flag("", "take the held-out prompts of this file; default: new ones of the built-in task")
+    data: str = flag(
+        "", "take the held-out prompts of this file (or data set of the hub); default: new ones of the built-in task"
+    )
     best_of: int = flag(
         1, "also the best of 1, 2, 4 … of so many of the reference's answers, by --reward", least=1, most=4096
     )

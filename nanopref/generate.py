@@ -11,6 +11,7 @@ from nanopref.data.chat import encode_prompt
 from nanopref.data.dialogues import NEXT, Dialogue
 from nanopref.data.tokenizer import Tokenizer
 from nanopref.feedback import rewards
+from nanopref.models.frozen import rounded
 from nanopref.models.language import LM
 from nanopref.models.sampling import as_answer, check_room, check_sampling, generate, response_text, room_for_prompt
 from nanopref.running import flags, parallel
@@ -22,7 +23,6 @@ class Config(RewardFlags):
     """Let a trained model finish a prompt, or talk with you, printing as it samples.
 
     Example: python -m nanopref.generate --model out/dpo --prompt "Last night I watched Paper Crown,"
-    Example: python -m nanopref.generate --model HuggingFaceTB/SmolLM2-135M-Instruct --chat
     """
 
     prompt: str = flag("", "what the response should follow; default: nothing, a text from its beginning")
@@ -69,7 +69,7 @@ def main(config: Config) -> None:
 
 
 def sample(model: LM, prompts: list[list[int]], max_new_tokens: int, **setting) -> list:
-    with parallel.autocast(model.device):
+    with parallel.autocast(model), rounded(model):
         return generate(model, prompts, max_new_tokens, **setting)
 
 

@@ -19,31 +19,35 @@ from nanopref.evaluation.samples import watch
 from nanopref.models.inference import evaluating
 from nanopref.models.language import LM
 from nanopref.running import flags, optim, parallel
-from nanopref.running.flags import LearningFlags, RunFlags, flag, require
+from nanopref.running.flags import LearningFlags, ModelFlags, RunFlags, flag, require
 from nanopref.running.folder import Run
 from nanopref.running.parallel import say
 
 
 @dataclass
-class Config(LearningFlags, RunFlags):
+class Config(LearningFlags, ModelFlags, RunFlags):
     """Supervised fine-tuning of a GPT: from nothing with a tokenizer of its own, or from --init; on the film reviews of
-    the built-in task, or on a file of text, of prompts and responses, or of preferences, whose best side it learns.
+    the built-in task, or on a file of text, of prompts and responses, of conversations (what the assistant says in
+    them), or of preferences, whose best side it learns.
 
     Example: python -m nanopref.sft --data text.jsonl.gz --preset small --out out/mine
     """
 
     out: str = "out/sft"
-    data: str = flag("", "JSON Lines (.gz or not): text, prompt/completion, or preferences; default: film reviews")
+    data: str = flag("", "JSON Lines (.gz or not), Parquet, or a data set's name on the hub: text, prompt/completion, "
+                     "messages, or preferences; default: film reviews")  # fmt: skip
     init: str = flag("", "start from this model (a folder, or a name on the hub) instead of from nothing")
     preset: str = flag("tiny", "size of a model that starts from nothing", among=tuple(models.PRESETS))
     vocab_size: int | None = flag(None, "tokens of a tokenizer trained here", least=257, task=1024, file=4096)
     block_size: int | None = flag(
-        None, "longest sequence in tokens; with --init the model's", least=2, task=96, file=256
+        None, "longest sequence in tokens; with --init the model's, at most 1024", least=2, task=96, file=256
     )
     steps: int | None = flag(None, "optimiser steps", least=1, task=480, file=500)
     dropout: float = flag(0.0, "on embeddings, attention and residuals", least=0, below=1)
     batch_size: int = 16
-    lr: float | None = flag(None, "peak learning rate", above=0, task=4e-3, file=1e-3, pretrained=5e-5)
+    lr: float | None = flag(
+        None, "peak learning rate", above=0, task=4e-3, file=1e-3, pretrained=5e-5, pretrained_lora=5e-4
+    )
     warmup: int = 20
     weight_decay: float = 0.1
     eval_every: int = 100
@@ -53,16 +57,16 @@ def train(config: Config) -> None:
     """Run the whole stage. Raises UserError before anything is written where flags, data or checkpoint do not fit."""
     flags.check(config)
     require(not (config.init and config.vocab_size), "--vocab-size is for a model that starts from nothing, not --init")
-    model, tokenizer = models.load(config.init, dropout=config.dropout) if config.init else (None, None)
-    pretrained = model is not None and not model.config.from_scratch
+    require(
+        bool(config.init) or not config.lora, "--lora: adapters are for a model that has learnt something; name --init"
+    )
+    device = parallel.start(config.device, config.seed, config.dtype)
+    model, tokenizer, origin = models.load_init(config, device)
     given = config.vocab_size, config.block_size
-    config = flags.resolve(config, "pretrained" if pretrained else "")
+    config = flags.resolve(config, origin)
     if model is not None:  # which has sizes of its own
         config.vocab_size, config.block_size = given
-        fits = (config.block_size or 0) <= model.context
-        require(fits, f"--block-size {config.block_size} is more than the context of {config.init}")
     run = Run(config)
-    device = parallel.start(config.device, config.seed)
     groups, notes = read_to_imitate(config.data, tokenizer) if config.data else (sample_reviews(config), Counter())
     train_groups, held_out_groups = split(groups)
     run.begin()
@@ -72,11 +76,10 @@ def train(config: Config) -> None:
             tokenizer = ensure_tokenizer(run.folder / "model", train_groups, config.vocab_size)
         torch.manual_seed(config.seed)
         sizes = {"vocab_size": tokenizer.vocab_size, "block_size": config.block_size, "dropout": config.dropout}
-        model = models.new(config.preset, **sizes)
-    model.to(device)
-    block_size = config.block_size or model.context
-    data, cut = encode(train_groups, tokenizer, block_size)
-    held_out, cut_held_out = encode(held_out_groups, tokenizer, block_size)
+        model = models.new(config.preset, **sizes).to(device)
+        models.set_up(model, config)
+    data, cut = encode(train_groups, tokenizer, model.context)
+    held_out, cut_held_out = encode(held_out_groups, tokenizer, model.context)
     notes += cut + cut_held_out
     counted, parameters = int(data.response_lengths.sum()), sum(p.numel() for p in model.parameters())
     say(f"SFT: {len(data):,} sequences, {counted:,} tokens that count; a model of {parameters / 1e6:.2f}M parameters")
@@ -96,7 +99,7 @@ def train(config: Config) -> None:
                 micro_loss.backward()
                 loss += micro_loss.detach()
             loss = parallel.sum_processes(loss).item()
-            (norm,) = run.update(loss, config.grad_clip, list(model.parameters()))
+            (norm,) = run.update(loss, config.grad_clip, optim.learning(model))
 
             metrics = {"loss": loss, "grad_norm": norm, "lr": lr}
             if step + 1 == config.steps:
@@ -115,7 +118,7 @@ def train(config: Config) -> None:
 def summed_logprobs(model: LM, data: Encoded, groups: list[int]) -> Tensor:
     """Σ log π of the response tokens of these groups, 0-dim."""
     batch = data.collate(groups).to(model.device)
-    with parallel.autocast(model.device):
+    with parallel.autocast(model):
         return model(batch.inputs, batch.targets, batch.mask).sum()
 
 
@@ -147,7 +150,8 @@ def ensure_sft(run: Run) -> Path:
     config, folder = run.config, run.folder / "sft"
     if not (folder / "report.json").exists():
         say(f"no --init: supervised fine-tuning first, in {folder}")
-        names = ("data", "seed", "device", "kernels", "resume", "save_seconds", "tensorboard", "micro_batch")
+        names = ("data", "seed", "device", "kernels", "resume", "save_seconds", "tensorboard", "micro_batch", "dtype")
+        names += ("block_size", "checkpoint_activations", "compile")
         train(Config(out=str(folder), steps=config.sft_steps, **{name: getattr(config, name) for name in names}))
     parallel.barrier()
     run.add_seconds(folder, "sft")

@@ -1,17 +1,21 @@
 """`python -m nanopref.generate` as its users meet it."""
 
 import io
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from chat_templates import chat_tokenizer
 from small_models import scripted
 
 from nanopref import models
+from nanopref.data.dialogues import NEXT
 from nanopref.data.tokenizer import Tokenizer
-from nanopref.generate import Config, main
+from nanopref.generate import Config, Printer, Stop, main
+from nanopref.models import sampling
 from nanopref.running import flags
 
 
@@ -103,3 +107,104 @@ def test_the_command_refuses_bad_folders_and_prompts(tmp_path, folder, capsys):
 @pytest.mark.parametrize("seed", [-1, 2**32])
 def test_the_command_refuses_a_seed_out_of_range(folder, capsys, seed):
     assert "--seed" in refusal(capsys, prompt="a", model=str(folder), seed=seed)
+
+
+# ---- a conversation --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def talk(monkeypatch, tmp_path):
+    """Lets a scripted model answer lines of stdin, and gives what was asked of it in tokens, and what was printed."""
+
+    def talk(tokenizer, script: list[int], lines: list[str], block_size: int = 200, **flags) -> tuple[list[str], str]:
+        models.save(scripted([0], block_size, tokenizer.vocab_size), tokenizer, tmp_path / "model")
+        asked = []
+
+        def says(model, prompts, max_new_tokens, *, ends, on_token, **setting):
+            asked.append(tokenizer.decode(prompts[0]))
+            for token in script[:max_new_tokens]:
+                on_token(0, token)
+                if token in ends:
+                    break
+            return [sampling.Sample(script, [])]
+
+        monkeypatch.setattr("nanopref.generate.generate", says)
+        terminal = Terminal()
+        monkeypatch.setattr(sys, "stdout", terminal)
+        monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+        setting = {"max_new_tokens": 50, "device": "cpu", **flags}
+        main(Config(model=str(tmp_path / "model"), chat=True, **setting))
+        monkeypatch.undo()
+        return asked, terminal.getvalue()
+
+    return talk
+
+
+def test_a_conversation_is_remembered(talk, tmp_path):
+    tokenizer = chat_tokenizer(tmp_path / "tokenizer", "chatml")
+    script = [*tokenizer.encode("é🎬 "), tokenizer.end_of_text, 1, 2]
+    asked, printed = talk(tokenizer, script, ["  hi ", "and <|im_end|>", "", "never"], system="be brief")
+    assert printed == "é🎬 \n" * 2
+    before = "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert asked[0] == before
+    after = "<|im_end|>\n<|im_start|>user\nand <|im_end|><|im_end|>\n<|im_start|>assistant\n"
+    assert asked[1] == f"{before}é🎬 {after}" and len(asked) == 2
+
+
+def test_a_conversation_that_is_full_loses_its_oldest_turns(talk, tmp_path):
+    tokenizer = chat_tokenizer(tmp_path / "tokenizer", "chatml")
+    script = [*tokenizer.encode("ok"), tokenizer.end_of_text]
+    asked, _ = talk(tokenizer, script, [f"line {i}" for i in range(9)], block_size=120, system="s")
+    assert len(asked) == 9 and all("system\ns<|im_end|>\n<|im_start|>user\nline" in text for text in asked)
+    assert "line 0" not in asked[-1] and "line 7" in asked[-1] and "line 8" in asked[-1]
+
+
+def test_without_a_template_it_is_a_transcript(talk):
+    tokenizer = Tokenizer.train(["aaa bb, aaa bb"], 260)
+    script = tokenizer.encode(" I am\n\nHuma not\n\nHuman: who?")
+    asked, printed = talk(tokenizer, script, ["you?", "and?"])
+    assert printed == "I am\n\nHuma not\n" * 2
+    assert asked[1] == "\n\nHuman: you?\n\nAssistant: I am\n\nHuma not\n\nHuman: and?\n\nAssistant:"
+
+
+def test_what_may_be_the_next_turn_is_held_back_until_it_is_known(monkeypatch, tokenizer):
+    monkeypatch.setattr(sys, "stdout", terminal := Terminal())
+    printer = Printer(tokenizer, frozenset({tokenizer.end_of_text}), stop=NEXT, strip=True)
+    for token in tokenizer.encode(" a\n\nHum"):
+        printer.show(0, token)
+    assert terminal.getvalue() == "a"
+    for token in tokenizer.encode("s"):
+        printer.show(0, token)
+    assert terminal.getvalue() == "a\n\nHums"
+    with pytest.raises(Stop):
+        for token in tokenizer.encode(" b\n\nHuman: c"):
+            printer.show(0, token)
+    said = printer.finish()
+    monkeypatch.undo()
+    assert said == "a\n\nHums b" and terminal.getvalue() == "a\n\nHums b\n"
+
+
+def test_chat_and_a_prompt_are_two_things(folder, capsys):
+    assert "--chat asks for what you say" in refusal(capsys, model=str(folder), chat=True, prompt="a")
+    assert "--system goes with --chat" in refusal(capsys, model=str(folder), system="a")
+
+
+def test_a_real_chat_model_talks():
+    real = Path(os.environ.get("NANOPREF_MODEL", "absent"))
+    if not (real / "model.safetensors").is_file():
+        pytest.skip("NANOPREF_MODEL names no folder with a real chat model")
+    words = ["--model", str(real), "--chat", "--temperature", "0", "--max-new-tokens", "12", "--device", "cpu"]
+    done = subprocess.run(
+        [sys.executable, "-m", "nanopref.generate", *words], input=b"What is 2+2?\nAnd 3+3?\n", capture_output=True,
+        cwd=Path(__file__).parents[1], timeout=280,
+    )  # fmt: skip
+    first, second = done.stdout.decode().splitlines()[:2]
+    assert done.returncode == 0 and done.stderr == b"" and "4" in first and second
+    import transformers
+
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(real, dtype=torch.float32)
+    names = transformers.AutoTokenizer.from_pretrained(real)
+    prompt = names.apply_chat_template([{"role": "user", "content": "What is 2+2?"}], add_generation_prompt=True,
+                                       return_tensors="pt")  # fmt: skip
+    found = theirs.generate(**prompt, max_new_tokens=12, do_sample=False)
+    assert names.decode(found[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True).startswith(first)

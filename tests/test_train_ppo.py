@@ -25,6 +25,7 @@ from nanopref.evaluation import report
 from nanopref.models.actor_critic import Learner, new_critic
 from nanopref.models.gpt2 import GPT, GPTConfig
 from nanopref.models.scalar import ScalarModel
+from nanopref.running.flags import ModelFlags
 
 SMALL = {"iterations": 6, "batch_size": 16, "minibatch": 8, "micro_batch": 4, "eval_prompts": 8, "save_seconds": 0.0}
 SMALL |= {"device": "cpu", "value_warmup": 1, "max_new_tokens": 48}
@@ -217,12 +218,12 @@ def test_a_critic_starts_from_the_reward_model(tiny):
     policy, _ = models.load(tiny["init"])
     reward_model = by_hand.lively(ScalarModel(copy.deepcopy(policy), 3), 2)
     tokens = torch.randint(200, (2, 9), generator=torch.Generator().manual_seed(0))
-    critic = new_critic("network", policy, [reward_model])
+    critic = new_critic("network", policy, [reward_model], ModelFlags())
     torch.testing.assert_close(critic(tokens)[..., 0], reward_model(tokens).mean(-1), atol=1e-5, rtol=1e-5)
     assert critic.transformer is not reward_model.transformer and critic.score.weight.requires_grad
-    from_policy = new_critic("network", policy, [])
+    from_policy = new_critic("network", policy, [], ModelFlags())
     assert (from_policy(tokens) == 0).all() and from_policy.transformer is not policy
-    assert new_critic("head", policy, [reward_model]).transformer is policy
+    assert new_critic("head", policy, [reward_model], ModelFlags()).transformer is policy
 
 
 def test_the_triton_path_gives_the_same_curve(tiny, tmp_path, no_picture):

@@ -151,12 +151,11 @@ def _template_parts(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[t
         content = messages[i][1].strip()
         if i == answers[-1] == len(messages) - 1 and text.endswith(closing.whole):
             end = len(text) - len(closing.whole) + len(closing.upto)
-        elif (at := text.find(content + closing.upto, start, limit)) >= 0:
-            end = at + len(content + closing.upto)
-        else:  # a template that writes the turn in another way than it is said
-            at = text.find(closing.end, start, limit) if closing.end else -1
+        else:  # what is said holds no such token, so the first one ends it
+            mine = closing.end or content
+            at = text.find(mine, start, limit)
             require(at >= 0, f"the model's chat template leaves no trace of an assistant turn: {content[:80]!r}")
-            end = at + len(closing.end)
+            end = at + len(mine)
         asked, said = (_tokens(tokenizer, part, mark) for part in (text[before:start], text[start:end]))
         parts += [(asked, False), (said, True)]
         before = end

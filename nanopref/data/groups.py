@@ -29,6 +29,7 @@ from nanopref.running.flags import UserError, require
 
 # The tokens of a prompt and of an answer to it; of a conversation also which of those behind the prompt count.
 Row = tuple[list[int], list[int]] | tuple[list[int], list[int], list[bool]]
+USUAL = 256  # tokens of a row up to which --micro-batch rows are held at once; of longer ones fewer
 FAR = 1e30  # between answers in order: more than any scale of ratings holds
 
 
@@ -245,14 +246,21 @@ def grouped(x: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
 
 
 def micro_batches(groups: Sequence[int], lengths: Sequence[int], size: int, share: bool = False) -> list[list[int]]:
-    """Cut a batch into pieces of at most `size` groups, alike in length so that little of them is padding.
+    """Cut a batch into pieces of at most `size` groups, alike in length so that little of them is padding, and of fewer
+    where these are longer than USUAL, so that what a piece takes in memory is bounded.
 
     With `share` each process takes its part of them; together they cover the batch once.
     """
     ordered = sorted(groups, key=lambda i: lengths[i])
     if share:
         ordered = ordered[parallel.rank() :: parallel.world_size()]
-    return [ordered[i : i + size] for i in range(0, len(ordered), size)]
+    pieces: list[list[int]] = []
+    for i in ordered:
+        most = max(1, size * USUAL // max(USUAL, int(lengths[i])))
+        if not pieces or len(pieces[-1]) >= most:
+            pieces.append([])
+        pieces[-1].append(i)
+    return pieces
 
 
 # ---- from text to tokens ---------------------------------------------------------------------------------------------

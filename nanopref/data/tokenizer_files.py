@@ -9,7 +9,6 @@ trained on is an error that nobody sees.
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from math import inf
 from operator import itemgetter
 from pathlib import Path
 
@@ -212,33 +211,22 @@ def _read_ranks(model: dict, layout: Layout) -> dict[bytes, int]:
 def _check_merges(ranks: dict[bytes, int], merges: list[tuple[str, ...]], whole: bool) -> None:
     """ValueError unless BPE by a file's `merges` is what tiktoken does, which knows no merges.
 
-    tiktoken joins whichever neighbours make a token, first those that make the token of the lowest id. Of the pairs
-    that could make a token it ever meets only the one that the token's own bytes are joined to by lower ids, since all
-    of these have been joined by then. So the list has to hold this pair for each token, in the order of ids, and no
-    other pair of a token before it. A token that its bytes are never joined to is taken where it is a `whole` piece,
-    and may besides be met in any two parts: the list has to hold all that are tokens.
+    tiktoken joins whichever neighbours make a token, first those that make the token of the lowest id. The bytes of a
+    token go the same way in any text, until something is joined across their bounds: so of the pairs that could make
+    the token it only ever meets the one that lower ids lead to. The list has to hold that pair of each token, in the
+    order of ids; what it holds besides, as Llama 3's does, is never used. Where lower ids lead to no pair, a token is
+    still taken as a `whole` piece, and could be met in any two parts: the list has to hold all that are tokens.
     """
-    error = ValueError("its merges do not make its tokens in the order of their ids")
     characters = {token: to_characters(token) for token in ranks}
-    made = {characters[token]: rank for token, rank in ranks.items()}
-    wanted = []
+    wanted = {}
     for token, pair in _derive_merges(ranks, whole):
-        cuts = [pair] if pair else [(token[:i], token[i:]) for i in range(1, len(token))]
-        pairs = {(characters[a], characters[b]) for a, b in cuts if a in ranks and b in ranks}
-        if len(pairs) < len(cuts) and pair:
-            raise error
-        if pairs:
-            wanted.append((ranks[token], pairs))
-    wanted.append((max(ranks.values()), {()}))  # the end, which no merge reaches
-    position = 0
-    for merge in merges:
-        rank, pairs = wanted[position]
-        if len(merge) != 2 or not made.keys() >= {*merge} or made.get("".join(merge), inf) > rank:
-            raise error
-        pairs.discard(merge)
-        position += not pairs
-    if position < len(wanted) - 1 or len(set(merges)) < len(merges):
-        raise error
+        for a, b in [pair] if pair else [(token[:i], token[i:]) for i in range(1, len(token))]:
+            if pair or (a in ranks and b in ranks):
+                wanted[characters.get(a), characters.get(b)] = ranks[token]
+    known = {*characters.values()}
+    possible = all(len(merge) == 2 and known.issuperset((*merge, "".join(merge))) for merge in merges)
+    if not possible or [wanted[merge] for merge in merges if merge in wanted] != [*wanted.values()]:
+        raise ValueError("its merges do not make its tokens in the order of their ids")
 
 
 def _derive_merges(ranks: dict[bytes, int], whole: bool = False) -> Iterator[tuple[bytes, tuple[bytes, bytes] | None]]:

@@ -48,10 +48,10 @@ def roll_out(
     now = logprobs.clone()
     for at, batch in pieces(encoded, range(len(answers)), size, values.device):
         values[at] = learner.values(batch)
-        with parallel.autocast(values.device):
+        with parallel.autocast(reference):
             ref_logprobs[at] = reference(batch.inputs, batch.targets, batch.mask, config.temperature)
     for at, batch in pieces(encoded, range(n, len(answers)), size, values.device):
-        with parallel.autocast(values.device):
+        with parallel.autocast(learner.policy):
             now[at] = learner.policy(batch.inputs, batch.targets, batch.mask, config.temperature)
     return Rollout(answers, encoded, whole, logprobs, now, ref_logprobs, values, seconds)
 

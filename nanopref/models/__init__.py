@@ -1,5 +1,8 @@
 """Models: a family is a file; `load` and `save` work on all of them."""
 
-from nanopref.models.checkpoint import PRESETS, find, load, load_init, load_scalar, new, save
+from nanopref.models.checkpoint import PRESETS, find, load, load_init, load_scalar, new, reference, save, set_up
+from nanopref.models.frozen import frozen, twin
 
-__all__ = ["PRESETS", "find", "load", "load_init", "load_scalar", "new", "save"]
+__all__ = [
+    "PRESETS", "find", "frozen", "load", "load_init", "load_scalar", "new", "reference", "save", "set_up", "twin",
+]  # fmt: skip

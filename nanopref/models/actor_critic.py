@@ -2,12 +2,16 @@
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nanopref.data.groups import Batch
+from nanopref.models.checkpoint import set_up
+from nanopref.models.frozen import twin
 from nanopref.models.language import LM
+from nanopref.models.lora import adapt
 from nanopref.models.scalar import ScalarModel
 from nanopref.running import parallel
 
@@ -36,7 +40,7 @@ class Learner(nn.Module):
 
     def forward(self, batch: Batch, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
         """log π_θ of the targets, entropy, and V before each target: each [B, T], float32."""
-        with parallel.autocast(batch.tokens.device):
+        with parallel.autocast(self.policy):
             hidden = self.policy.hidden(batch.inputs)
             logprobs, entropies = self.policy.logprobs(hidden, batch.targets, batch.mask, temperature, entropy=True)
         return logprobs, entropies, self.values(batch, hidden)
@@ -45,21 +49,29 @@ class Learner(nn.Module):
         """V [B, T], float32; 0 without a critic. `hidden` saves a critic that is a head on the policy a second look."""
         if self.critic is None:
             return torch.zeros_like(batch.mask)
-        with parallel.autocast(batch.tokens.device):
+        with parallel.autocast(self.critic):
             if hidden is None or self.critic.transformer is not self.policy:
                 hidden = self.critic.transformer.hidden(batch.inputs)
             return self.critic.read(hidden)[..., 0]
 
 
-def new_critic(kind: str, policy: LM, reward_models: Sequence[ScalarModel]) -> ScalarModel:
+def new_critic(kind: str, policy: LM, reward_models: Sequence[ScalarModel], config: Any) -> ScalarModel:
     """A critic for PPO. "network": one that starts from a reward model, which knows what a response is worth (Stiennon
-    et al. 2020), or without one from the policy with a head that says 0. "head": such a head on the policy itself."""
+    et al. 2020), or without one from the policy with a head that says 0. "head": such a head on the policy itself.
+
+    With --lora a network has adapters of its own, on the memory of what it starts from. The config has ModelFlags.
+    """
     if kind == "network" and reward_models:
-        critic = copy.deepcopy(reward_models[0])
+        judge = reward_models[0]
+        critic = twin(judge) if config.lora else copy.deepcopy(judge).float().requires_grad_(True)
         critic.score = nn.Linear(critic.config.n_embd, 1, bias=False)
-        critic.score.weight = nn.Parameter(reward_models[0].score.weight.detach().mean(0, keepdim=True))
-        critic.bias = reward_models[0].bias.mean(0, keepdim=True)
-        return critic
-    critic = ScalarModel(copy.deepcopy(policy) if kind == "network" else policy)
-    nn.init.zeros_(critic.score.weight)
+        critic.score.weight = nn.Parameter(judge.score.weight.detach().mean(0, keepdim=True))
+        critic.bias = judge.bias.mean(0, keepdim=True)
+        if config.lora:
+            adapt(critic.transformer, config.lora, config.seed)
+    else:
+        critic = ScalarModel(twin(policy) if kind == "network" else policy)
+        nn.init.zeros_(critic.score.weight)
+    if kind == "network":
+        set_up(critic.transformer, config)
     return critic

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from nanopref.data import chat
 from nanopref.data.tokenizer import Tokenizer
-from nanopref.models import gpt2, llama
+from nanopref.models import gpt2, llama, lora
+from nanopref.models.frozen import frozen, twin
 from nanopref.models.language import LM
 from nanopref.models.scalar import ScalarModel
-from nanopref.running.flags import UserError, require
+from nanopref.running.flags import ModelFlags, UserError, require
 from nanopref.running.folder import write_atomic
 
 # by the model_type of their config.json
@@ -51,23 +52,53 @@ def find(name: str | Path) -> Path:
         raise UserError(f"{name}: neither a folder nor a model that the hub could give: {reason}") from None
 
 
-def load(name: str | Path, *, dropout: float = 0.0) -> tuple[LM, Tokenizer]:
+def load(name: str | Path, *, dropout: float = 0.0, context: int | None = None) -> tuple[LM, Tokenizer]:
     """The policy in a folder (or of that name on the hub), and the tokenizer beside it, or GPT-2's own where that fits.
+    It reads `context` tokens at most, or as many as it can.
 
     Raises UserError, in one sentence, where either is missing or broken, or where one does not fit the other.
     """
     folder = find(name)
     model, head = _read(folder, dropout)
     require(head is None, f"{folder}: a reward model or a critic, which writes no text; name a policy")
+    model.name = str(folder if Path(name).exists() else name)
+    require((context or 0) <= model.context, f"--block-size {context} is more than the context of {name}")
+    model.context = context or model.context
     return model, _tokenizer(folder, model)
 
 
-def load_init(name: str) -> tuple[LM | None, Tokenizer | None, str]:
-    """`load` of what --init names, or None; and "pretrained", which asks for small steps, if it was not made here."""
-    if not name:
+LONGEST = 1024  # tokens, where --block-size says nothing: what a model could read may not fit the memory
+
+
+def load_init(
+    config: ModelFlags, device: torch.device | str = "cpu", name: str | Path = ""
+) -> tuple[LM | None, Tokenizer | None, str]:
+    """`load` of what `name`, or else --init, names, on the device and as the flags want it, or None; and "pretrained",
+    which asks for small steps, if it was not made here."""
+    if not (name := name or config.init):
         return None, None, ""
-    model, tokenizer = load(name)
+    model, tokenizer = load(name, dropout=getattr(config, "dropout", 0.0), context=config.block_size)
+    model.context = min(model.context, config.block_size or LONGEST)
+    set_up(model.to(device), config)
+    if config.lora:
+        lora.adapt(model, config.lora, config.seed)
     return model, tokenizer, "" if model.config.from_scratch else "pretrained"
+
+
+def set_up(model: LM, config: ModelFlags) -> None:
+    """What the flags say of how activations are held, and of compiling."""
+    model.checkpoint_activations = config.checkpoint_activations
+    if config.compile:
+        for block in model.blocks:
+            block.compile(dynamic=True)
+
+
+def reference(policy: LM, start: str | Path = "") -> LM:
+    """π_ref, frozen: what the policy began as. A policy with adapters lends it its trunk; else it is read again from
+    `start`, or copied from a policy that has learnt nothing yet."""
+    if any(lora.adapters(policy)):
+        return frozen(lora.bare(policy))
+    return frozen(load(start, context=policy.context)[0].to(policy.device) if start else twin(policy))
 
 
 def load_scalar(name: str | Path) -> tuple[ScalarModel, Tokenizer]:
@@ -84,6 +115,7 @@ def load_scalar(name: str | Path) -> tuple[ScalarModel, Tokenizer]:
 
 def save(model: LM | ScalarModel, tokenizer: Tokenizer, folder: str | Path, **settings) -> None:
     """Write model and tokenizer as `transformers` reads them, with `settings` in config.json; each file appears whole.
+    Adapters are added to the weights; those of a policy are written alone too, in PEFT's format, to folder/adapter.
 
     config.json, which makes it a model folder, comes last.
     """
@@ -93,9 +125,10 @@ def save(model: LM | ScalarModel, tokenizer: Tokenizer, folder: str | Path, **se
     scalar = isinstance(model, ScalarModel)
     body = model.transformer if scalar else model
     family = next(family for family in FAMILIES.values() if isinstance(body, family.Model))
-    tensors = {name: x.cpu() for name, x in family.to_tensors(body).items()}
+    tensors = {name: x.cpu() for name, x in family.to_tensors(lora.merged(body)).items()}
     first = tokenizer.added.get(tokenizer.variables.get("bos_token", ""))
-    ids = {"bos_token_id": first, "eos_token_id": tokenizer.end_of_text}
+    ends = sorted(chat.ends(tokenizer), key=lambda token: (token != tokenizer.end_of_text, token))
+    ids = {"bos_token_id": first, "eos_token_id": ends if len(ends) > 1 else ends[0]}
     settings = family.to_settings(body.config, scalar) | ids | settings
     if scalar:
         tensors.pop("lm_head.weight", None)  # which says nothing here
@@ -108,6 +141,8 @@ def save(model: LM | ScalarModel, tokenizer: Tokenizer, folder: str | Path, **se
         settings["pad_token_id"] = tokenizer.padding
     write_atomic(folder / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     (folder / INDEX).unlink(missing_ok=True)  # of a model in shards that was here before
+    if any(lora.adapters(body)) and not scalar:
+        lora.save(body, folder / "adapter", family.PREFIX, family is gpt2)
     write_atomic(folder / "config.json", json.dumps(settings, indent=2) + "\n")
 
 

@@ -174,9 +174,9 @@ def from_settings(settings: dict[str, Any], where: str, dropout: float) -> GPTCo
     return GPTConfig(*sizes, dropout=dropout, from_scratch=settings.get("nanopref_from_scratch") is True)
 
 
-def to_tensors(model: GPT) -> dict[str, Tensor]:
-    """The weights by their names and in their layout there."""
-    tensors = {name: p.t() if _is_conv1d(name) else p for name, p in model.state_dict().items()}
+def to_tensors(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A model's weights by their names and in their layout there."""
+    tensors = {name: p.t() if _is_conv1d(name) else p for name, p in weights.items()}
     return {PREFIX + name: p.contiguous() for name, p in tensors.items()}
 
 

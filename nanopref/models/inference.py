@@ -91,7 +91,7 @@ def _by_batches(
     with evaluating(model), progress(description, len(encoded.row_lengths)) as bar:
         for groups in micro_batches(range(len(parts)), parts.lengths(), size):
             rows = parts.rows(groups)
-            with autocast(model.device):
+            with autocast(model):
                 results.append(say(parts.collate(groups).to(model.device)).float().cpu())
             order += rows
             bar.update(len(rows))

@@ -35,6 +35,7 @@ class LM(nn.Module):
     config: Any
     blocks: nn.ModuleList
     context: int  # longest sequence that this run reads: at most config.block_size
+    name = ""  # where it was loaded from: a folder, or a name on the hub
     checkpoint_activations = False  # whether a block's activations are computed again in the backward pass
 
     @property
@@ -86,6 +87,7 @@ class LM(nn.Module):
             cache.lengths += T
         x, told = self.embed(tokens, positions), self.positional(positions)
         for i, block in enumerate(self.blocks):
+            block = block if cache is None else block.forward  # compiled for whole sequences alone
             layer = seen if cache is None else seen._replace(keys=cache.keys[i], values=cache.values[i])
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x = checkpoint(block, x, layer, *told, use_reentrant=False)

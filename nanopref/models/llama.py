@@ -255,10 +255,9 @@ def _rope(settings: dict[str, Any], where: str) -> tuple[tuple[float, float, flo
     return scaling, factor, float(theta)
 
 
-def to_tensors(model: Llama) -> dict[str, Tensor]:
-    """The weights by their names and in their layout there."""
-    tensors = model.state_dict().items()
-    return {name if name.startswith("lm_head.") else PREFIX + name: p.contiguous() for name, p in tensors}
+def to_tensors(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A model's weights by their names and in their layout there."""
+    return {name if name.startswith("lm_head.") else PREFIX + name: p.contiguous() for name, p in weights.items()}
 
 
 def from_tensors(found: dict[str, Tensor], where: str) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from nanopref.data import chat
 from nanopref.data.chat import encode_prompt
 from nanopref.data.groups import Encoded, pad
 from nanopref.data.tokenizer import Tokenizer
+from nanopref.models.frozen import rounded
 from nanopref.models.inference import evaluating
 from nanopref.models.language import LM
 from nanopref.running import parallel
@@ -135,10 +136,12 @@ def generate(
     going = torch.ones(B, dtype=torch.bool, device=device)
     place = torch.zeros(1, dtype=torch.long, device=device)
     unembedding = model.unembedding.to(dtype)
+    unembedding = unembedding if device.type == "cuda" else unembedding.float()  # as it is multiplied there
 
     def step() -> None:
         """Draw a token for each row, note it, and put it through the model. Changes tensors in place only."""
-        logits = float32_logits(hidden.to(dtype), unembedding)
+        with torch.autocast(device.type, enabled=False):
+            logits = float32_logits(hidden.to(dtype).to(unembedding.dtype), unembedding)
         distribution = token_distribution(logits, temperature=temperature, top_k=top_k, top_p=top_p)
         token = draw(distribution, uniform[place, alive])
         tokens[alive, place] = token[:, 0]
@@ -233,7 +236,8 @@ def respond(
     samples: list[Sample] = []
     with (
         evaluating(model),
-        parallel.autocast(model.device),
+        parallel.autocast(model),
+        rounded(model),
         parallel.progress("sampling", len(prompts), "response") as bar,
     ):
         for i in range(0, len(prompts), batch_size):

@@ -50,6 +50,8 @@ SITUATIONS = {  # where a default may differ, and how --help says so
     "groups": "for rloo and grpo",
     "reinforce": "for reinforce",
     "pretrained": "from a pretrained model",
+    "lora": "with --lora",
+    "pretrained_lora": "with --lora from a pretrained model",
 }
 
 
@@ -111,8 +113,10 @@ def check_people(config: Any) -> None:
 
 def resolve(config: Any, *situations: str) -> Any:
     """The config with each flag that was not given set to its default in these situations, and in those that its own
-    flags data and reward make."""
+    flags data, reward and lora make."""
     holds = {"file" if config.data else "task", "reward" if getattr(config, "reward", "") else "", *situations}
+    if getattr(config, "lora", 0):
+        holds |= {"lora", "pretrained_lora" if "pretrained" in situations else ""}
     chosen = {}
     for f in fields(config):
         defaults = [value for where, value in _rules(config, f.name).items() if where in holds]
@@ -218,7 +222,24 @@ class RunFlags:
 
 
 @dataclass
-class StartFlags:
+class ModelFlags:
+    dtype: str = flag(
+        "auto", "of matrix products; auto: bfloat16 on a GPU, and for a wide model on a CPU with units for it; weights "
+        "that learn and sums are float32", among=("auto", "float32", "bfloat16"),
+    )  # fmt: skip
+    lora: int = flag(
+        0, "train adapters of this rank, 16 say, on frozen weights (Hu et al. 2021); their learning rate is some ten "
+        "times the usual (Schulman et al. 2025); 0: all weights", least=0,
+    )  # fmt: skip
+    block_size: int | None = flag(
+        None, "longest sequence in tokens, prompt and answer together (default: the model's, at most 1024)", least=2
+    )
+    checkpoint_activations: bool = flag(False, "hold each block's input alone, and compute the rest again: less memory")
+    compile: bool = flag(False, "compile the blocks (torch.compile)")
+
+
+@dataclass
+class StartFlags(ModelFlags):
     init: str = flag(
         "", "where to start, and the reference: a run or Hugging Face folder, or a hub name; default: new SFT"
     )
@@ -237,7 +258,8 @@ class RewardFlags:
 
 @dataclass
 class FeedbackFlags:
-    data: str = flag("", "preferences: a file of pairs, rankings, ratings or labels (README); default: film reviews")
+    data: str = flag("", "preferences: a file of pairs, rankings, ratings or labels, or a data set's name on the "
+                     "Hugging Face hub, owner/name:split (README); default: film reviews")  # fmt: skip
     prompts: int = flag(5120, "prompts whose answers are sampled and judged, where no file tells what was", least=20)
     annotators: int | None = flag(None, "who vote on each sampled answer (odd)", least=1, task=3, reward=1)
     noise: float | None = flag(None, "how often they err, in units of reward; 0: never", least=0, task=0.5, reward=0.0)
@@ -292,7 +314,9 @@ class ObjectiveFlags:
 @dataclass
 class StepFlags:
     batch_size: int = flag(64, "groups (pairs, say) a step, over all processes", least=1)
-    micro_batch: int = flag(16, "groups in memory at once; more steps of this size are accumulated", least=1)
+    micro_batch: int = flag(
+        16, "groups in memory at once, of over 256 tokens fewer; a step is made of as many as it takes", least=1
+    )
     lr: float | None = flag(None, "peak learning rate", above=0)
     grad_clip: float = flag(1.0, "largest norm of the gradient", above=0)
 
@@ -300,8 +324,9 @@ class StepFlags:
 @dataclass
 class LearningFlags(StepFlags):
     optimizer: str | None = flag(
-        None, "muon for the blocks' matrices and AdamW for the rest, or AdamW alone", among=("muon", "adamw"),
-        task="muon", file="muon", pretrained="adamw",
+        None, "muon for the blocks' matrices and AdamW for the rest, AdamW alone, or adafactor, which holds next to "
+        "nothing beside the weights", among=("muon", "adamw", "adafactor"), task="muon", file="muon",
+        pretrained="adamw", lora="adamw",
     )  # fmt: skip
     warmup: int = flag(10, "steps of linear warm-up, after which the rate falls to 0", least=0)
     weight_decay: float = flag(0.0, "AdamW's, on matrices", least=0)

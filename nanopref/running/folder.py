@@ -41,12 +41,14 @@ from nanopref.running.parallel import barrier, progress, rank, say, sum_gradient
 
 try:
     import fcntl
-except ImportError:  # a system without it does not notice two runs in one folder
-    fcntl = None
+    import resource
+except ImportError:  # a system without them does not notice two runs in one folder, nor what they take
+    fcntl = resource = None
 
 PARTIAL = ".partial"  # how the names of files end that are being written
 # flags that may change between the start of a run and its --resume
 FREE = {"resume", "overwrite", "out", "device", "kernels", "save_seconds", "tensorboard", "micro_batch", "sample_batch"}
+FREE |= {"checkpoint_activations", "compile"}
 
 
 def write_atomic(path: str | Path, content: str | bytes | Callable[[Path], None]) -> None:
@@ -233,10 +235,10 @@ class Run:
         return read_metrics(self.folder)
 
     def report(self, report: dict[str, Any]) -> None:
-        """Write report.json, with the most GPU memory that tensors of this process ever held, where there is a GPU."""
+        """Write report.json, with the most that tensors of this process held on a GPU, or else what all of it held."""
         if rank() == 0:
-            peak = torch.cuda.max_memory_allocated() / 2**20
-            report = {**report, **({"peak_memory_MiB": peak} if peak else {}), "seconds": self.seconds}
+            peak = {"peak_memory_MiB": (torch.cuda.max_memory_allocated() or most_memory()) / 2**20}
+            report = {**report, **peak, "seconds": self.seconds}
             write_atomic(self.folder / "report.json", json.dumps(report, indent=2) + "\n")
 
     def note(self, name: str, *rows: dict[str, Any], after: int) -> None:
@@ -332,12 +334,12 @@ class Run:
         return time.monotonic() >= self._next_save
 
     def save(self) -> None:
-        """Write state.pt: everything that the following steps depend on."""
+        """Write state.pt: everything that the following steps depend on and that changes."""
         if rank() == 0:
             began = time.monotonic()
             state = {
                 "step": self._step,
-                "model": self._model.state_dict(),
+                "model": {name: x for name, x in self._model.state_dict().items() if name not in self._frozen()},
                 "optimizer": self._optimizer.state_dict(),
                 "random": torch.get_rng_state(),
                 "cuda_random": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
@@ -348,6 +350,10 @@ class Run:
         if self._stage:
             self._remember_seconds()
 
+    def _frozen(self) -> set[str]:
+        """The weights that do not learn, which need not be saved: they are again what they were."""
+        return {name for name, p in self._model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+
     def load(self, total: int) -> int:
         """Continue from state.pt where there is one; forget what the round's `total` steps logged after it. Returns the
         updates done."""
@@ -356,7 +362,8 @@ class Run:
         if path.is_file():
             try:
                 state = torch.load(path, map_location="cpu", weights_only=True)
-                self._model.load_state_dict(state["model"])
+                weights = self._model.state_dict()
+                self._model.load_state_dict({name: weights[name] for name in self._frozen()} | state["model"])
                 self._optimizer.load_state_dict(state["optimizer"])
                 torch.set_rng_state(state["random"])
                 if state["cuda_random"] is not None and torch.cuda.is_available():
@@ -372,6 +379,12 @@ class Run:
         barrier()
         self._next_save, self.last_saved = time.monotonic() + self.config.save_seconds, step
         return step
+
+
+def most_memory() -> int:
+    """The bytes that this process had in memory at most; 0 where the system does not tell."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if resource else 0
 
 
 def version(package: str) -> str | None:

@@ -12,10 +12,15 @@ from nanopref.running.parallel import generator, say
 BUCKET = 8  # batches whose rows are sorted by length together, where batches of rows alike are wanted
 
 
+def learning(model: nn.Module) -> list[nn.Parameter]:
+    """The weights of a model that are not frozen."""
+    return [p for p in model.parameters() if p.requires_grad]
+
+
 def adamw(model: nn.Module, lr: float, weight_decay: float = 0.0, betas=(0.9, 0.95)) -> torch.optim.AdamW:
     """AdamW that decays matrices only: biases and LayerNorm gains have no reason to be small."""
-    decay = [p for p in model.parameters() if p.dim() >= 2]
-    rest = [p for p in model.parameters() if p.dim() < 2]
+    decay = [p for p in learning(model) if p.dim() >= 2]
+    rest = [p for p in learning(model) if p.dim() < 2]
     groups = [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
     return torch.optim.AdamW([{**group, "peak": lr} for group in groups], lr=lr, betas=betas, fused=True)
 
@@ -94,13 +99,27 @@ class Both:
 
 def muon(model: nn.Module, lr: float, weight_decay: float = 0.0, betas=(0.9, 0.95)) -> Both:
     """Muon at twice `lr` for the matrices of the blocks, and AdamW for all else."""
-    matrices = {p for block in model.blocks for p in block.parameters() if p.dim() == 2}
-    rest = nn.ParameterList(p for p in model.parameters() if p not in matrices)
-    ordered = [p for p in model.parameters() if p in matrices]
+    matrices = {p for block in model.blocks for p in learning(block) if p.dim() == 2}
+    rest = nn.ParameterList(p for p in learning(model) if p not in matrices)
+    ordered = [p for p in learning(model) if p in matrices]
     return Both(Muon(ordered, 2 * lr, weight_decay), adamw(rest, lr, weight_decay, betas))
 
 
-OPTIMIZERS = {"muon": muon, "adamw": adamw}  # (model, peak lr, weight decay, betas) -> an optimiser
+def adafactor(model: nn.Module, lr: float, weight_decay: float = 0.0, betas=(0.9, 0.95)) -> torch.optim.Adafactor:
+    """Adafactor (Shazeer & Stern 2018): of a matrix's second moments a row and a column, and no first.
+
+    Its steps are relative to a weight's size, so `lr` is divided by that: a step is then about as long as AdamW's
+    usual one, whose elements are a third of `lr`.
+    """
+    groups = []
+    for p in learning(model):
+        size = max(1e-3, p.detach().square().mean().sqrt().item())
+        groups.append({"params": [p], "peak": lr / (3 * size), "weight_decay": weight_decay if p.dim() >= 2 else 0.0})
+    return torch.optim.Adafactor(groups, lr=lr)
+
+
+# (model, peak lr, weight decay, betas) -> an optimiser
+OPTIMIZERS = {"muon": muon, "adamw": adamw, "adafactor": adafactor}
 
 
 def set_lr(optimizer: torch.optim.Optimizer | Both, step: int, steps: int, warmup: int) -> float:

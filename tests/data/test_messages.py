@@ -154,7 +154,7 @@ BAD = {
     "half a surrogate": (PAIR | {"chosen": [assistant("\ud83d")]}, "holds half of a surrogate pair"),
     "one conversation, one text": (
         {"prompt": "a", "chosen": [user("a"), assistant("x")], "rejected": "y"},
-        "'chosen': either all answers are whole conversations or none is",
+        "'chosen' must be a conversation for each answer, or for none",
     ),
     "no prompt": (
         {"responses": ["x", "y"]},

@@ -43,7 +43,8 @@ words += [
     "|>",
 ]
 parts = st.sampled_from(words + SPECIAL) | old_characters
-texts = st.lists(parts, max_size=16).map("".join) | st.text(old_characters, max_size=30)
+spaces = st.text(" \n\r\t\u3000\x85a1", max_size=12)
+texts = st.lists(parts, max_size=16).map("".join) | st.text(old_characters, max_size=30) | spaces
 
 
 @pytest.fixture(scope="module", params=[*FAMILIES, "NANOPREF_MODEL"])

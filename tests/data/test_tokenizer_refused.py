@@ -116,3 +116,11 @@ def test_load_refuses_a_template_that_is_no_text(tmp_path):
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
     with pytest.raises(ValueError, match=r"chat_template.jinja is not text"):
         loaded(tmp_path, "smollm2")
+
+
+def test_load_refuses_a_token_of_bytes_that_have_none(tmp_path):
+    text, config = family("smollm2")
+    file = json.loads(text)
+    file["model"]["vocab"]["ĄĄ"] = len(file["model"]["vocab"])
+    with pytest.raises(ValueError, match="its merges do not make its tokens"):
+        Tokenizer.load(write(tmp_path, file, config))

@@ -320,7 +320,7 @@ def test_what_is_thought_of_all_answers_is_noted_by_round(policy, tmp_path, monk
     for i in range(3):
         run = SimpleNamespace(
             config=config, path=lambda name, i=i: tmp_path / f"{i}-{name}", stage=lambda name: nullcontext(),
-            note=lambda *row: noted.append(row),
+            note=lambda *row, after: noted.append((*row, after)),
         )  # fmt: skip
         collecting.ensure_feedback(run, *policy, LENGTH, None, {"dpo": ("pairs",)}, i, 3)
     rows = [("rounds.jsonl", {"round": i + 1, "score": 0.5 + i, "voters": [voter]}, i) for i in range(3)]

@@ -18,6 +18,7 @@ from nanopref.data.tokenizer import Tokenizer
 from nanopref.models import checkpoint
 from nanopref.models.gpt2 import GPT, GPTConfig, preset
 from nanopref.models.scalar import ScalarModel
+from nanopref.running.flags import StartFlags
 
 TOKENIZER = Tokenizer.train(["aaa bb, aaa bb"], SMALL.vocab_size)
 
@@ -76,22 +77,22 @@ def test_a_model_remembers_whether_it_was_made_here(tmp_path, saved):
     """Where it was not, or nobody knows, it takes a pretrained model's learning rates."""
     made = GPT(preset("tiny", vocab_size=SMALL.vocab_size, block_size=8))
     models.save(made, TOKENIZER, tmp_path / "run" / "model")
-    model, tokenizer, origin = models.load_init(str(tmp_path / "run"))
+    model, tokenizer, origin = models.load_init(StartFlags(init=str(tmp_path / "run")))
     assert model.config.from_scratch and origin == "" and tokenizer == TOKENIZER
     models.save(model, tokenizer, tmp_path / "again")  # through as many stages as one likes
     models.save(ScalarModel(model), tokenizer, tmp_path / "scalar")
-    assert models.load_init(str(tmp_path / "again"))[2] == ""
+    assert models.load_init(StartFlags(init=str(tmp_path / "again")))[2] == ""
     assert models.load_scalar(tmp_path / "scalar")[0].config.from_scratch
     for value in (False, "true", 1, None):
         change_config(tmp_path / "again", nanopref_from_scratch=value)
-        assert models.load_init(str(tmp_path / "again"))[2] == "pretrained"
+        assert models.load_init(StartFlags(init=str(tmp_path / "again")))[2] == "pretrained"
     settings = json.loads((tmp_path / "again" / "config.json").read_text())
     del settings["nanopref_from_scratch"]
     (tmp_path / "again" / "config.json").write_text(json.dumps(settings))
-    model, _, origin = models.load_init(str(tmp_path / "again"))
+    model, _, origin = models.load_init(StartFlags(init=str(tmp_path / "again")))
     assert origin == "pretrained" and not model.config.from_scratch
-    assert models.load_init(str(saved))[2] == "pretrained"  # SMALL does not say that it was made here
-    assert models.load_init("") == (None, None, "")
+    assert models.load_init(StartFlags(init=str(saved)))[2] == "pretrained"  # SMALL does not say that it was made here
+    assert models.load_init(StartFlags()) == (None, None, "")
 
 
 def test_a_policy_is_no_scalar_model_and_the_other_way_round(tmp_path, saved):

@@ -11,9 +11,12 @@ from hypothesis import strategies as st
 from small_models import message_of, random_tokens, randomise
 
 from nanopref import models
+from nanopref.data.chat import encode_prompt
+from nanopref.data.dialogues import Dialogue
 from nanopref.data.tokenizer import Tokenizer
 from nanopref.models import checkpoint
 from nanopref.models.llama import Llama, LlamaConfig, frequencies, preset
+from nanopref.models.sampling import generate
 from nanopref.models.scalar import ScalarModel
 
 transformers = pytest.importorskip("transformers")
@@ -249,3 +252,19 @@ def test_the_real_models_logits_are_those_of_transformers():
     tokens = torch.tensor([tokenizer.encode("The first law of thermodynamics says that 1,024 ")])
     with torch.no_grad():
         torch.testing.assert_close(model.logits(tokens), theirs(tokens).logits, atol=1e-3, rtol=1e-5)
+
+
+PROMPTS = ["What is 12 times 12?", "Write a haiku about rain.", "Who wrote Hamlet?", "List three fruits."]
+PROMPTS += ["Why is ice slippery?"]
+
+
+@real
+def test_greedy_text_is_that_of_transformers(n=100):
+    """Of all five prompts at once here and one by one there."""
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(REAL, dtype=torch.float32).eval()
+    model, tokenizer = models.load(REAL)
+    prompts = [encode_prompt(tokenizer, Dialogue([("user", text)])) for text in PROMPTS]
+    found = generate(model.eval(), prompts, n, ends=tokenizer.ends, temperature=0)
+    for prompt, sample in zip(prompts, found, strict=True):
+        expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=n, do_sample=False)[0, len(prompt) :]
+        assert sample.tokens == expected.tolist()

@@ -12,6 +12,7 @@ from nanopref.models.actor_critic import Learner, new_critic
 from nanopref.models.gpt2 import GPT, GPTConfig
 from nanopref.models.scalar import ScalarModel
 from nanopref.running import parallel
+from nanopref.running.flags import ModelFlags
 
 TOKENIZER = Tokenizer.train(["aaa bb, aaa bb"], SMALL.vocab_size)
 WIDE = GPTConfig(300, 16, n_layer=2, n_head=4, n_embd=64)
@@ -75,7 +76,7 @@ def test_response_scores_are_not_rounded_under_autocast(autocast_on_a_cpu):
 @pytest.mark.parametrize("kind", ["network", "head"])
 def test_values_are_not_rounded_under_autocast(autocast_on_a_cpu, kind):
     policy = randomise(scalar_model().transformer)
-    critic = new_critic(kind, policy, [scalar_model()] if kind == "network" else [])
+    critic = new_critic(kind, policy, [scalar_model()] if kind == "network" else [], ModelFlags())
     critic.score.weight.data.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
     learner = Learner(policy, critic.eval(), 0.1).eval()
     assert (critic.transformer is policy) == (kind == "head")

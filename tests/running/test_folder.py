@@ -210,9 +210,10 @@ def test_files_are_readable_as_the_umask_says(umask, mode, tmp_path):
     assert [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("text", "made")] == [mode, mode]
 
 
-def test_the_report_holds_the_peak_of_gpu_memory_where_there_is_a_gpu(tmp_path, monkeypatch):
-    for peak, found in ((3 * 2**20, {"peak_memory_MiB": 3.0}), (0, {})):
+def test_the_report_holds_the_peak_of_the_gpus_memory_or_the_processs(tmp_path, monkeypatch):
+    for peak, found in ((3 * 2**20, {"peak_memory_MiB": 3.0}), (0, {"peak_memory_MiB": 5.0})):
         monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda peak=peak: peak)
+        monkeypatch.setattr(folder_module, "most_memory", lambda: 5 * 2**20)
         Run(RunFlags(out=str(tmp_path))).report({"kl": 1.0})
         assert json.loads((tmp_path / "report.json").read_text()) == {"kl": 1.0, **found, "seconds": {}}
         (tmp_path / "report.json").unlink()

@@ -1,10 +1,35 @@
-"""Random streams of their own, and what is seen of a run's progress."""
+"""Precision by model and machine, random streams of their own, and what is seen of a run's progress."""
 
 import sys
+from types import SimpleNamespace
 
+import pytest
 import torch
 
 from nanopref.running import parallel
+
+
+@pytest.mark.parametrize(
+    "dtype, width, units, expected",
+    [
+        ("auto", 128, True, torch.float32),  # the built-in task's
+        ("auto", 511, True, torch.float32),
+        ("auto", 512, True, torch.bfloat16),
+        ("auto", 4096, False, torch.float32),
+        ("bfloat16", 16, False, torch.bfloat16),
+        ("float32", 4096, True, torch.float32),
+    ],
+)
+def test_precision_is_what_was_asked_for_or_what_pays_here(dtype, width, units, expected, monkeypatch):
+    monkeypatch.setattr(parallel, "_dtype", "auto")  # so that it is put back
+    monkeypatch.setattr(parallel, "_cpu_has_bfloat16", lambda: units)
+    parallel.start("cpu", 0, dtype)
+    model = SimpleNamespace(device=torch.device("cpu"), config=SimpleNamespace(n_embd=width))
+    assert parallel.precision(model) == expected
+    with parallel.autocast(model):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == expected
+    on_a_gpu = SimpleNamespace(device=torch.device("cuda"), config=model.config)
+    assert parallel.precision(on_a_gpu) == (torch.float32 if dtype == "float32" else torch.bfloat16)
 
 
 def test_random_streams_depend_on_seed_and_purpose_alone():

@@ -1,0 +1,100 @@
+"""Adapters of low rank (Hu et al. 2021): Wx becomes Wx + α/r·BAx, W stays frozen, A [r, in] and B [out, r] learn.
+
+B begins at 0, so nothing is changed at first; A at random, as in PEFT, whose format `save` writes. α = 32 is TRL's
+default, and with the 1/r a good learning rate is about the same at every rank, some ten times that of all weights
+(Schulman et al. 2025, "LoRA without regret", who put adapters on all matrices of the blocks, as is done here).
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from nanopref.models.frozen import hold, twin
+from nanopref.models.language import LM
+from nanopref.running.folder import write_atomic
+from nanopref.running.parallel import generator
+
+ALPHA = 32
+
+
+class Adapted(nn.Module):
+    """A linear map with an adapter beside it, or without one where lora_A is None."""
+
+    def __init__(self, base: nn.Linear, rank: int, random: torch.Generator):
+        super().__init__()
+        self.weight, self.bias = base.weight, base.bias
+        most, device = base.in_features**-0.5, base.weight.device
+        A = torch.empty(rank, base.in_features).uniform_(-most, most, generator=random)
+        self.lora_A: nn.Parameter | None = nn.Parameter(A.to(device))
+        self.lora_B: nn.Parameter | None = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight, self.bias)
+        if self.lora_A is None:
+            return y
+        return y + F.linear(ALPHA / len(self.lora_A) * F.linear(x, self.lora_A), self.lora_B)
+
+    def merged(self) -> Tensor:
+        """W + α/r·BA, float32."""
+        return self.weight.detach().float() + ALPHA / len(self.lora_A) * (self.lora_B @ self.lora_A).detach()
+
+
+def adapt(model: LM, rank: int, seed: int) -> None:
+    """Freeze a model, and put an adapter on every linear map of its blocks."""
+    hold(model)
+    random = generator(seed, "adapters")
+    for module in list(model.blocks.modules()):
+        for name, layer in list(module.named_children()):
+            if isinstance(layer, nn.Linear):
+                setattr(module, name, Adapted(layer, rank, random))
+
+
+def adapters(model: nn.Module) -> Iterator[tuple[str, Adapted]]:
+    """Those of a model, by the names of their maps."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, Adapted) and layer.lora_A is not None:
+            yield name, layer
+
+
+def bare(model: LM) -> LM:
+    """What the model was before it had adapters, on the same memory."""
+    model = twin(model)
+    for _, layer in list(adapters(model)):
+        layer.lora_A = layer.lora_B = None
+    return model
+
+
+def merged(model: LM) -> dict[str, Tensor]:
+    """The weights of a model, float32, with each adapter added to its map: the same names, as if there were none."""
+    tensors = {name: x.float() for name, x in model.state_dict().items() if ".lora_" not in name}
+    return tensors | {f"{name}.weight": layer.merged() for name, layer in adapters(model)}
+
+
+def save(model: LM, folder: Path, prefix: str, conv1d: bool) -> None:
+    """Write the adapters as PEFT does. `prefix` stands before the model's names in Hugging Face's format; `conv1d`:
+    there the weights of linear maps are stored transposed."""
+    there = dict(adapters(model))
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": model.name,
+        "r": len(next(iter(there.values())).lora_A),
+        "lora_alpha": ALPHA,
+        "lora_dropout": 0.0,
+        "target_modules": sorted({name.rpartition(".")[2] for name in there}),
+        "fan_in_fan_out": conv1d,
+        "bias": "none",
+        "inference_mode": True,
+    }
+    tensors = {}
+    for name, layer in there.items():
+        tensors[f"base_model.model.{prefix}{name}.lora_A.weight"] = layer.lora_A.detach().cpu()
+        tensors[f"base_model.model.{prefix}{name}.lora_B.weight"] = layer.lora_B.detach().cpu()
+    folder.mkdir(exist_ok=True)
+    write_atomic(folder / "adapter_model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    write_atomic(folder / "adapter_config.json", json.dumps(settings, indent=2) + "\n")
