@@ -86,15 +86,19 @@ def rloo_advantages(returns: Tensor, group: int, **_) -> Tensor:
     The responses to a prompt stand side by side, `group` of them. REINFORCE leave-one-out: Kool et al. 2019; Ahmadian
     et al. 2024, eq. 8.
     """
-    returns = returns.view(-1, group)
-    return ((returns - returns.mean(1, keepdim=True)) * (group / (group - 1))).flatten()
+    return (centred(returns, group) * (group / (group - 1))).flatten()
 
 
 def grpo_advantages(returns: Tensor, group: int, **_) -> Tensor:
     """Return, standardised among the responses to the same prompt: [B] -> [B] (Shao et al. 2024, section 4.1.2)."""
+    spread = returns.view(-1, group).std(1, keepdim=True)
+    return (centred(returns, group) / (spread + 1e-4)).flatten()
+
+
+def centred(returns: Tensor, group: int) -> Tensor:
+    """[B] -> [G, group], less the mean of each group: of returns that are all alike 0, and not what rounding left."""
     returns = returns.view(-1, group)
-    centred = returns - returns.mean(1, keepdim=True)
-    return (centred / (returns.std(1, keepdim=True) + 1e-4)).flatten()
+    return (returns[:, :, None] - returns[:, None, :]).mean(2)
 
 
 def reinforce_advantages(returns: Tensor, baseline: Tensor | float, **_) -> Tensor:

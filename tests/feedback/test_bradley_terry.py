@@ -279,7 +279,7 @@ def test_rewards_that_lie_far_apart():
     better, worse = np.arange(n - 1), np.arange(1, n)
     name = rng.permutation(n)
     winners, losers = name[np.r_[np.repeat(better, 99), worse]], name[np.r_[np.repeat(worse, 99), better]]
-    expected = pytest.approx(math.log(99) * (n / 2 - 0.5 - np.arange(n)), abs=1e-9)
+    expected = pytest.approx(math.log(99) * (n / 2 - 0.5 - np.arange(n)), rel=1e-9, abs=1e-9)
     assert maximum_likelihood(winners, losers, n)[0][name] == expected
     assert rank_centrality(winners, losers, n)[name] == expected
     assert plackett_luce(np.stack([winners, losers], 1), n)[0][name] == expected

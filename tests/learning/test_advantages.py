@@ -309,3 +309,11 @@ def test_permuting_the_batch_changes_nothing(seed):
 
     order = torch.randperm(5, generator=g)
     torch.testing.assert_close(arithmetic(order), arithmetic(torch.arange(5)))
+
+
+@settings(deadline=None)
+@given(st.floats(-1e3, 1e3, width=32), st.integers(2, 9))
+def test_returns_that_are_all_alike_are_no_advantage(value, group):
+    """Whatever rounding makes of their mean: divided by their spread it would be a gradient."""
+    returns = torch.full((2 * group,), value)
+    assert not estimate.rloo_advantages(returns, group).any() and not estimate.grpo_advantages(returns, group).any()
