@@ -162,7 +162,7 @@ def test_online_rounds_keep_one_reference_with_adapters(start, tmp_path, monkeyp
         return ordinary(path, reference, *rows, **more)
 
     monkeypatch.setattr(train_dpo, "reference_logprobs", note)
-    run("dpo", tmp_path / "run", start, lora=2, rounds=2, prompts=160, data="", epochs=1, reward=(word,))
+    run("dpo", tmp_path / "run", start, lora=2, rounds=2, prompts=400, data="", epochs=1, reward=(word,))
     (first, adapted), (second, left) = asked
     assert adapted and not left
     by_name = dict(first.named_parameters())
