@@ -6,6 +6,7 @@ kernels (at most 256 MiB, which are added here) and what the allocator loses bet
 once holds keys and values, whose size per token is in the table.
 """
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -108,7 +109,7 @@ def rm(policy: nn.Module, batch: Batch, config: ModelFlags) -> tuple[list[nn.Mod
 
     def loss() -> Tensor:
         with parallel.autocast(model):
-            scores = model(batch.tokens, batch.last)[:, 0]
+            scores = model(batch.inputs, batch.last)[:, 0]
         return -F.logsigmoid(scores[::2] - scores[1::2]).mean()
 
     return [model], loss
@@ -142,29 +143,41 @@ def weights(modules: list[nn.Module], learn: bool) -> int:
     return sum(p.nbytes for p in each.values())
 
 
-def step(script: str, shape: Any, rows: int, tokens: int, config: ModelFlags, optimizer: str = "adamw") -> dict:
-    """GiB that a step of a script takes at its peak, and of what."""
-    with Fake(), Peak() as peak, kernels.use("triton"):
-        policy = new(shape)
-        models.set_up(policy, config)
-        whole = torch.zeros(rows, tokens + 1, dtype=torch.long)
-        batch = Batch(whole, torch.ones(rows, tokens), torch.zeros(rows, dtype=torch.long), *whole.T[:2], [2])
-        modules, loss = STEPS[script](policy, batch, config)
-        learner = modules[0]
-        adam = optim.OPTIMIZERS[optimizer](learner, 1e-4)
-        for p in optim.learning(learner):
-            p.grad = torch.zeros_like(p)
-        adam.step()  # which makes the optimiser's state, as the first of many steps does
-        adam.zero_grad()
-        state = sum(x.nbytes for s in adam.state.values() for x in s.values() if isinstance(x, Tensor))
-        peak.most = peak.now
+def prepared(
+    script: str, shape: Any, rows: int, tokens: int, config: ModelFlags, optimizer: str = "adamw"
+) -> tuple[list[nn.Module], int, Callable[[], None]]:
+    """What a script holds, the bytes of its optimiser's state, and a step."""
+    policy = new(shape)
+    models.set_up(policy, config)
+    whole = torch.zeros(rows, tokens + 1, dtype=torch.long)
+    batch = Batch(whole, torch.ones(rows, tokens), torch.zeros(rows, dtype=torch.long), *whole.T[:2], [rows])
+    modules, loss = STEPS[script](policy, batch, config)
+    learning = optim.learning(modules[0])
+    optimizer = optim.OPTIMIZERS[optimizer](modules[0], 1e-4)
+    for p in learning:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()  # which makes its state, as the first of many does
+    optimizer.zero_grad()
+
+    def step() -> None:
         loss().backward()
-        nn.utils.clip_grad_norm_(optim.learning(learner), 1.0)
-        adam.step()
+        nn.utils.clip_grad_norm_(learning, 1.0)
+        optimizer.step()
+
+    state = sum(x.nbytes for s in optimizer.state.values() for x in s.values() if isinstance(x, Tensor))
+    return modules, state, step
+
+
+def predicted(script: str, *args: Any, **more: Any) -> dict[str, float]:
+    """GiB that a step of a script takes at its peak, and of what; the arguments are those of `prepared`."""
+    with Fake(), Peak() as peak, kernels.use("triton"):
+        modules, state, step = prepared(script, *args, **more)
+        peak.most = peak.now
+        step()
     trained, held = weights(modules, True), weights(modules, False)
-    workspace = kernels.logprob.LIMIT if script != "rm" else 0
-    total, fixed = peak.most + workspace, 2 * trained + state + held
-    parts = {"weights": trained, "gradients": trained, "optimiser": state, "frozen": held, "the rest": total - fixed}
+    total = peak.most + (kernels.logprob.LIMIT if script != "rm" else 0)
+    rest = total - 2 * trained - state - held
+    parts = {"weights": trained, "gradients": trained, "optimiser": state, "frozen": held, "the rest": rest}
     return {name: size / GIB for name, size in parts.items()} | {"GiB": total / GIB}
 
 
@@ -181,7 +194,7 @@ def measure(config: Config) -> Iterator[tuple[str, ...]]:
                 for again in (False, True):
                     flags = ModelFlags(dtype=config.dtype, lora=lora, checkpoint_activations=again)
                     flags.seed = 0
-                    found = step(script, shape, config.rows, config.tokens, flags)
+                    found = predicted(script, shape, config.rows, config.tokens, flags)
                     fits = next((str(card) for card in CARDS if found["GiB"] + CONTEXT <= card), "no")
                     how = "adapters" if lora else "all weights"
                     again = "computed again" if again else "held"
@@ -192,6 +205,7 @@ def main(config: Config) -> None:
     flags.check(config)
     parallel.start("cpu", 0, config.dtype)
     kernels.INTERPRETED = True  # what no kernel runs on may look as if it were Triton's
+    warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # which copying one does
     names = ("model", "step", "learns", "activations", "weights", "gradients", "optimiser", "frozen", "the rest", "GiB")
     rows = []
     for row in measure(config):

@@ -31,7 +31,7 @@ def hold(model: LM | ScalarModel, device: torch.device | str | None = None) -> N
     if parallel.precision(model, device) == torch.bfloat16:
         body = model.transformer if isinstance(model, ScalarModel) else model
         for layer in body.modules():
-            if isinstance(layer, nn.Linear):
+            if isinstance(layer, nn.Linear) and layer.weight.dtype != torch.bfloat16:
                 layer.weight = nn.Parameter(layer.weight.bfloat16(), requires_grad=False)
 
 
