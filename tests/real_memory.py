@@ -4,7 +4,6 @@ import json
 import sys
 
 import nanopref  # noqa: F401  (first, because of its threads)
-
 from nanopref import memory
 from nanopref.models.llama import LlamaConfig
 from nanopref.running import parallel
