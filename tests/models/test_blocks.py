@@ -44,7 +44,7 @@ def test_computed_again_the_gradients_are_the_same(family, rank, dtype, monkeypa
     found, got = gradients(model, tokens)
     assert torch.equal(found, expected) and len(calls) == 2  # forward, and again in the backward pass
     assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
-    with torch.no_grad():
+    with torch.no_grad(), autocast(model):
         model.hidden(tokens)
     assert len(calls) == 3  # without gradient there is nothing to compute again
 
