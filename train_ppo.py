@@ -282,6 +282,7 @@ def resolve(config: Config, origin: str) -> Config:
     compares = config.advantage != "gae"
     early = config.value_warmup is None  # a default that leaves a round for the policy
     useless = [name for name in USELESS[config.update] if getattr(config, name) != getattr(Config, name)]
+    exact = config.update != "trpo" or not config.lora or config.dtype == "float32"
     groups, apart = config.advantage in ("rloo", "grpo"), config.update != "trpo" or config.critic != "head"
     config = flags.resolve(config, "groups" if groups else config.advantage, origin)
     config.value_warmup = min(config.value_warmup, config.iterations - 1) if early else config.value_warmup
@@ -295,6 +296,10 @@ def resolve(config: Config, origin: str) -> Config:
         (not compares or not config.value_warmup, "--value-warmup is for --advantage gae: the others have no critic"),
         (not useless, f"--{''.join(useless[:1]).replace('_', '-')} has no use with --update {config.update}"),
         (apart, "--critic head: its steps would take the policy of --update trpo out of the trust region"),
+        (
+            exact,
+            "--update trpo computes in float32, so frozen weights must be held in it: give --lora a --dtype float32",
+        ),
         (config.beta > 0 or not config.kl_target, "--kl-target multiplies --beta, which must not be 0 then"),
     ):
         require(holds, message)

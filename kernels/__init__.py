@@ -201,8 +201,8 @@ def _check_head(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: fl
         raise ValueError(f"kernels: at most 2^31 - 1 tokens in a call; got {got}")
     if not temperature > 0:
         raise ValueError(f"kernels: temperature must be above 0, not {temperature}")
-    # reading the targets of a GPU tensor would wait for the GPU; there the kernel itself asserts
-    if targets.device.type == "cpu" and not torch.compiler.is_compiling() and targets.numel():
+    # reading the targets of a GPU tensor would wait for the GPU, where the kernel itself asserts; fake ones are empty
+    if targets.device.type == "cpu" and type(targets) is Tensor and not torch.compiler.is_compiling():
         wrong = (targets != IGNORE) & ((targets < 0) | (targets >= len(weight)))
         if wrong.any():
             raise ValueError(f"kernels: target {targets[wrong][0].item()} is not in [0, {len(weight)}) and not -100")

@@ -10,7 +10,15 @@ SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("nanopref/**/*.py"), *ROOT.glob("kerne
 TESTS = [*ROOT.glob("tests/**/*.py")]
 # from the top of the house down; each floor imports only from its own and from those below
 FLOORS = [
-    {"train_ppo", "train_dpo", "nanopref.bench", "nanopref.evaluate", "nanopref.generate", "nanopref.people"}
+    {
+        "train_ppo",
+        "train_dpo",
+        "nanopref.bench",
+        "nanopref.evaluate",
+        "nanopref.generate",
+        "nanopref.people",
+        "nanopref.memory",
+    }
     | {"nanopref.experiments"},
     {"train_rm"},
     {"nanopref.sft"},

@@ -162,8 +162,18 @@ def test_online_rounds_keep_one_reference_with_adapters(start, tmp_path, monkeyp
         return ordinary(path, reference, *rows, **more)
 
     monkeypatch.setattr(train_dpo, "reference_logprobs", note)
-    run("dpo", tmp_path / "run", start, lora=2, rounds=2, prompts=160, data="", epochs=1, reward=(word,))
+    run("dpo", tmp_path / "run", start, lora=2, rounds=2, prompts=400, data="", epochs=1, reward=(word,))
     (first, adapted), (second, left) = asked
     assert adapted and not left
     by_name = dict(first.named_parameters())
     assert all(p is by_name[name] for name, p in second.named_parameters())
+
+
+def test_trpo_moves_adapters_in_float32(start, tmp_path, no_picture):
+    with pytest.raises(flags.UserError, match="give --lora a --dtype float32"):
+        run("ppo", tmp_path / "refused", start, update="trpo", lora=2, lr=None)
+    more = {"update": "trpo", "lora": 2, "lr": None, "dtype": "float32", "iterations": 2}
+    rows, _ = run("ppo", tmp_path / "run", start, **more)
+    ended, began = weights(tmp_path / "run"), weights(start["init"])
+    assert len(rows) == 2 and not torch.equal(ended["h.0.mlp.c_fc.weight"], began["h.0.mlp.c_fc.weight"])
+    assert torch.equal(ended["wte.weight"], began["wte.weight"])

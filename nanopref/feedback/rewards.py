@@ -249,7 +249,7 @@ def load_model(name: str | Path, policy: LM, tokenizer: Tokenizer) -> ScalarMode
     """The reward model of a folder, on the policy's device. Raises UserError where it cannot judge what that writes."""
     model, other = models.load_scalar(name)
     _check_fit(name, model, other, policy, tokenizer)
-    models.frozen(model.to(policy.device))
+    models.frozen(model, policy.device)
     said = response_scores(model, Encoded.pack([[([tokenizer.end_of_text], [tokenizer.end_of_text])]]))
     require(bool(said.isfinite().all()), f"--reward {name}: gives a score that is no finite number")
     return model
@@ -277,7 +277,7 @@ def _implicit(name: str, policy: LM | None, tokenizer: Tokenizer, init: str, bat
     for path in (folder, start):
         model, other = models.load(path) if path else (policy, tokenizer)
         _check_fit(name, model, other, policy, tokenizer)
-        pair.append(models.frozen(model.to(policy.device)) if path else model)
+        pair.append(models.frozen(model, policy.device) if path else model)
     return implicit_reward(*pair, beta, batch_size)
 
 

@@ -1,6 +1,5 @@
 """Policy and critic, side by side or on one trunk."""
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,9 +8,8 @@ from torch import Tensor, nn
 
 from nanopref.data.groups import Batch
 from nanopref.models.checkpoint import set_up
-from nanopref.models.frozen import twin
+from nanopref.models.frozen import thawed, twin
 from nanopref.models.language import LM
-from nanopref.models.lora import adapt
 from nanopref.models.scalar import ScalarModel
 from nanopref.running import parallel
 
@@ -63,12 +61,10 @@ def new_critic(kind: str, policy: LM, reward_models: Sequence[ScalarModel], conf
     """
     if kind == "network" and reward_models:
         judge = reward_models[0]
-        critic = twin(judge) if config.lora else copy.deepcopy(judge).float().requires_grad_(True)
+        critic = twin(judge) if config.lora else thawed(judge)
         critic.score = nn.Linear(critic.config.n_embd, 1, bias=False)
         critic.score.weight = nn.Parameter(judge.score.weight.detach().mean(0, keepdim=True))
         critic.bias = judge.bias.mean(0, keepdim=True)
-        if config.lora:
-            adapt(critic.transformer, config.lora, config.seed)
     else:
         critic = ScalarModel(twin(policy) if kind == "network" else policy)
         nn.init.zeros_(critic.score.weight)

@@ -79,14 +79,15 @@ def load_init(
         return None, None, ""
     model, tokenizer = load(name, dropout=getattr(config, "dropout", 0.0), context=config.block_size)
     model.context = min(model.context, config.block_size or LONGEST)
-    set_up(model.to(device), config)
-    if config.lora:
-        lora.adapt(model, config.lora, config.seed)
-    return model, tokenizer, "" if model.config.from_scratch else "pretrained"
+    set_up(model, config, device)
+    return model.to(device), tokenizer, "" if model.config.from_scratch else "pretrained"
 
 
-def set_up(model: LM, config: ModelFlags) -> None:
-    """What the flags say of how activations are held, and of compiling."""
+def set_up(model: LM, config: ModelFlags, device: torch.device | str | None = None) -> None:
+    """Adapters where it should have some and has none, how activations are held, and compiling: as the flags say.
+    `device`: where the model will be, if it is not there yet."""
+    if config.lora and not any(lora.adapters(model)):
+        lora.adapt(model, config.lora, config.seed, device)
     model.checkpoint_activations = config.checkpoint_activations
     if config.compile:
         for block in model.blocks:
@@ -98,7 +99,7 @@ def reference(policy: LM, start: str | Path = "") -> LM:
     `start`, or copied from a policy that has learnt nothing yet."""
     if any(lora.adapters(policy)):
         return frozen(lora.bare(policy))
-    return frozen(load(start, context=policy.context)[0].to(policy.device) if start else twin(policy))
+    return frozen(load(start, context=policy.context)[0], policy.device) if start else frozen(twin(policy))
 
 
 def load_scalar(name: str | Path) -> tuple[ScalarModel, Tokenizer]:
@@ -124,7 +125,7 @@ def save(model: LM | ScalarModel, tokenizer: Tokenizer, folder: str | Path, **se
     tokenizer.save(folder)
     scalar = isinstance(model, ScalarModel)
     body = model.transformer if scalar else model
-    family = next(family for family in FAMILIES.values() if isinstance(body, family.Model))
+    family = family_of(body.config)
     tensors = {name: x.cpu() for name, x in family.to_tensors(lora.merged(body)).items()}
     first = tokenizer.added.get(tokenizer.variables.get("bos_token", ""))
     ends = sorted(chat.ends(tokenizer), key=lambda token: (token != tokenizer.end_of_text, token))
@@ -146,20 +147,30 @@ def save(model: LM | ScalarModel, tokenizer: Tokenizer, folder: str | Path, **se
     write_atomic(folder / "config.json", json.dumps(settings, indent=2) + "\n")
 
 
-def _read(folder: Path, dropout: float) -> tuple[LM, tuple[Tensor, Tensor | None] | None]:
-    """The transformer in a folder and, where there is one, its scalar head [heads, D] and that one's bias [heads]."""
+def family_of(config: Any) -> ModuleType:
+    """The file of a configuration's family."""
+    return gpt2 if isinstance(config, gpt2.GPTConfig) else llama
+
+
+def configuration(folder: Path, dropout: float = 0.0) -> Any:
+    """What the config.json in a folder says. UserError where it is none, or of a model that cannot be loaded."""
     path = folder / "config.json"
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
         kind = settings.get("model_type", "gpt2")
         require(kind in FAMILIES, f"{path}: model_type is {kind!r}, but only {', '.join(FAMILIES)} can be loaded")
-        family = FAMILIES[kind]
-        config = family.from_settings(settings, str(path), dropout)
+        return FAMILIES[kind].from_settings(settings, str(path), dropout)
     except KeyError as error:
         hint = "is it a run that has no model yet? --resume continues it"
         raise UserError(f"{path}: not a model's configuration, it lacks {error} ({hint})") from None
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not a model's configuration ({type(error).__name__}: {error})") from None
+
+
+def _read(folder: Path, dropout: float) -> tuple[LM, tuple[Tensor, Tensor | None] | None]:
+    """The transformer in a folder and, where there is one, its scalar head [heads, D] and that one's bias [heads]."""
+    config = configuration(folder, dropout)
+    family = family_of(config)
     with torch.device("meta"):
         model = family.Model(config)
     found = _tensors(folder)

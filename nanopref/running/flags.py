@@ -234,8 +234,10 @@ class ModelFlags:
     block_size: int | None = flag(
         None, "longest sequence in tokens, prompt and answer together (default: the model's, at most 1024)", least=2
     )
-    checkpoint_activations: bool = flag(False, "hold each block's input alone, and compute the rest again: less memory")
-    compile: bool = flag(False, "compile the blocks (torch.compile)")
+    checkpoint_activations: bool = flag(
+        False, "hold each block's input alone and compute the rest again: less memory, a third slower"
+    )
+    compile: bool = flag(False, "compile the blocks (torch.compile), for a GPU; on a CPU it does not pay")
 
 
 @dataclass

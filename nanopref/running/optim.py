@@ -108,13 +108,13 @@ def muon(model: nn.Module, lr: float, weight_decay: float = 0.0, betas=(0.9, 0.9
 def adafactor(model: nn.Module, lr: float, weight_decay: float = 0.0, betas=(0.9, 0.95)) -> torch.optim.Adafactor:
     """Adafactor (Shazeer & Stern 2018): of a matrix's second moments a row and a column, and no first.
 
-    Its steps are relative to a weight's size, so `lr` is divided by that: a step is then about as long as AdamW's
-    usual one, whose elements are a third of `lr`.
+    Its steps are relative to a weight's size (the root of its mean square), so `lr` is divided by that: a step is then
+    about as long as AdamW's usual one, whose elements are a third of `lr`.
     """
     groups = []
     for p in learning(model):
-        size = max(1e-3, p.detach().square().mean().sqrt().item())
-        groups.append({"params": [p], "peak": lr / (3 * size), "weight_decay": weight_decay if p.dim() >= 2 else 0.0})
+        size = 3 * max(1e-3, p.detach().square().mean().sqrt().item())
+        groups.append({"params": [p], "peak": lr / size, "weight_decay": size * weight_decay if p.dim() >= 2 else 0.0})
     return torch.optim.Adafactor(groups, lr=lr)
 
 

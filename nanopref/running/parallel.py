@@ -55,9 +55,9 @@ def start(device: str, seed: int, dtype: str = "auto") -> torch.device:
     return chosen
 
 
-def precision(model: Any) -> torch.dtype:
-    """In what a model's products are computed: as --dtype says, or where that is "auto" in what is faster, which is
-    bfloat16 on a GPU, and on a CPU with units for it where the model is wide.
+def precision(model: Any, device: torch.device | str | None = None) -> torch.dtype:
+    """In what a model's products are computed, on its device or this one: as --dtype says, or where that is "auto" in
+    what is faster, which is bfloat16 on a GPU, and on a CPU with units for it where the model is wide.
 
     On 2 cores with AVX512-BF16, four blocks of each family, 8 x 128 tokens forward and backward, 128 rows sampled, and
     one, time in float32 over that in bfloat16: at width 128 1.1-1.4, 0.8-1.0, 0.6; at 384 1.4, 1.1-1.2, 0.8-0.9; at 512
@@ -65,7 +65,7 @@ def precision(model: Any) -> torch.dtype:
     """
     if _dtype != "auto":
         return getattr(torch, _dtype)
-    pays = model.device.type == "cuda" or (model.config.n_embd >= WIDE and _cpu_has_bfloat16())
+    pays = torch.device(device or model.device).type == "cuda" or (model.config.n_embd >= WIDE and _cpu_has_bfloat16())
     return torch.bfloat16 if pays else torch.float32
 
 

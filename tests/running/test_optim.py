@@ -118,3 +118,30 @@ def test_adamw_decays_matrices_only():
     groups = optim.adamw(model, 1e-3, 0.1).param_groups
     assert {tuple(p.shape) for p in groups[0]["params"]} == {(3, 3)} and groups[0]["weight_decay"] == 0.1
     assert {tuple(p.shape) for p in groups[1]["params"]} == {(3,)} and groups[1]["weight_decay"] == 0.0
+
+
+@pytest.mark.parametrize("name", optim.OPTIMIZERS)
+def test_what_is_frozen_is_left_out(name):
+    model = GPT(GPTConfig(11, 8, 2, 2, 16))
+    model.h[0].requires_grad_(False)
+    optimizer = optim.OPTIMIZERS[name](model, 1e-3, 0.1)
+    there = {p for group in optimizer.param_groups for p in group["params"]}
+    assert there == set(optim.learning(model)) == set(model.parameters()) - set(model.h[0].parameters())
+
+
+def test_adafactors_steps_are_as_long_as_adamws_and_it_holds_next_to_nothing():
+    """Whatever the size of a weight: the elements of a step are a third of the learning rate, and it decays by it."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 48), torch.nn.Linear(48, 32))
+    model[0].weight.data *= 10
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = optim.adafactor(model, 1e-3, 0.5)
+    assert optim.set_lr(optimizer, 0, 10, 1) > 0
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape)
+    optimizer.step()
+    for p, old in zip(model.parameters(), before, strict=True):
+        moved = p.detach() - old * (1 - 1e-3 * 0.5 * (p.dim() >= 2))
+        assert moved.square().mean().sqrt() == pytest.approx(1e-3 / 3, rel=0.1)
+    held = sum(x.numel() for s in optimizer.state.values() for x in s.values() if torch.is_tensor(x))
+    assert held < 0.1 * sum(p.numel() for p in model.parameters())
