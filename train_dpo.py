@@ -53,9 +53,7 @@ class Config(SamplingFlags, LearningFlags, ObjectiveFlags, FeedbackFlags, Reward
     fresh_reference: bool = flag(False, "hold each round to the policy that it began with, not to the run's first")
     epochs: int = flag(1, "passes over the data, in each round", least=1)
     batch_size: int = 32
-    lr: float | None = flag(
-        None, "peak learning rate", above=0, task=1e-3, file=2e-4, pretrained=5e-6, pretrained_lora=5e-5
-    )
+    lr: float | None = flag(None, "peak learning rate", above=0, task=1e-3, file=2e-4, pretrained=5e-6, adapters=5e-5)
     eval_every: int = 40
 
 

@@ -59,7 +59,7 @@ class Config(SamplingFlags, StepFlags, FeedbackFlags, RewardFlags, StartFlags, R
     epochs: int = flag(2, "passes over them", least=1)
     minibatch: int = flag(32, "responses an optimiser step", least=1)
     lr: float | None = flag(
-        None, "the policy's, falling to 0", above=0, task=4e-4, file=1e-4, pretrained=1e-5, pretrained_lora=1e-4
+        None, "the policy's at first", above=0, task=4e-4, file=1e-4, pretrained=1e-5, adapters=1e-4
     )
     critic_lr: float | None = flag(None, "the critic's; default: that of the policy", above=0)
     value_weight: float = flag(0.5, "weight of the critic's loss, which matters for --critic head", least=0)
@@ -122,8 +122,7 @@ def train(config: Config) -> None:
     optimizer = torch.optim.Adam(groups, eps=1e-5, fused=True)
     how = {"gamma": config.gamma, "lam": config.lam, "group": config.group, "baseline": learner.baseline}
     advantage = partial(estimate.ADVANTAGES[config.advantage], **how)
-    room = room_for_prompt(policy, config.max_new_tokens)
-    notes = shortened(tokenizer, prompts, room)
+    notes = shortened(tokenizer, prompts, room_for_prompt(policy, config.max_new_tokens))
     notes["prompts a round more than there are, so that some come twice"] = max(0, asked - len(prompts))
     say(f"PPO: {config.iterations} rounds of {config.batch_size} responses to {len(prompts):,} prompts")
     for note, count in (+notes).items():
@@ -282,8 +281,7 @@ def resolve(config: Config, origin: str) -> Config:
     compares = config.advantage != "gae"
     early = config.value_warmup is None  # a default that leaves a round for the policy
     useless = [name for name in USELESS[config.update] if getattr(config, name) != getattr(Config, name)]
-    exact = config.update != "trpo" or not config.lora or config.dtype == "float32"
-    groups, apart = config.advantage in ("rloo", "grpo"), config.update != "trpo" or config.critic != "head"
+    groups, trpo = config.advantage in ("rloo", "grpo"), config.update == "trpo"
     config = flags.resolve(config, "groups" if groups else config.advantage, origin)
     config.value_warmup = min(config.value_warmup, config.iterations - 1) if early else config.value_warmup
     config.critic_lr = config.critic_lr or config.lr
@@ -295,11 +293,8 @@ def resolve(config: Config, origin: str) -> Config:
         (config.value_warmup < config.iterations, "--value-warmup leaves none of the --iterations for the policy"),
         (not compares or not config.value_warmup, "--value-warmup is for --advantage gae: the others have no critic"),
         (not useless, f"--{''.join(useless[:1]).replace('_', '-')} has no use with --update {config.update}"),
-        (apart, "--critic head: its steps would take the policy of --update trpo out of the trust region"),
-        (
-            exact,
-            "--update trpo computes in float32, so frozen weights must be held in it: give --lora a --dtype float32",
-        ),
+        (not trpo or config.critic != "head", "--critic head: its steps would leave the trust region of --update trpo"),
+        (not (trpo and config.lora) or config.dtype == "float32", "--update trpo with --lora: give --dtype float32"),
         (config.beta > 0 or not config.kl_target, "--kl-target multiplies --beta, which must not be 0 then"),
     ):
         require(holds, message)

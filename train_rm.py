@@ -48,9 +48,7 @@ class Config(SamplingFlags, LearningFlags, ObjectiveFlags, FeedbackFlags, Reward
         most=64,
     )
     epochs: int | None = flag(None, "passes over the pairs", least=1, task=2, file=1)
-    lr: float | None = flag(
-        None, "peak learning rate", above=0, task=1e-3, file=1e-4, pretrained=1e-5, pretrained_lora=1e-4
-    )
+    lr: float | None = flag(None, "peak learning rate", above=0, task=1e-3, file=1e-4, pretrained=1e-5, adapters=1e-4)
     optimizer: str = "adamw"
     prompts: int = 8192
     eval_every: int = 44
@@ -167,8 +165,7 @@ def ensure_reward_model(run: Run) -> str:
     if not (folder / "report.json").exists():
         say(f"no --reward: a reward model first, in {folder}")
         names = ("data", "prompts", "annotators", "noise", "voters", "votes", "seed", "device", "kernels", "resume")
-        names += ("save_seconds", "tensorboard", "max_new_tokens", "sample_batch", "micro_batch", "dtype", "lora")
-        names += ("block_size", "checkpoint_activations", "compile")
+        names += ("save_seconds", "tensorboard", "max_new_tokens", "sample_batch", "micro_batch", *flags.OF_MODELS)
         same = {name: getattr(config, name) for name in names}
         train(Config(out=str(folder), init=config.init or str(run.folder / "sft"), **same))
     run.add_seconds(folder, "reward model")

@@ -45,9 +45,7 @@ class Config(LearningFlags, ModelFlags, RunFlags):
     steps: int | None = flag(None, "optimiser steps", least=1, task=480, file=500)
     dropout: float = flag(0.0, "on embeddings, attention and residuals", least=0, below=1)
     batch_size: int = 16
-    lr: float | None = flag(
-        None, "peak learning rate", above=0, task=4e-3, file=1e-3, pretrained=5e-5, pretrained_lora=5e-4
-    )
+    lr: float | None = flag(None, "peak learning rate", above=0, task=4e-3, file=1e-3, pretrained=5e-5, adapters=5e-4)
     warmup: int = 20
     weight_decay: float = 0.1
     eval_every: int = 100
@@ -150,8 +148,10 @@ def ensure_sft(run: Run) -> Path:
     config, folder = run.config, run.folder / "sft"
     if not (folder / "report.json").exists():
         say(f"no --init: supervised fine-tuning first, in {folder}")
-        names = ("data", "seed", "device", "kernels", "resume", "save_seconds", "tensorboard", "micro_batch", "dtype")
-        names += ("block_size", "checkpoint_activations", "compile")
+        names = ("data", "seed", "device", "kernels", "resume", "save_seconds", "tensorboard", "micro_batch")
+        names += tuple(
+            name for name in flags.OF_MODELS if name != "lora"
+        )  # which is for a model that has learnt something
         train(Config(out=str(folder), steps=config.sft_steps, **{name: getattr(config, name) for name in names}))
     parallel.barrier()
     run.add_seconds(folder, "sft")

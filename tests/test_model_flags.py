@@ -170,7 +170,7 @@ def test_online_rounds_keep_one_reference_with_adapters(start, tmp_path, monkeyp
 
 
 def test_trpo_moves_adapters_in_float32(start, tmp_path, no_picture):
-    with pytest.raises(flags.UserError, match="give --lora a --dtype float32"):
+    with pytest.raises(flags.UserError, match="give --dtype float32"):
         run("ppo", tmp_path / "refused", start, update="trpo", lora=2, lr=None)
     more = {"update": "trpo", "lora": 2, "lr": None, "dtype": "float32", "iterations": 2}
     rows, _ = run("ppo", tmp_path / "run", start, **more)

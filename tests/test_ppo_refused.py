@@ -38,7 +38,10 @@ def judge(init, tmp_path_factory) -> str:
         ({"advantage": "rloo", "group": 1}, "--group must be at least 2"),
         ({"advantage": "vtrace"}, "--advantage must be one of gae, rloo, grpo, reinforce"),
         ({"update": "sgd"}, "--update must be one of ppo, trpo"),
-        ({"update": "trpo", "critic": "head"}, "--critic head: its steps would take the policy of --update trpo out"),
+        (
+            {"update": "trpo", "critic": "head"},
+            "--critic head: its steps would leave the trust region of --update trpo",
+        ),
         ({"update": "trpo", "early_stop_kl": 0.1}, "--early-stop-kl has no use with --update trpo"),
         ({"update": "trpo", "clip": 0.1}, "--clip has no use with --update trpo"),
         ({"update": "trpo", "entropy": 0.1}, "--entropy has no use with --update trpo"),

@@ -51,7 +51,7 @@ SITUATIONS = {  # where a default may differ, and how --help says so
     "reinforce": "for reinforce",
     "pretrained": "from a pretrained model",
     "lora": "with --lora",
-    "pretrained_lora": "with --lora from a pretrained model",
+    "adapters": "with --lora from a pretrained model",
 }
 
 
@@ -116,7 +116,7 @@ def resolve(config: Any, *situations: str) -> Any:
     flags data, reward and lora make."""
     holds = {"file" if config.data else "task", "reward" if getattr(config, "reward", "") else "", *situations}
     if getattr(config, "lora", 0):
-        holds |= {"lora", "pretrained_lora" if "pretrained" in situations else ""}
+        holds |= {"lora", "adapters" if "pretrained" in situations else ""}
     chosen = {}
     for f in fields(config):
         defaults = [value for where, value in _rules(config, f.name).items() if where in holds]
@@ -238,6 +238,9 @@ class ModelFlags:
         False, "hold each block's input alone and compute the rest again: less memory, a third slower"
     )
     compile: bool = flag(False, "compile the blocks (torch.compile), for a GPU; on a CPU it does not pay")
+
+
+OF_MODELS = tuple(ModelFlags.__dataclass_fields__)  # their names
 
 
 @dataclass
