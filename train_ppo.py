@@ -265,9 +265,8 @@ USELESS = {"ppo": ("trust_region", "cg_steps"), "trpo": ("lr", "clip", "early_st
 
 def stop_if_collapsed(run: Run, kl: float, empty: bool) -> None:
     """Raise UserError where nothing good can follow."""
-    good = run.folder / "model"
-    hint = "start again with a higher --beta or a lower --lr, in another --out"
-    hint += f" (the last good policy is in {good})" if good.exists() else ""
+    good = f" (the last good policy is in {run.folder / 'model'})" if (run.folder / "model").exists() else ""
+    hint = f"start again with a higher --beta or a lower --lr, in another --out{good}"
     require(kl <= run.config.max_kl, f"the policy has collapsed: its KL of {kl:.3g} nats is beyond --max-kl; {hint}")
     require(not empty, f"the policy has collapsed: every response is empty; {hint}")
 
