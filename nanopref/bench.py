@@ -36,8 +36,9 @@ from nanopref.data.tokenizer import Tokenizer
 from nanopref.evaluation.report import table
 from nanopref.experiments.beside_trl import in_a_new_process, trl_run
 from nanopref.models.frozen import rounded
-from nanopref.models.gpt2 import GPT, PRESETS, GPTConfig
+from nanopref.models.gpt2 import GPT, GPTConfig
 from nanopref.models.language import LM
+from nanopref.models.llama import LlamaConfig
 from nanopref.models.sampling import generate
 from nanopref.running import flags, optim, parallel
 from nanopref.running.flags import flag, require
@@ -61,7 +62,7 @@ class Config:
     """
 
     only: str = flag("all", "one of the measurements, or all", among=("all", "step", "parts", "rollouts"))
-    preset: str = flag("gpt2" if CUDA else "tiny", "the model's size", among=tuple(PRESETS))
+    preset: str = flag("gpt2" if CUDA else "tiny", "the model's size", among=tuple(models.PRESETS))
     vocab_size: int = flag(50257 if CUDA else 4096, "its vocabulary", least=300, most=54000)
     tokens: int = flag(1024 if CUDA else 128, "prompt and answer together, half each; also the context", least=32)
     batch_size: int = flag(64 if CUDA else 16, "pairs a step", least=1)
@@ -109,10 +110,17 @@ def random_pairs(tokenizer: Tokenizer, n: int, tokens: int, ragged: bool) -> lis
 # ---- what must be done, and how fast this machine could do it --------------------------------------------------------
 
 
-def dpo_flops(c: GPTConfig, pairs: Encoded) -> int:
+def in_blocks(c: GPTConfig | LlamaConfig) -> int:
+    """Weights of the blocks' matrices."""
+    if isinstance(c, GPTConfig):
+        return 12 * c.n_layer * c.n_embd**2
+    return c.n_layer * c.n_embd * (2 * (c.n_head + c.n_kv_head) * c.head_dim + 3 * c.n_inner)
+
+
+def dpo_flops(c: GPTConfig | LlamaConfig, pairs: Encoded) -> int:
     """Floating-point operations of DPO on these pairs: a forward pass, and twice that for the backward pass.
 
-    Forward: 2 for each weight that a token is multiplied by (Kaplan et al. 2020, §2.1), 12·L·D² in the blocks for each
+    Forward: 2 for each weight that a token is multiplied by (Kaplan et al. 2020, §2.1), those of the blocks' matrices for each
     input, V·D in the unembedding for each token of an answer, since a prompt's need no log-probs; and 4·L·D for each
     token that an input attends to (PaLM, Chowdhery et al. 2022, appendix B, where all T are: causal is half of that).
     The reference, which is evaluated once before, and what is computed a second time to save memory are not counted.
@@ -120,20 +128,20 @@ def dpo_flops(c: GPTConfig, pairs: Encoded) -> int:
     forward = 0
     for tokens, answer in zip(pairs.row_lengths.tolist(), pairs.response_lengths.tolist(), strict=True):
         T = tokens - 1  # the last token is no input
-        forward += 2 * T * 12 * c.n_layer * c.n_embd**2 + 2 * answer * c.vocab_size * c.n_embd
-        forward += 4 * c.n_layer * c.n_embd * T * (T + 1) // 2
+        forward += 2 * T * in_blocks(c) + 2 * answer * c.vocab_size * c.n_embd
+        forward += 4 * c.n_layer * c.n_head * c.head_dim * T * (T + 1) // 2
     return 3 * forward
 
 
-def rollout_bytes(c: GPTConfig, rows: int, prompt: int, new: int, itemsize: int) -> int:
+def rollout_bytes(c: GPTConfig | LlamaConfig, rows: int, prompt: int, new: int, itemsize: int) -> int:
     """Bytes that must be read to sample `new` tokens behind each of `rows` prompts of `prompt` tokens.
 
     Each of `new` passes reads the matrices, 12·L·D² + V·D numbers; each but the first, which takes in the prompts,
     also reads the keys and values of every token before, 2·L·D numbers each.
     """
-    weights = 12 * c.n_layer * c.n_embd**2 + c.vocab_size * c.n_embd
+    weights = in_blocks(c) + c.vocab_size * c.n_embd
     cached = sum(prompt + i for i in range(new - 1))
-    return itemsize * (new * weights + rows * cached * 2 * c.n_layer * c.n_embd)
+    return itemsize * (new * weights + rows * cached * 2 * c.n_layer * c.n_kv_head * c.head_dim)
 
 
 def timed(call: Callable[[], object]) -> float:
@@ -296,9 +304,9 @@ def rollouts(config: Config, folder: Path, limit: dict) -> Iterator[dict]:
 
     ways: dict[str, Callable[[], None]] = {"nanopref": own}
     if importlib.util.find_spec("transformers"):
-        from transformers import GPT2LMHeadModel
+        from transformers import AutoModelForCausalLM
 
-        other = GPT2LMHeadModel.from_pretrained(folder / "model").to(device, dtype).eval()
+        other = AutoModelForCausalLM.from_pretrained(folder / "model").to(device, dtype).eval()
         ways |= {f"transformers, {cache} cache": lambda cache=cache: theirs(cache) for cache in ("dynamic", "static")}
     else:
         yield {"who": "transformers", "not_measured": "it is not installed"}

@@ -10,10 +10,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from chat_templates import ENDS, QWEN3, TEMPLATES, chat_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nanopref import models
 from nanopref.data import chat
 from nanopref.data.chat import encode_answer, encode_prompt, encode_turns, ends
 from nanopref.data.dialogues import Dialogue, as_json, as_prompt, first_turn, messages_of, turns
@@ -21,6 +23,7 @@ from nanopref.data.formats import read
 from nanopref.data.groups import Group, encode
 from nanopref.data.template import render
 from nanopref.data.tokenizer import Tokenizer
+from nanopref.models.inference import response_logprobs
 from nanopref.running.flags import UserError
 
 words = ["the film", " a", "é", "🎬", "1234", "\n", "  ", "\n\nHuman: x", "\ue000", "> ", "<", "?", "n", "assistant"]
@@ -338,24 +341,48 @@ def test_hh_in_a_real_models_tokens(real, real_data):
     assert seconds < 10
 
 
-def test_trl_collates_hh_alike(real, real_data):
-    """Prompt and answers of 50 pairs token for token; only what the template puts behind the end of a turn is more."""
-    pytest.importorskip("trl")
+def trl_rows(real, groups: list[Group]) -> list[dict]:
+    """Pairs in the tokens that TRL's DPOTrainer makes of them: prompt_ids, chosen_ids, rejected_ids."""
     import transformers
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
-    theirs, ours = transformers.AutoTokenizer.from_pretrained(real), Tokenizer.load(real)
-    groups = read(real_data / "hh_harmless.jsonl.gz", tokenizer=ours)[1][:50]
-    rows = []
+    rows, theirs = [], transformers.AutoTokenizer.from_pretrained(real)
     for group in groups:
         said = ([{"role": "assistant", "content": text.strip()}] for text in group.responses)
         rows.append({"prompt": listed(group.prompt.messages), **dict(zip(("chosen", "rejected"), said, strict=True))})
     args = DPOConfig(output_dir="unused", max_length=None, bf16=False, use_cpu=True, report_to=[])
     trainer = SimpleNamespace(_tokenizer=theirs, _is_vision_dataset=False)
-    found = DPOTrainer._prepare_dataset(trainer, Dataset.from_list(rows), theirs, args, "train")
+    return list(DPOTrainer._prepare_dataset(trainer, Dataset.from_list(rows), theirs, args, "train"))
+
+
+def test_trl_collates_hh_alike(real, real_data):
+    """Prompt and answers of 50 pairs token for token; only what the template puts behind the end of a turn is more."""
+    pytest.importorskip("trl")
+    ours = Tokenizer.load(real)
+    groups = read(real_data / "hh_harmless.jsonl.gz", tokenizer=ours)[1][:50]
     newline = ours.encode("\n")
-    for group, row in zip(groups, found, strict=True):
+    for group, row in zip(groups, trl_rows(real, groups), strict=True):
         assert row["prompt_ids"] == encode_prompt(ours, group.prompt)
         for name, text in zip(("chosen_ids", "rejected_ids"), group.responses, strict=True):
             assert row[name] == encode_answer(ours, group.prompt, text) + newline
+
+
+def test_log_probs_of_hh_are_those_of_trl_and_transformers(real, real_data, pairs=4):
+    """log π(y|x) of TRL's tokens by transformers' logits, each answer alone, and of whole groups here: 1e-3 nats."""
+    pytest.importorskip("trl")
+    import transformers
+
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(real, dtype=torch.float32).eval()
+    model, tokenizer = models.load(real)
+    groups = read(real_data / "hh_harmless.jsonl.gz", tokenizer=tokenizer)[1][:pairs]
+    found = response_logprobs(model.eval(), encode(groups, tokenizer, 2048)[0], batch_size=4)
+    expected = []
+    for row in trl_rows(real, groups):
+        for name in ("chosen_ids", "rejected_ids"):
+            tokens = torch.tensor([row["prompt_ids"] + row[name][:-1]])  # without what stands behind the end of turn
+            n = len(row[name]) - 1
+            with torch.no_grad():
+                logprobs = theirs(tokens).logits[0, -n - 1 : -1].log_softmax(-1)
+            expected.append(logprobs.gather(-1, tokens[0, -n:, None]).sum())
+    torch.testing.assert_close(found, torch.stack(expected), atol=1e-3, rtol=0)
