@@ -120,7 +120,7 @@ def in_blocks(c: GPTConfig | LlamaConfig) -> int:
 def dpo_flops(c: GPTConfig | LlamaConfig, pairs: Encoded) -> int:
     """Floating-point operations of DPO on these pairs: a forward pass, and twice that for the backward pass.
 
-    Forward: 2 for each weight that a token is multiplied by (Kaplan et al. 2020, §2.1), those of the blocks' matrices for each
+    Forward: 2 for each weight that a token is multiplied by (Kaplan et al. 2020, §2.1), those of the blocks for each
     input, V·D in the unembedding for each token of an answer, since a prompt's need no log-probs; and 4·L·D for each
     token that an input attends to (PaLM, Chowdhery et al. 2022, appendix B, where all T are: causal is half of that).
     The reference, which is evaluated once before, and what is computed a second time to save memory are not counted.
@@ -136,7 +136,7 @@ def dpo_flops(c: GPTConfig | LlamaConfig, pairs: Encoded) -> int:
 def rollout_bytes(c: GPTConfig | LlamaConfig, rows: int, prompt: int, new: int, itemsize: int) -> int:
     """Bytes that must be read to sample `new` tokens behind each of `rows` prompts of `prompt` tokens.
 
-    Each of `new` passes reads the matrices, 12·L·D² + V·D numbers; each but the first, which takes in the prompts,
+    Each of `new` passes reads the matrices, the blocks' and V·D numbers; each but the first, with the prompts,
     also reads the keys and values of every token before, 2·L·D numbers each.
     """
     weights = in_blocks(c) + c.vocab_size * c.n_embd
