@@ -116,7 +116,7 @@ def load_scalar(name: str | Path) -> tuple[ScalarModel, Tokenizer]:
 
 def save(model: LM | ScalarModel, tokenizer: Tokenizer, folder: str | Path, **settings) -> None:
     """Write model and tokenizer as `transformers` reads them, with `settings` in config.json; each file appears whole.
-    Adapters are added to the weights; those of a policy are written alone too, in PEFT's format, to folder/adapter.
+    Adapters are added to the weights, and are written alone too, in PEFT's format, to folder/adapter.
 
     config.json, which makes it a model folder, comes last.
     """
@@ -142,8 +142,8 @@ def save(model: LM | ScalarModel, tokenizer: Tokenizer, folder: str | Path, **se
         settings["pad_token_id"] = tokenizer.padding
     write_atomic(folder / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     (folder / INDEX).unlink(missing_ok=True)  # of a model in shards that was here before
-    if any(lora.adapters(body)) and not scalar:
-        lora.save(body, folder / "adapter", family.PREFIX, family is gpt2)
+    if any(lora.adapters(body)):
+        lora.save(body, model.score.weight if scalar else None, folder / "adapter", family.PREFIX, family is gpt2)
     write_atomic(folder / "config.json", json.dumps(settings, indent=2) + "\n")
 
 

@@ -75,13 +75,15 @@ def merged(model: LM) -> dict[str, Tensor]:
     return tensors | {f"{name}.weight": layer.merged() for name, layer in adapters(model)}
 
 
-def save(model: LM, folder: Path, prefix: str, conv1d: bool) -> None:
-    """Write the adapters as PEFT does. `prefix` stands before the model's names in Hugging Face's format; `conv1d`:
-    there the weights of linear maps are stored transposed."""
+def save(model: LM, score: Tensor | None, folder: Path, prefix: str, conv1d: bool) -> None:
+    """Write the adapters as PEFT does, and the scalar head's weight, if there is one, which has learnt beside them.
+    `prefix` stands before the model's names in Hugging Face's format; `conv1d`: there the weights of linear maps are
+    stored transposed."""
     there = dict(adapters(model))
     settings = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "CAUSAL_LM" if score is None else "SEQ_CLS",
+        "modules_to_save": None if score is None else ["score"],
         "base_model_name_or_path": model.name,
         "r": len(next(iter(there.values())).lora_A),
         "lora_alpha": ALPHA,
@@ -91,7 +93,7 @@ def save(model: LM, folder: Path, prefix: str, conv1d: bool) -> None:
         "bias": "none",
         "inference_mode": True,
     }
-    tensors = {}
+    tensors = {} if score is None else {"base_model.model.score.weight": score.detach().cpu()}
     for name, layer in there.items():
         tensors[f"base_model.model.{prefix}{name}.lora_A.weight"] = layer.lora_A.detach().cpu()
         tensors[f"base_model.model.{prefix}{name}.lora_B.weight"] = layer.lora_B.detach().cpu()

@@ -74,5 +74,5 @@ def test_compiled_blocks_say_the_same_at_any_length_from_few_graphs(family, trac
         assert all(torch.allclose(a, b, atol=1e-4, rtol=1e-4) for a, b in zip(got, wanted, strict=True))
     assert 1 <= len(traced) <= 3  # all blocks and lengths share them
     before = len(traced)
-    answers = [generate(m, [[5, 7], [9]], 8, end_of_text=0, temperature=0) for m in (model, plain)]
+    answers = [generate(m, [[5, 7], [9]], 8, ends={0}, temperature=0) for m in (model, plain)]
     assert [a.tokens for a in answers[0]] == [a.tokens for a in answers[1]] and len(traced) == before

@@ -95,6 +95,13 @@ def test_a_model_remembers_whether_it_was_made_here(tmp_path, saved):
     assert models.load_init(StartFlags()) == (None, None, "")
 
 
+def test_a_long_context_is_read_where_it_is_asked_for(tmp_path):
+    models.save(GPT(GPTConfig(SMALL.vocab_size, 1100, 1, 1, 8)), TOKENIZER, tmp_path)
+    assert models.load(tmp_path)[0].context == 1100 and models.load(tmp_path, context=40)[0].context == 40
+    for given, context in ((None, 1024), (1050, 1050), (40, 40)):
+        assert models.load_init(StartFlags(init=str(tmp_path), block_size=given))[0].context == context
+
+
 def test_a_policy_is_no_scalar_model_and_the_other_way_round(tmp_path, saved):
     assert f"{saved}: has no scalar head" in message_of(models.load_scalar, saved)
     models.save(ScalarModel(GPT(SMALL)), TOKENIZER, tmp_path)

@@ -71,9 +71,11 @@ def test_a_twin_shares_what_is_frozen_and_copies_what_learns():
 def test_a_policy_and_its_reference_are_alike_at_first(dtype, tmp_path):
     """Ratios begin at exactly 1, whether the reference is a copy or read again."""
     policy, tokens = new("gpt2"), random_tokens(260, 5, 12)
+    policy.context = 9  # as --block-size makes it
     for start in ("", str(tmp_path)):
         if start:
             models.save(policy, TOKENIZER, tmp_path)
         reference = models.reference(policy, start)
         assert torch.equal(said(policy, tokens), said(reference, tokens)) and policy.wte.weight.requires_grad
+        assert reference.context == 9
         assert all(p is not q for p, q in zip(policy.parameters(), reference.parameters(), strict=True))

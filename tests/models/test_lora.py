@@ -65,7 +65,8 @@ def test_adapters_change_nothing_at_first_and_alone_learn(family, dtype, monkeyp
         optimizer.zero_grad()
     assert loss(model, tokens) < first - 0.01
     assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in names)
-    assert torch.equal(logits(reference, tokens), before)  # which shares the trunk, and has no adapters
+    for held in (reference, models.reference(model)):  # which share the trunk, and have no adapters
+        assert torch.equal(logits(held, tokens), before) and not any(lora.adapters(held))
     assert not torch.equal(logits(model, tokens), before)
 
 
@@ -143,3 +144,19 @@ def test_what_is_saved_is_the_merged_model_and_the_adapter_as_peft_reads_it(fami
         torch.testing.assert_close(adapted(tokens).logits, expected, atol=1e-5, rtol=1e-4)
     settings = json.loads((tmp_path / "tuned" / "adapter" / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == str(tmp_path / "base") and settings["r"] == 3
+
+
+@pytest.mark.parametrize("family", SIZES)
+def test_peft_reads_a_reward_models_adapter_and_its_head(family, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    peft = pytest.importorskip("peft", reason="only PEFT can say whether it reads our adapters")
+    models.save(ScalarModel(new(family), 3), TOKENIZER, tmp_path / "base")
+    transformer = new(family)
+    lora.adapt(transformer, 3, 0)
+    model = ScalarModel(stirred(transformer), 3)
+    models.save(model, TOKENIZER, tmp_path / "tuned")
+    tokens = random_tokens(260, 4, 12)
+    with torch.no_grad():
+        base = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+        theirs = peft.PeftModel.from_pretrained(base, tmp_path / "tuned" / "adapter")(tokens).logits
+        torch.testing.assert_close(theirs, model(tokens)[:, -1], atol=1e-5, rtol=1e-4)
