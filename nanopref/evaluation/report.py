@@ -12,6 +12,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from nanopref.data.dialogues import Dialogue
 from nanopref.evaluation.metrics import rank_correlation
 from nanopref.running.folder import Run, write_atomic
 from nanopref.running.parallel import say
@@ -72,8 +73,9 @@ def conclude(
     print_samples(answers[:3])
     say(f"\n{comparison_table(result)}\n\n{seconds_line(run.seconds)}")
     say(f"metrics, report.json and report.png are in {run.folder}; {model_line(run)}; try it:")
-    prompt = "your prompt" if run.config.data else answers[0]["prompt"]
-    say(f"  python -m nanopref.generate --model {shlex.quote(str(run.folder))} --prompt {shlex.quote(prompt)}")
+    asked = answers[0]["prompt"] if not run.config.data else "your prompt"
+    how = "--chat" if isinstance(answers[0]["prompt"], Dialogue) else f"--prompt {shlex.quote(asked)}"
+    say(f"  python -m nanopref.generate --model {shlex.quote(str(run.folder))} {how}")
 
 
 def model_line(run: Run) -> str:
