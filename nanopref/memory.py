@@ -4,7 +4,8 @@ The steps of the scripts run on tensors without contents (FakeTensorMode), and t
 operation that makes it until nothing refers to it; the workspace of the kernels, at most 256 MiB, is added. What is
 not counted: CUDA's context (of each card in the table 0.6 GiB are left to it), what the allocator loses between
 tensors, and the keys and values of what is sampled at once, which --sample-batch says, when no step is under way.
-The optimiser is AdamW; with --optimizer adafactor its column is next to nothing.
+The optimiser is AdamW; with --optimizer adafactor its column is next to nothing. `the rest` is what the peak has beyond
+the other columns: activations, mostly, less the gradients that are not there yet when there are most of these.
 """
 
 import warnings
@@ -29,7 +30,7 @@ from nanopref.models.checkpoint import configuration, family_of
 from nanopref.models.llama import LlamaConfig
 from nanopref.models.scalar import ScalarModel
 from nanopref.running import flags, optim, parallel
-from nanopref.running.flags import ModelFlags, flag
+from nanopref.running.flags import ModelFlags, flag, require
 from nanopref.running.parallel import say
 
 SIZES = ("vocab_size", "block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_inner", "head_dim")
@@ -193,9 +194,9 @@ def measure(config: Config) -> Iterator[tuple[str, ...]]:
         for script in STEPS:
             for lora in (0, config.lora):
                 for again in (False, True):
-                    flags = ModelFlags(dtype=config.dtype, lora=lora, checkpoint_activations=again)
-                    flags.seed = 0
-                    found = predicted(script, shape, config.rows, config.tokens, flags)
+                    settings = ModelFlags(dtype=config.dtype, lora=lora, checkpoint_activations=again)
+                    settings.seed = 0
+                    found = predicted(script, shape, config.rows, config.tokens, settings)
                     fits = next((str(card) for card in CARDS if found["GiB"] + CONTEXT <= card), "no")
                     how = "adapters" if lora else "all weights"
                     again = "computed again" if again else "held"
@@ -204,14 +205,12 @@ def measure(config: Config) -> Iterator[tuple[str, ...]]:
 
 def main(config: Config) -> None:
     flags.check(config)
+    require(kernels.triton is not None, "the memory of Triton's kernels is counted, and Triton is not installed here")
     parallel.start("cpu", 0, config.dtype)
     kernels.INTERPRETED = True  # what no kernel runs on may look as if it were Triton's
     warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # which copying one does
     names = ("model", "step", "learns", "activations", "weights", "gradients", "optimiser", "frozen", "the rest", "GiB")
-    rows = []
-    for row in measure(config):
-        rows.append(row)
-    say(table(rows, (*names, "card of GiB")))
+    say(table(list(measure(config)), (*names, "card of GiB")))
 
 
 if __name__ == "__main__":
