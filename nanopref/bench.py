@@ -356,7 +356,7 @@ def main(config: Config) -> None:
     flags.check(config)
     require(config.batch_size % config.micro_batch == 0, "--batch-size must be a multiple of --micro-batch")
     require(config.new_tokens <= config.tokens - config.tokens // 8, "--new-tokens: more than fit behind the prompts")
-    parallel.start("cuda" if CUDA else "cpu", 0)
+    parallel.start("cuda" if CUDA else "cpu", 0, "auto" if CUDA else "float32")
     about = {"card": card(), "threads": torch.get_num_threads(), "flags": asdict(config)}
     about["command"] = shlex.join(["python", "-m", "nanopref.bench", *sys.argv[1:]])
     about["versions"] = {name: version(name) for name in ("torch", "triton", "transformers", "trl")}
