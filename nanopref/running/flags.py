@@ -235,9 +235,9 @@ class ModelFlags:
         None, "longest sequence in tokens, prompt and answer together (default: the model's, at most 1024)", least=2
     )
     checkpoint_activations: bool = flag(
-        False, "hold each block's input alone and compute the rest again: less memory, a third slower"
+        False, "hold each block's input alone and compute the rest again: less memory, up to a third slower"
     )
-    compile: bool = flag(False, "compile the blocks (torch.compile), for a GPU; on a CPU it does not pay")
+    compile: bool = flag(False, "compile the blocks (torch.compile), for a GPU; a CPU gains little")
 
 
 OF_MODELS = tuple(ModelFlags.__dataclass_fields__)  # their names
