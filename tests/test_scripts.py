@@ -310,11 +310,11 @@ OUT_OF_MEMORY = [
 def test_out_of_memory_is_a_sentence(name, error, training, init, judge, tmp_path, monkeypatch, capsys):
     hidden, calls = GPT.hidden, []
 
-    def run_out(self, *args):
+    def run_out(self, *args, **more):
         calls.append(1)
         if torch.is_grad_enabled() == training and len(calls) > 1:
             raise error
-        return hidden(self, *args)
+        return hidden(self, *args, **more)
 
     monkeypatch.setattr(GPT, "hidden", run_out)
     data = pairs(tmp_path / "pairs.jsonl", 40)
@@ -380,9 +380,9 @@ def test_hidden_states_that_are_nan_stop_a_run(name, backend, training, init, ju
     """With hinge loss too, whose max(0, …) may lose a NaN."""
     hidden, calls = GPT.hidden, []
 
-    def spoil(self, *args):
+    def spoil(self, *args, **packed):
         calls.append(1)
-        found = hidden(self, *args)
+        found = hidden(self, *args, **packed)
         spoilt = torch.is_grad_enabled() == training and len(calls) > 1
         return torch.where(torch.tensor(not spoilt), found, torch.nan)  # of which no gradient becomes NaN
 
