@@ -5,6 +5,7 @@ A formula here takes the rewards r [K] of one group, what was said s [K] of each
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -187,13 +188,13 @@ def test_far_away_losses_and_slopes_stay_finite(name):
 class Table(torch.nn.Module):
     """A policy on answers of one token to one prompt, softmax(logits): what the papers prove theirs on."""
 
-    device = torch.device("cpu")
+    device, config = torch.device("cpu"), SimpleNamespace(n_embd=1)
 
     def __init__(self, reference: torch.Tensor):
         super().__init__()
         self.reference, self.logits = reference, torch.nn.Parameter(torch.zeros_like(reference))
 
-    def forward(self, inputs, targets, mask):
+    def forward(self, inputs, targets, mask, packed):
         return self.logits.log_softmax(0)[targets] * mask
 
     def descend(self, name: str, groups, weights, rounds: int = 100, **flags) -> torch.Tensor:
