@@ -18,6 +18,7 @@ from nanopref.data import chat
 from nanopref.data.chat import encode_prompt
 from nanopref.data.groups import Encoded, pad
 from nanopref.data.tokenizer import Tokenizer
+from nanopref.models.cache import KVCache
 from nanopref.models.frozen import rounded
 from nanopref.models.inference import evaluating
 from nanopref.models.language import LM
@@ -121,9 +122,8 @@ def generate(
     dtype = torch.bfloat16 if torch.is_autocast_enabled(device.type) else torch.float32
     static = device.type == "cuda" if static is None else static
     cache = model.new_cache(B, _whole(room) if static else room, dtype=dtype)
-    hidden = model.hidden(pad(prompts).to(device), cache)
-    hidden = hidden[torch.arange(B, device=device), lengths - 1]
-    cache.lengths = lengths  # what the padding wrote behind a shorter prompt is overwritten by its response
+    hidden = read(model, prompts, lengths, cache)
+    cache.lengths = lengths
 
     # all that chance decides, drawn at once and a row after the other: a response depends neither on which others are
     # still going nor on how many are sampled at once
@@ -176,6 +176,29 @@ def generate(
         Sample(row[:n], logprob[:n])
         for row, logprob, n in zip(tokens.tolist(), logprobs.tolist(), counts.tolist(), strict=True)
     ]
+
+
+def read(model: LM, prompts: Sequence[list[int]], lengths: Tensor, cache: KVCache) -> Tensor:
+    """Keys and values of prompts, of `lengths` [B], go into the cache; the last hidden state of each: [B, D].
+
+    Prompts that differ much in length are not padded to one another, which could be most of the work. What padding
+    writes behind a shorter prompt is overwritten by its response.
+    """
+    pieces: list[list[int]] = []
+    for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
+        if not pieces or len(prompts[i]) > 2 * len(prompts[pieces[-1][0]]) + 16:
+            pieces.append([])
+        pieces[-1].append(i)
+    order, found = [i for piece in pieces for i in sorted(piece)], []
+    for piece in map(sorted, pieces):
+        tokens = pad([prompts[i] for i in piece]).to(model.device)
+        part = cache if len(pieces) == 1 else model.new_cache(*tokens.shape, dtype=cache.keys.dtype)
+        hidden = model.hidden(tokens, part)
+        found.append(hidden[torch.arange(len(piece), device=model.device), lengths[piece] - 1])
+        if part is not cache:
+            cache.keys[:, piece, :, : tokens.shape[1]] = part.keys
+            cache.values[:, piece, :, : tokens.shape[1]] = part.values
+    return torch.cat(found)[torch.tensor(order, device=model.device).argsort()]
 
 
 def _whole(columns: int) -> int:
