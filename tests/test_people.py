@@ -410,6 +410,8 @@ def test_a_folder_of_something_else_is_left_alone(serve, tmp_path, answers, caps
     more = tmp_path / "more.jsonl"
     more.write_bytes(jsonl({"prompt": "p", "chosen": "a", "rejected": "b"}))
     server = serve("--data", answers, "--pairs", "3")
+    while (server.out / "pairs.jsonl").read_text().count("\n") < 3:  # which it writes as they are made
+        time.sleep(0.05)
     before = {path.name: path.read_bytes() for path in server.out.iterdir()}
     same = {"data": answers, "out": str(server.out)}
 
