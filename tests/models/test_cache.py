@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from small_models import SMALL, random_tokens, randomise
 
 from nanopref.models.gpt2 import GPT, GPTConfig
+from nanopref.models.sampling import generate
 
 
 @settings(deadline=None, max_examples=40)
@@ -52,3 +53,17 @@ def test_too_many_tokens_are_refused():
         with pytest.raises(ValueError, match=f"{limit + 1} tokens"):
             model.logits(tokens[:, :1], cache)
         assert torch.equal(cache.lengths, lengths) and torch.equal(cache.keys, keys)
+
+
+def test_prompts_of_very_different_lengths_are_read_apart_and_answered_alike(monkeypatch):
+    model = randomise(GPT(GPTConfig(260, 200, 2, 2, 8)))
+    prompts = [random_tokens(260, n, seed=n).tolist() for n in (3, 150, 5, 1, 90, 40, 151)]
+    read = []
+    ordinary = model.hidden
+    monkeypatch.setattr(model, "hidden", lambda tokens, *a: read.append(tokens.numel()) or ordinary(tokens, *a))
+    together = generate(model, prompts, 4, ends=(), temperature=0)
+    assert sum(n for n in read if n > len(prompts)) < 1.6 * sum(map(len, prompts))  # and not 7 times 151
+    monkeypatch.undo()
+    assert [x.tokens for x in together] == [
+        generate(model, [prompt], 4, ends=(), temperature=0)[0].tokens for prompt in prompts
+    ]

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from small_models import random_tokens, randomise, scripted
+from small_models import scripted
 
 import kernels
 from nanopref.data.tokenizer import Tokenizer
@@ -447,17 +447,3 @@ def test_settings_that_no_distribution_has_are_refused(model, name, value):
         check_sampling(**bad)
     with pytest.raises(UserError, match=flag):
         generate(model, [[1]], bad.pop("max_new_tokens"), ends=(), **bad)
-
-
-def test_prompts_of_very_different_lengths_are_read_apart_and_answered_alike(monkeypatch):
-    model = randomise(GPT(GPTConfig(260, 200, 2, 2, 8)))
-    prompts = [random_tokens(260, n, seed=n).tolist() for n in (3, 150, 5, 1, 90, 40, 151)]
-    read = []
-    ordinary = model.hidden
-    monkeypatch.setattr(model, "hidden", lambda tokens, *a: read.append(tokens.numel()) or ordinary(tokens, *a))
-    together = generate(model, prompts, 4, ends=(), temperature=0)
-    assert sum(n for n in read if n > len(prompts)) < 1.6 * sum(map(len, prompts))  # and not 7 times 151
-    monkeypatch.undo()
-    assert [x.tokens for x in together] == [
-        generate(model, [prompt], 4, ends=(), temperature=0)[0].tokens for prompt in prompts
-    ]
