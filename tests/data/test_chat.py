@@ -24,6 +24,7 @@ from nanopref.data.groups import Group, encode
 from nanopref.data.template import render
 from nanopref.data.tokenizer import Tokenizer
 from nanopref.models.inference import response_logprobs
+from nanopref.running import parallel
 from nanopref.running.flags import UserError
 
 words = ["the film", " a", "é", "🎬", "1234", "\n", "  ", "\n\nHuman: x", "\ue000", "> ", "<", "?", "n", "assistant"]
@@ -376,7 +377,9 @@ def test_log_probs_of_hh_are_those_of_trl_and_transformers(real, real_data, pair
     theirs = transformers.AutoModelForCausalLM.from_pretrained(real, dtype=torch.float32).eval()
     model, tokenizer = models.load(real)
     groups = read(real_data / "hh_harmless.jsonl.gz", tokenizer=tokenizer)[1][:pairs]
-    found = response_logprobs(model.eval(), encode(groups, tokenizer, 2048)[0], batch_size=4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parallel, "_dtype", "float32")
+        found = response_logprobs(model.eval(), encode(groups, tokenizer, 2048)[0], batch_size=4)
     expected = []
     for row in trl_rows(real, groups):
         for name in ("chosen_ids", "rejected_ids"):
