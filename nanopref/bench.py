@@ -34,7 +34,7 @@ from nanopref import models
 from nanopref.data.groups import USUAL, Encoded, Group, encode, split, write_groups
 from nanopref.data.tokenizer import Tokenizer
 from nanopref.evaluation.report import table
-from nanopref.experiments.beside_trl import in_a_new_process, trl_run
+from nanopref.experiments.beside_trl import in_a_new_process, own_run, trl_run
 from nanopref.models.frozen import rounded
 from nanopref.models.gpt2 import GPT, GPTConfig
 from nanopref.models.language import LM
@@ -177,17 +177,10 @@ def limits() -> dict[str, float]:
 
 
 def own_steps(config: Config, folder: Path, pairs: Path) -> dict:
-    """train_dpo.py in a process of its own -> tokens a second at each step, and on a GPU its peak memory."""
-    setting = {"init": folder / "model", "data": pairs, "out": folder / "run", "epochs": 1, "eval_every": config.steps}
-    setting |= {"batch_size": config.batch_size, "save_seconds": 1e6}
+    """Of train_dpo.py what `own_run` gives."""
+    setting = {"init": folder / "model", "data": pairs, "eval_every": config.steps, "batch_size": config.batch_size}
     setting |= {"micro_batch": config.micro_batch * max(1, config.tokens // USUAL)}
-    setting |= {"eval_prompts": 1, "max_new_tokens": 1, "device": "cuda" if CUDA else "cpu"}
-    words = [word for name, value in setting.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    command = [sys.executable, str(ROOT / "train_dpo.py"), *words, "--overwrite"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    require(done.returncode == 0, f"{shlex.join(command)} failed: {done.stderr[-2000:]}")
-    rates = [json.loads(line)["tokens_per_second"] for line in (folder / "run" / "metrics.jsonl").open()]
-    return {"rates": rates, **json.loads((folder / "run" / "report.json").read_text())}
+    return own_run(folder / "run", device="cuda" if CUDA else "cpu", **setting)
 
 
 def step(config: Config, folder: Path, limit: dict) -> Iterator[dict]:

@@ -31,7 +31,7 @@ from nanopref.evaluation import report
 from nanopref.experiments.runs import SCRIPTS
 from nanopref.running import flags, parallel
 from nanopref.running.flags import flag, require
-from nanopref.running.folder import most_memory, write_atomic
+from nanopref.running.folder import most_memory, read_metrics, write_atomic
 from nanopref.running.parallel import say
 
 CUDA = torch.cuda.is_available()
@@ -56,19 +56,15 @@ class Config:
     dtype: str = flag("float32", "precision of both", among=("float32", "bfloat16"))
 
 
-def own_run(config: Config, data: Path, seed: int) -> dict[str, Any]:
-    """train_dpo.py in a process of its own: the rates of its steps, held-out loss and accuracy, MiB."""
-    out = Path(config.out) / f"nanopref-{seed}"
-    setting = {"init": config.model, "data": data, "out": out, "optimizer": "adamw", "eval_prompts": 1, "seed": seed}
-    setting |= {"micro_batch": config.batch_size, "max_new_tokens": 1, "save_seconds": 1e6, "eval_every": 10**6}
-    setting |= {name: getattr(config, name) for name in ("block_size", "batch_size", "lr", "dtype")}
-    words = [word for name, value in setting.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    command = [sys.executable, str(SCRIPTS / "train_dpo.py"), *words, "--overwrite"]
+def own_run(out: Path, **settings: Any) -> dict[str, Any]:
+    """train_dpo.py with these flags in a process of its own: the rates of its steps and what its report says."""
+    words = [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    fixed = ["--out", str(out), "--max-new-tokens", "1", "--eval-prompts", "1", "--save-seconds", "1e6", "--overwrite"]
+    command = [sys.executable, str(SCRIPTS / "train_dpo.py"), *words, *fixed]
     done = subprocess.run(command, capture_output=True, text=True)
     require(done.returncode == 0, f"{shlex.join(command)} failed: {done.stderr[-2000:]}")
-    rates = [json.loads(line)["tokens_per_second"] for line in (out / "metrics.jsonl").open()]
-    found = json.loads((out / "report.json").read_text())
-    return {"rates": rates, **found["held_out"], "peak_memory_MiB": found["peak_memory_MiB"]}
+    rates = [row["tokens_per_second"] for row in read_metrics(out)]
+    return {"rates": rates, **json.loads((out / "report.json").read_text())}
 
 
 def trl_run(
@@ -153,7 +149,11 @@ def main(config: Config) -> None:
                 out = str(Path(config.out) / f"trl-{seed}")
                 run = in_a_new_process(trl_run, config.model, training, held_out, out, seed=seed, **settings)
             else:
-                run = own_run(config, data, seed)
+                same = {name: getattr(config, name) for name in ("block_size", "batch_size", "lr", "dtype")}
+                same |= {"init": config.model, "data": data, "micro_batch": config.batch_size, "seed": seed}
+                out = Path(config.out) / f"nanopref-{seed}"
+                run = own_run(out, optimizer="adamw", eval_every=10**6, **same)
+                run = {"rates": run["rates"], **run["held_out"], "peak_memory_MiB": run["peak_memory_MiB"]}
             rate = median(run["rates"][WARM_UP:])
             found.append(
                 {"who": who, "seed": seed, "tokens_per_second": rate} | {k: run[k] for k in run if k != "rates"}

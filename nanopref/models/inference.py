@@ -73,7 +73,7 @@ def choice_logits(
     """The logits of some tokens behind each row [N, choices], on the CPU: log-probs, but for a number a row."""
 
     def say(batch: Batch) -> Tensor:
-        hidden = model.hidden(batch.tokens)[torch.arange(len(batch.last)), batch.last]
+        hidden = model.hidden(batch.tokens)[torch.arange(len(batch.last), device=model.device), batch.last]
         return logits(hidden, model.unembedding[choices])
 
     return _by_batches(model, encoded, description, batch_size, say).view(-1, len(choices))

@@ -7,6 +7,7 @@ as a CUDA graph, and replayed, because launching its many small kernels one by o
 
 import math
 from collections.abc import Callable, Collection, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -189,8 +190,8 @@ def read(model: LM, prompts: Sequence[list[int]], lengths: Tensor, cache: KVCach
         if not pieces or len(prompts[i]) > 2 * len(prompts[pieces[-1][0]]) + 16:
             pieces.append([])
         pieces[-1].append(i)
-    order, found = [i for piece in pieces for i in sorted(piece)], []
-    for piece in map(sorted, pieces):
+    pieces, found = [sorted(piece) for piece in pieces], []
+    for piece in pieces:
         tokens = pad([prompts[i] for i in piece]).to(model.device)
         part = cache if len(pieces) == 1 else model.new_cache(*tokens.shape, dtype=cache.keys.dtype)
         hidden = model.hidden(tokens, part)
@@ -198,7 +199,7 @@ def read(model: LM, prompts: Sequence[list[int]], lengths: Tensor, cache: KVCach
         if part is not cache:
             cache.keys[:, piece, :, : tokens.shape[1]] = part.keys
             cache.values[:, piece, :, : tokens.shape[1]] = part.values
-    return torch.cat(found)[torch.tensor(order, device=model.device).argsort()]
+    return torch.cat(found)[torch.tensor(list(chain(*pieces)), device=model.device).argsort()]
 
 
 def _whole(columns: int) -> int:

@@ -279,7 +279,8 @@ def test_rewards_that_lie_far_apart():
     better, worse = np.arange(n - 1), np.arange(1, n)
     name = rng.permutation(n)
     winners, losers = name[np.r_[np.repeat(better, 99), worse]], name[np.r_[np.repeat(worse, 99), better]]
-    expected = pytest.approx(math.log(99) * (n / 2 - 0.5 - np.arange(n)), rel=1e-9, abs=1e-9)
+    # of a chain of 400 Newton's system has a condition of 400², which leaves ten of sixteen digits
+    expected = pytest.approx(math.log(99) * (n / 2 - 0.5 - np.arange(n)), rel=2e-10, abs=1e-9)
     assert maximum_likelihood(winners, losers, n)[0][name] == expected
     assert rank_centrality(winners, losers, n)[name] == expected
     assert plackett_luce(np.stack([winners, losers], 1), n)[0][name] == expected
