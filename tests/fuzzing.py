@@ -1,0 +1,86 @@
+"""What the fuzzers in tests/fuzz share: how many examples they try, what is counted, and how a command may end.
+
+pytest tests/fuzz                     the same examples each time, a minute of them
+python tests/fuzzing.py --minutes 60  new ones, from seeds that are printed, until the time is over
+"""
+
+import argparse
+import contextlib
+import io
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from hypothesis import HealthCheck, settings
+
+SCALE, LOG = "NANOPREF_FUZZ_SCALE", "NANOPREF_FUZZ_LOG"
+
+
+def examples(n: int) -> settings:
+    """Try n examples, the same in each run of the suite; by the command ten times as many, and others each time."""
+    scale = float(os.environ.get(SCALE, 1))
+    quiet = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large]
+    return settings(
+        max_examples=max(1, round(scale * n)), deadline=None, derandomize=scale == 1, database=None,
+        suppress_health_check=quiet, print_blob=True,
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def tried(area: str) -> Iterator[None]:
+    """Count an example, and whether it held."""
+    outcome = "failed"
+    try:
+        yield
+        outcome = "held"
+    finally:
+        if log := os.environ.get(LOG):
+            with open(log, "a") as f:
+                f.write(f"{area}\t{outcome}\n")
+
+
+def how_it_ends(command, *args) -> tuple[int, str, str]:
+    """Call a command that may end by itself: its exit code, what it said, and its error, which must be one sentence."""
+    code, said, errors = 0, io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(errors):
+        try:
+            command(*args)
+        except SystemExit as stop:
+            code = stop.code or 0
+    error = "\n".join(line for line in errors.getvalue().splitlines() if line.startswith("error: "))
+    if code:
+        assert code == 2 and error, (code, errors.getvalue())
+        assert len(error) < 2000 and error.count("\n") == 0 and error.isprintable(), error
+    return code, said.getvalue(), error
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Look for inputs that end in a traceback, or as a false success.")
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--seed", type=int, default=int(time.time()), help="of the first pass; the next ones count on")
+    parser.add_argument("--scale", type=float, default=10.0, help="times as many examples a pass as the suite tries")
+    parser.add_argument("pytest", nargs="*", help="more words for pytest, as -k folders")
+    config = parser.parse_args()
+    end, seed, log = time.monotonic() + 60 * config.minutes, config.seed, Path(f"fuzz-{os.getpid()}.log").absolute()
+    environment, counts = os.environ | {SCALE: str(config.scale), LOG: str(log)}, Counter()
+    while time.monotonic() < end:
+        command = [sys.executable, "-m", "pytest", str(Path(__file__).parent / "fuzz"), "-p", "no:cacheprovider"]
+        print(f"seed {seed}", flush=True)
+        result = subprocess.run([*command, f"--hypothesis-seed={seed}", *config.pytest], env=environment, text=True,
+                                capture_output=True)  # fmt: skip
+        counts.update(line for line in log.read_text().splitlines()) if log.exists() else None
+        log.unlink(missing_ok=True)
+        if result.returncode:
+            print(result.stdout[-20_000:], flush=True)
+        for area in sorted({line.split("\t")[0] for line in counts}):
+            held, failed = counts[f"{area}\theld"], counts[f"{area}\tfailed"]
+            print(f"  {area}: tried {held + failed:,}, held {held:,}, failed {failed:,} (shrinking included)")
+        seed += 1
+
+
+if __name__ == "__main__":
+    main()
