@@ -23,7 +23,7 @@ from nanopref.evaluation.compare import compare, new_prompts, setting_of
 from nanopref.evaluation.report import DPO_CURVES, conclude
 from nanopref.evaluation.samples import watch
 from nanopref.feedback import rewards
-from nanopref.feedback.collect import best_possible, ensure_feedback
+from nanopref.feedback.collect import asked_in_rounds, best_possible, ensure_feedback
 from nanopref.learning import objectives
 from nanopref.learning.objectives import LOGPROBS, LOSSES, OBJECTIVES, Knobs
 from nanopref.models.language import LM
@@ -101,8 +101,7 @@ def train(config: Config) -> None:
         with run.stage("reference"):
             reference = policy if config.fresh_reference or round == 0 else models.reference(policy, start)
             reference = reference if config.reference == "model" else None
-            path, size = run.path("reference.safetensors"), 4 * config.micro_batch
-            logprobs = reference_logprobs(path, reference, *rows, batch_size=size)
+            logprobs = reference_logprobs(run, reference, *rows, batch_size=4 * config.micro_batch)
         values = [LOGPROBS[config.logprobs](y, x.response_lengths) for x, y in zip(rows, logprobs, strict=True)]
         baselines = [(y if reference else torch.zeros_like(y)).to(device) for y in values]
         del reference
@@ -208,7 +207,7 @@ def report(
         result, answers = compare(policy, reference, tokenizer, prompts, score=score, **setting_of(config))
     last = run.metrics()[-1]
     held_out = {k.removeprefix("held_out_"): v for k, v in last.items() if k.startswith("held_out_")}
-    result |= {"held_out": held_out, "data": notes, "rounds": run.notes("rounds.jsonl")}
+    result |= {"held_out": held_out, "data": notes, "rounds": asked_in_rounds(run)}
     if best := best_possible(config, held_out_groups):
         result["held_out"]["best_accuracy"] = best
     conclude(run, result, answers, DPO_CURVES)

@@ -124,6 +124,7 @@ def train(config: Config) -> None:
     advantage = partial(estimate.ADVANTAGES[config.advantage], **how)
     notes = shortened(tokenizer, prompts, room_for_prompt(policy, config.max_new_tokens))
     notes["prompts a round more than there are, so that some come twice"] = max(0, asked - len(prompts))
+    run.pin("prompts", prompts, held_out_prompts)
     say(f"PPO: {config.iterations} rounds of {config.batch_size} responses to {len(prompts):,} prompts")
     for note, count in (+notes).items():
         say(f"  {count:,} {note}")

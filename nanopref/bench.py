@@ -41,9 +41,9 @@ from nanopref.models.language import LM
 from nanopref.models.llama import LlamaConfig
 from nanopref.models.sampling import generate
 from nanopref.running import flags, optim, parallel
+from nanopref.running.files import write_atomic
 from nanopref.running.flags import flag, require
-from nanopref.running.folder import version, write_atomic
-from nanopref.running.parallel import say
+from nanopref.running.parallel import say, version
 
 ROOT = Path(__file__).parent.parent
 CUDA = torch.cuda.is_available()

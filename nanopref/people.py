@@ -30,8 +30,8 @@ from nanopref.feedback.ballots import Ballots, Refused, read_pairs, read_votes
 from nanopref.feedback.collect import training_prompts
 from nanopref.models.sampling import respond
 from nanopref.running import flags, parallel
+from nanopref.running.files import PARTIAL, lock, write_atomic
 from nanopref.running.flags import UserError, flag, require
-from nanopref.running.folder import PARTIAL, lock, write_atomic
 from nanopref.running.parallel import say
 
 PAGE = Path(__file__).with_suffix(".html")

@@ -20,7 +20,7 @@ from nanopref.models.inference import evaluating
 from nanopref.models.language import LM
 from nanopref.running import flags, optim, parallel
 from nanopref.running.flags import LearningFlags, ModelFlags, RunFlags, flag, require
-from nanopref.running.folder import Run
+from nanopref.running.folder import Run, seconds_of
 from nanopref.running.parallel import say
 
 
@@ -71,7 +71,7 @@ def train(config: Config) -> None:
 
     if model is None:
         with run.stage("tokenizer"):
-            tokenizer = ensure_tokenizer(run.folder / "model", train_groups, config.vocab_size)
+            tokenizer = ensure_tokenizer(run, train_groups, config.vocab_size)
         torch.manual_seed(config.seed)
         sizes = {"vocab_size": tokenizer.vocab_size, "block_size": config.block_size, "dropout": config.dropout}
         model = models.new(config.preset, **sizes).to(device)
@@ -79,6 +79,7 @@ def train(config: Config) -> None:
     data, cut = encode(train_groups, tokenizer, model.context)
     held_out, cut_held_out = encode(held_out_groups, tokenizer, model.context)
     notes += cut + cut_held_out
+    run.pin("rows", data, held_out)
     counted, parameters = int(data.response_lengths.sum()), sum(p.numel() for p in model.parameters())
     say(f"SFT: {len(data):,} sequences, {counted:,} tokens that count; a model of {parameters / 1e6:.2f}M parameters")
     for note, count in notes.items():
@@ -131,12 +132,15 @@ def held_out_loss(model: LM, data: Encoded, n: int, micro_batch: int) -> float:
     return (parallel.sum_processes(total) / data.response_lengths[data.rows(groups)].sum()).item()
 
 
-def ensure_tokenizer(folder: Path, groups: list[Group], vocab_size: int) -> Tokenizer:
-    """The tokenizer in a folder: trained now, on these texts, if there is none yet."""
+def ensure_tokenizer(run: Run, groups: list[Group], vocab_size: int) -> Tokenizer:
+    """The tokenizer in OUT/model: trained now, on these texts, if there is none yet."""
+    folder = run.folder / "model"
     if parallel.rank() == 0 and not (folder / "tokenizer.json").exists():
         folder.mkdir(exist_ok=True)
         Tokenizer.train((group.prompt + group.responses[0] for group in groups), vocab_size).save(folder)
     parallel.barrier()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        run.pin_file(folder / name, remove=folder)
     return Tokenizer.load(folder)
 
 
@@ -146,7 +150,7 @@ def ensure_sft(run: Run) -> Path:
     The run's config has the flags data and sft_steps; the seconds that SFT took are added to those of the run.
     """
     config, folder = run.config, run.folder / "sft"
-    if not (folder / "report.json").exists():
+    if seconds_of(folder) is None:
         say(f"no --init: supervised fine-tuning first, in {folder}")
         names = ("data", "seed", "device", "kernels", "resume", "save_seconds", "tensorboard", "micro_batch")
         names += tuple(
@@ -154,6 +158,7 @@ def ensure_sft(run: Run) -> Path:
         )  # which is for a model that has learnt something
         train(Config(out=str(folder), steps=config.sft_steps, **{name: getattr(config, name) for name in names}))
     parallel.barrier()
+    run.pin_file(folder / "model", remove=folder)
     run.add_seconds(folder, "sft")
     return folder
 
@@ -167,7 +172,7 @@ def sample_reviews(config: Config) -> list[Group]:
 
 def conclude(run: Run, notes: Counter) -> None:
     """Write report.json and report.png, print the losses."""
-    metrics, said = run.metrics(), run.notes("samples.jsonl")
+    metrics, said = run.metrics(), run.logs.rows("samples.jsonl")
     step, loss = metrics[-1]["step"], metrics[-1]["held_out_loss"]
     panel = report.curves(metrics, {"loss": "training", "held_out_loss": "held out"}, "SFT loss, nats per token")
     report.plot([panel], run.folder / "report.png")

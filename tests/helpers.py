@@ -8,12 +8,14 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from nanopref.running import flags as command_flags
-from nanopref.running.folder import read_lines
+from nanopref.running.files import read_lines
+from nanopref.running.folder import Run
 
 ROOT = Path(__file__).parent.parent
 
@@ -63,6 +65,13 @@ class Fork(forks.Process):
     def succeed(self) -> None:
         code, output = self.finish()
         assert code == 0, output
+
+
+def beginning(folder: Path, **settings) -> Run:
+    """A run of which there is no more than its folder, for what is made on its way."""
+    folder.mkdir(parents=True, exist_ok=True)
+    plain = {"out": str(folder), "resume": False, "overwrite": False, "tensorboard": False, "kernels": "auto"}
+    return Run(SimpleNamespace(**plain, **settings))
 
 
 def two_processes(folder: Path, script: str, *words: str) -> list[Fork]:

@@ -180,7 +180,7 @@ def test_data_that_changed_are_noticed_on_resume(loss, tmp_path, capsys, no_pict
     train_dpo.train(train_dpo.Config(**settings))
     by_hand.write(tmp_path / "pairs.jsonl", [*rows[:-1], {**rows[-1], "chosen": " new"}])
     message = stopped(train_dpo.train, train_dpo.Config(resume=True, **settings), capsys)
-    assert "not those that this run began with" in message
+    assert "--data is not what the run" in message and "began with" in message
 
 
 # ---- what is not refused, but said -----------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import time
 import by_hand
 import pytest
 import torch
-from helpers import Fork, flags, results, two_processes
+from helpers import Fork, beginning, flags, results, two_processes
 
 import train_dpo
 from nanopref import models
@@ -154,7 +154,7 @@ def test_reference_rows_belong_to_their_answers_where_groups_differ(started, tmp
     policy, tokenizer = models.load(started["init"])
     groups, held_out, _ = read_feedback(started["data"], objectives.kinds(objectives.OBJECTIVES), "plackett-luce")
     parts = [encode(part, tokenizer, 48)[0] for part in (groups, held_out)]
-    found = reference_logprobs(tmp_path / "reference.safetensors", policy, *parts)
+    found = reference_logprobs(beginning(tmp_path / "run"), policy, *parts)
     for part, data, logprobs in zip((groups, held_out), parts, found, strict=True):
         assert len(logprobs) == len(data.row_lengths)
         rows = [(group.prompt, response) for group in part for response in group.responses]

@@ -157,9 +157,9 @@ def test_online_rounds_keep_one_reference_with_adapters(start, tmp_path, monkeyp
     (tmp_path / "length.py").write_text("def f(prompt, response):\n    return len(response)\n")
     asked, ordinary = [], train_dpo.reference_logprobs
 
-    def note(path, reference, *rows, **more):
+    def note(run, reference, *rows, **more):
         asked.append((reference, any(lora.adapters(reference))))
-        return ordinary(path, reference, *rows, **more)
+        return ordinary(run, reference, *rows, **more)
 
     monkeypatch.setattr(train_dpo, "reference_logprobs", note)
     run("dpo", tmp_path / "run", start, lora=2, rounds=2, prompts=400, data="", epochs=1, reward=(word,))

@@ -86,7 +86,7 @@ def state(folder: Path, round: int) -> dict:
 
 
 def notes(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("round*.json"), key=lambda x: (len(x.name), x))]
 
 
 def same(a: dict, b: dict) -> bool:
@@ -182,7 +182,7 @@ def test_the_reference_is_the_first_policy_or_the_one_that_the_round_began_with(
 
 MOMENTS = {  # who is called, where, and at which call there is a Ctrl-C: before or behind it
     "sampling of round 2": (collecting, "respond", 2, "before"),
-    "noted, no feedback written": (Run, "note", 2, "behind"),
+    "sampled, no feedback written": (collecting, "write_groups", 2, "behind"),
     "no reference of round 2": (train_dpo, "reference_logprobs", 2, "before"),
     "the first step of round 2": (Run, "update", 8, "before"),
     "a step of round 2": (Run, "update", 11, "behind"),
@@ -257,7 +257,7 @@ def test_a_judge_that_fails_in_round_2_leaves_round_1_and_can_be_mended(
 ):
     """One sentence and exit code 2; with the function mended --resume goes on as if nothing had been."""
     mine, out = tmp_path / "mine.py", tmp_path / "run"
-    later = f"if os.path.exists({str(out / 'rounds.jsonl')!r}): {fault}\n    "
+    later = f"if os.path.exists({str(out / 'round.json')!r}): {fault}\n    "
     mine.write_text("import os\n" + REWARD.format(later))
     config = started | {"out": str(out), "reward": (f"{mine}:f",)}
     assert message in stopped(train_dpo.train, train_dpo.Config(**config), capsys)

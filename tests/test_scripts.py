@@ -21,8 +21,8 @@ from nanopref.feedback import rollout
 from nanopref.learning.objectives import OBJECTIVES, resolve
 from nanopref.learning.objectives import knobs as objectives_knobs
 from nanopref.models.gpt2 import GPT
+from nanopref.running import files, folder, parallel
 from nanopref.running import flags as command_flags
-from nanopref.running import folder, parallel
 
 SCRIPTS = {"dpo": train_dpo, "rm": train_rm, "ppo": train_ppo, "sft": sft}
 LEARNERS = {"dpo": train_dpo, "rm": train_rm, "sft": sft}  # which go through rows of a file in batches
@@ -168,7 +168,7 @@ def test_a_run_can_be_watched(name, init, judge, tmp_path, no_picture):
     more, steps, tags = WATCHED[name]
     data = pairs(tmp_path / "pairs.jsonl", 40)
     SCRIPTS[name].train(config_of(name, tmp_path / "out", data, init, judge, tensorboard=True, **more))
-    rows = folder.read_lines(tmp_path / "out" / "samples.jsonl")
+    rows = files.read_lines(tmp_path / "out" / "samples.jsonl")
     held_out = read_prompts(data)[1][:3]
     assert [(row["step"], row["prompt"]) for row in rows] == [(step, x) for step in steps for x in held_out]
     assert all(("reference" in row) == (name != "sft") for row in rows)

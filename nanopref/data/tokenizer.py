@@ -19,7 +19,7 @@ import regex
 import tiktoken
 
 from nanopref.data.tokenizer_files import END_OF_TEXT, GPT2_SPLIT, OWN_VARIABLES, Layout, Settings, contents, read
-from nanopref.running.folder import write_atomic
+from nanopref.running.files import write_atomic
 from nanopref.running.parallel import progress
 
 

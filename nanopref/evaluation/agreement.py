@@ -15,8 +15,8 @@ from nanopref.evaluation.metrics import wilson
 from nanopref.evaluation.tournament import PRIOR
 from nanopref.feedback.ballots import Pair
 from nanopref.feedback.bradley_terry import davidson
+from nanopref.running.files import write_atomic
 from nanopref.running.flags import require
-from nanopref.running.folder import write_atomic
 from nanopref.running.parallel import say
 
 

@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 
 from nanopref.data.dialogues import Dialogue
 from nanopref.evaluation.metrics import rank_correlation
-from nanopref.running.folder import Run, write_atomic
+from nanopref.running.files import write_atomic
+from nanopref.running.folder import Run
 from nanopref.running.parallel import say
 
 matplotlib.use("agg")  # a picture needs no screen

@@ -37,7 +37,7 @@ def watch(
             {"step": step, "prompt": prompt} | {name: found[name][i].text for name in found}
             for i, prompt in enumerate(prompts)
         ]
-        run.note("samples.jsonl", *rows, after=sum(row["step"] < step for row in run.notes("samples.jsonl")))
+        run.logs.add("samples.jsonl", rows)
         say(f"\n{samples_table(rows)}")
 
     return show_samples

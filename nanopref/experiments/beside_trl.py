@@ -30,9 +30,10 @@ from nanopref.data.groups import Group, encode, split, write_groups
 from nanopref.evaluation import report
 from nanopref.experiments.runs import SCRIPTS
 from nanopref.running import flags, parallel
+from nanopref.running.files import write_atomic
 from nanopref.running.flags import flag, require
-from nanopref.running.folder import most_memory, read_metrics, write_atomic
-from nanopref.running.parallel import say
+from nanopref.running.folder import read_metrics
+from nanopref.running.parallel import most_memory, say
 
 CUDA = torch.cuda.is_available()
 WARM_UP = 2  # steps whose time does not count

@@ -16,8 +16,9 @@ from nanopref.experiments import runs
 from nanopref.experiments.runs import ExperimentFlags, Variant
 from nanopref.feedback import rewards
 from nanopref.running import flags
+from nanopref.running.files import write_atomic
 from nanopref.running.flags import flag
-from nanopref.running.folder import read_metrics, write_atomic
+from nanopref.running.folder import read_metrics
 from nanopref.running.parallel import start
 
 

@@ -19,8 +19,8 @@ from nanopref.feedback import rules
 from nanopref.feedback.collect import training_prompts
 from nanopref.feedback.revise import revise
 from nanopref.running import flags
+from nanopref.running.files import write_atomic
 from nanopref.running.flags import flag, require
-from nanopref.running.folder import write_atomic
 from nanopref.running.parallel import start
 
 

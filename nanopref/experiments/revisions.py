@@ -16,8 +16,8 @@ from nanopref.evaluation.metrics import win_rate
 from nanopref.feedback import asking, rules
 from nanopref.feedback.revise import revise_in_words
 from nanopref.running import flags
+from nanopref.running.files import write_atomic
 from nanopref.running.flags import flag, require
-from nanopref.running.folder import write_atomic
 from nanopref.running.parallel import say, start
 
 

@@ -28,8 +28,8 @@ from nanopref.feedback.collect import collect, training_prompts
 from nanopref.learning.objectives import ANSWERS
 from nanopref.models.sampling import Answer, respond
 from nanopref.running import flags
+from nanopref.running.files import write_atomic
 from nanopref.running.flags import flag, require
-from nanopref.running.folder import write_atomic
 from nanopref.running.parallel import progress, say, start
 
 SCRIPTS = Path(nanopref.__file__).parent.parent

@@ -1,6 +1,7 @@
 """Preferences as in the textbook: sample responses to each prompt, let somebody judge, note what is said of them."""
 
 import itertools
+import json
 import math
 import random
 from collections import Counter
@@ -20,9 +21,10 @@ from nanopref.feedback import voting
 from nanopref.feedback.rewards import Rewards, as_answers, true_reward, true_rewards
 from nanopref.models.language import LM
 from nanopref.models.sampling import respond
+from nanopref.running.files import read_object
 from nanopref.running.flags import require
-from nanopref.running.folder import Run, write_atomic
-from nanopref.running.parallel import barrier, rank, say
+from nanopref.running.folder import Run
+from nanopref.running.parallel import say
 
 
 def training_prompts(file: str, n: int, stream: str, tokenizer: Tokenizer | None = None) -> list[str]:
@@ -244,14 +246,16 @@ def ensure_feedback(
     round: int = 0,
     rounds: int = 1,
 ) -> tuple[list[Group], list[Group], Counter]:
-    """`collect`, kept in OUT/feedback.jsonl so that a resumed run goes on with the same; as `read_feedback` reads it.
+    """`collect`, kept in OUT/feedback.jsonl so that a resumed run goes on with the same, and its figures in round.json;
+    as `read_feedback` reads it.
 
     The prompts, of which each round has its share, are those that --data has for training, or new ones of the built-in
     task. The run's config has the flags of FeedbackFlags, ObjectiveFlags and SamplingFlags.
     """
-    config, path = run.config, run.path("feedback.jsonl")
+    config = run.config
     n = config.prompts // rounds
-    if not path.exists() and rank() == 0:
+
+    def make() -> tuple[str | bytes, str]:
         stream = f"pairs {config.seed}"
         prompts = training_prompts(config.data, n * rounds, stream, tokenizer)
         if config.data:
@@ -270,15 +274,21 @@ def ensure_feedback(
                     "  a voter of noise {noise:g}: by all votes right in {accuracy:.0%}, as of {estimated_noise:.2g}"
                 )
                 say(words.format(**voter))
-            run.note("rounds.jsonl", {"round": round + 1, **means}, after=round)
-            write_atomic(path, write_groups(found))
-    barrier()
+        return write_groups(found), json.dumps({"round": round + 1, **means}) + "\n"
+
+    path, _ = run.keep(make, "feedback.jsonl", "round.json")
     groups, held_out, notes = read_feedback(path, kinds, config.loss)
     k = len(config.voters) or config.annotators
     asked = n * groups_of(config.answers, config.feedback, config.select, k, config.votes)
     if (missing := asked - sum(1 for _ in read_rows(path))) > 0:
         notes[f"{config.feedback} dropped: answers equal, alike in reward, empty or without an end"] = missing
     return groups, held_out, notes
+
+
+def asked_in_rounds(run: Run) -> list[dict[str, Any]]:
+    """What was thought of the answers that each round of a run sampled."""
+    found = (read_object(run.path("round.json", round)) for round in range(run.config.rounds))
+    return [row for row in found if row]
 
 
 def best_possible(config: Any, groups: Sequence[Group]) -> float | None:

@@ -16,8 +16,8 @@ from nanopref.models import gpt2, llama, lora
 from nanopref.models.frozen import frozen, twin
 from nanopref.models.language import LM
 from nanopref.models.scalar import ScalarModel
+from nanopref.running.files import write_atomic
 from nanopref.running.flags import ModelFlags, UserError, require
-from nanopref.running.folder import write_atomic
 
 # by the model_type of their config.json
 FAMILIES: dict[str, ModuleType] = {"gpt2": gpt2, "llama": llama, "qwen2": llama, "qwen3": llama}

@@ -1,13 +1,10 @@
 """What a model says of many answers, without gradient: a batch at a time, with dropout off."""
 
-import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from kernels.reference import logits
@@ -15,9 +12,7 @@ from nanopref.data.groups import Batch, Encoded, micro_batches
 from nanopref.data.packing import PAYS
 from nanopref.models.language import LM
 from nanopref.models.scalar import ScalarModel
-from nanopref.running import parallel
-from nanopref.running.flags import UserError, require
-from nanopref.running.folder import write_atomic
+from nanopref.running.folder import Run
 from nanopref.running.parallel import autocast, progress
 
 
@@ -35,29 +30,18 @@ def response_logprobs(
     )  # fmt: skip
 
 
-def reference_logprobs(path: Path, model: LM | None, *parts: Encoded, batch_size: int = 64) -> tuple[Tensor, ...]:
-    """log π_ref(y|x) of each row of each part; kept in a file, so that a resumed run needs no reference model, and is
-    told where the data have changed. 0 without a model.
+def reference_logprobs(run: Run, model: LM | None, *parts: Encoded, batch_size: int = 64) -> tuple[Tensor, ...]:
+    """log π_ref(y|x) of each row of each part; kept in a file of the run, so that a resumed one needs no reference
+    model. 0 without a model."""
 
-    Raises UserError where the file was made for other data.
-    """
-    digest = hashlib.sha256("".join(part.digest() for part in parts).encode()).hexdigest()
-    if parallel.rank() == 0 and not path.exists():
-        logprobs = torch.cat(
-            [
-                response_logprobs(model, part, "log π_ref", batch_size) if model else torch.zeros(len(part.row_lengths))
-                for part in parts
-            ]
-        )
-        write_atomic(path, save({"logprobs": logprobs}, metadata={"data": digest}))
-    parallel.barrier()
-    try:
-        with safe_open(path, "pt") as file:
-            found, logprobs = file.metadata()["data"], file.get_tensor("logprobs")
-    except (SafetensorError, TypeError, KeyError):
-        raise UserError(f"{path}: damaged; remove it and --resume makes it again") from None
-    require(found == digest, "--resume: the data are not those that this run began with; start again with --overwrite")
-    return logprobs.split([len(part.row_lengths) for part in parts])
+    def make() -> list[bytes]:
+        each = (response_logprobs(model, part, "log π_ref", batch_size) if model else None for part in parts)
+        each = [torch.zeros(len(p.row_lengths)) if x is None else x for x, p in zip(each, parts, strict=True)]
+        return [save({"logprobs": torch.cat(each)})]
+
+    run.pin("rows", *parts)
+    (path,) = run.keep(make, "reference.safetensors")
+    return load_file(path)["logprobs"].split([len(part.row_lengths) for part in parts])
 
 
 def response_scores(model: ScalarModel, encoded: Encoded, description: str = "scores", batch_size: int = 64) -> Tensor:

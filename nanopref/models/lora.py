@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nanopref.models.frozen import hold, twin
 from nanopref.models.language import LM
-from nanopref.running.folder import write_atomic
+from nanopref.running.files import write_atomic
 from nanopref.running.parallel import generator
 
 ALPHA = 32

@@ -182,7 +182,7 @@ def execute(command: Callable[[Any], None], config: Any) -> None:
         code, message = 130, f"\nstopped: {str(stop) or again}"
         message = message if os.environ.get("RANK", "0") == "0" else ""
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         names = [name for name in ("micro_batch", "sample_batch") if hasattr(config, name)]
         now = " or ".join(f"--{name.replace('_', '-')} (now {getattr(config, name)})" for name in names)
@@ -198,7 +198,7 @@ def execute(command: Callable[[Any], None], config: Any) -> None:
         sys.exit(code)
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """Whether PyTorch ran out of memory, which on a CPU it says in words alone."""
     words = ("can't allocate memory", "not enough memory")
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(text in str(error) for text in words)

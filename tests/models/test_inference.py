@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import beginning
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
@@ -65,21 +66,27 @@ def test_scores_of_mixed_groups_are_what_the_last_token_says(policy, lengths, ba
 
 def test_the_references_log_probs_are_kept_for_the_same_data_alone(policy, tmp_path):
     """Part by part, of parts without a row too; the second time no model is asked."""
-    path = tmp_path / "reference.safetensors"
+    path = tmp_path / "run" / "reference.safetensors"
     first, second = rows_of([[(3, 4), (3, 2)], [(1, 1)]]), rows_of([[(2, 6)]])
     parts = Encoded.pack(first, said=[0.0, -1.0, 1.0]), Encoded.pack([]), Encoded.pack(second)
-    found = reference_logprobs(path, policy, *parts, batch_size=2)
+    run = beginning(path.parent)
+    found = [part.clone() for part in reference_logprobs(run, policy, *parts, batch_size=2)]  # not of the file
     assert [len(part) for part in found] == [3, 0, 1]
     for part, logprobs in zip(parts, found, strict=True):
         torch.testing.assert_close(logprobs, response_logprobs(policy, part))
-    for a, b in zip(found, reference_logprobs(path, None, *parts), strict=True):
+    for a, b in zip(found, reference_logprobs(run, None, *parts), strict=True):
         assert torch.equal(a, b)
     flipped = Encoded.pack(first, said=[0.0, -1.0, 0.0])
     for others in ((flipped, *parts[1:]), parts[:2], (parts[2], parts[1], parts[0])):
-        assert "the data are not those" in message_of(reference_logprobs, path, None, *others)
+        assert "not the same rows" in message_of(reference_logprobs, run, None, *others)
     for content in (b"", path.read_bytes()[:-3], save({"logprobs": torch.zeros(4)})):
         path.write_bytes(content)
-        assert "damaged; remove it and --resume makes it again" in message_of(reference_logprobs, path, None, *parts)
+        assert "remove" in (said := message_of(reference_logprobs, run, None, *parts)) and str(path) in said
+    path.unlink()
+    for a, b in zip(found, reference_logprobs(run, policy, *parts, batch_size=2), strict=True):
+        assert torch.equal(a, b)
+    path.unlink()
+    assert "came out otherwise" in message_of(reference_logprobs, run, None, *parts)
 
 
 def test_dropout_is_back_on_after_an_error(policy):

@@ -1,0 +1,107 @@
+"""Files that are whole or absent, whenever the process dies; and reading what somebody may have spoilt."""
+
+import errno
+import json
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from nanopref.running.flags import UserError, is_out_of_memory
+
+try:
+    import fcntl
+except ImportError:  # a system without them does not notice two runs in one folder
+    fcntl = None
+
+PARTIAL = ".partial"  # how the names of files end that are being written
+
+
+def write_atomic(path: str | Path, content: str | bytes | Callable[[Path], None]) -> None:
+    """Write a file whole or not at all. `content` is text, bytes, or a function that writes to the path it is given.
+
+    OSError where the disk is full or the folder read-only; UserError where a library says so in words of its own.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    try:
+        partial.touch()
+        mode = partial.stat().st_mode  # which follows the umask; safetensors makes files for their owner alone
+        if callable(content):
+            _write(partial, content, path)
+        else:
+            partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        partial.chmod(mode)
+        with partial.open("rb") as f:
+            os.fsync(f.fileno())
+        partial.replace(path)
+    finally:
+        with suppress(OSError):  # of a folder that has become read-only
+            partial.unlink(missing_ok=True)
+
+
+def _write(partial: Path, content: Callable[[Path], None], path: Path) -> None:
+    try:
+        content(partial)
+    except (OSError, UserError):
+        raise
+    except Exception as error:  # what torch and safetensors raise on a full disk is no OSError
+        if is_out_of_memory(error):
+            raise
+        raise UserError(f"{path}: could not be written ({' '.join(str(error).split())})") from None
+
+
+def append(path: Path, content: bytes) -> None:
+    """Add to a file all of this, or nothing."""
+    with path.open("ab", buffering=0) as f:
+        end = f.tell()
+        try:
+            if f.write(content) < len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        except OSError:
+            f.truncate(end)
+            raise
+
+
+_locks: dict[Path, int] = {}  # the folders that this process works in, and the open handles that lock them
+
+
+def lock(folder: Path) -> None:
+    """Raise UserError where another process works in the folder; keep others out until this one ends, however it ends.
+
+    The folder itself is locked, so nothing is left in it that could be stale.
+    """
+    if fcntl is None:
+        return
+    if folder.resolve() in _locks:  # locked by an earlier run of this process
+        os.close(_locks.pop(folder.resolve()))
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise UserError(f"--out {folder}: another process is at work there; wait, or choose another --out") from None
+    except OSError:  # a file system without locks
+        pass
+    _locks[folder.resolve()] = handle
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a file of JSON; {} where there is no such file, or something else in it."""
+    with suppress(OSError, ValueError, RecursionError):
+        found = json.loads(path.read_bytes())
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file of JSON Lines, if it is there; a line cut off by a kill is left out."""
+    rows = []
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
+        with suppress(ValueError, RecursionError):
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict)]

@@ -1,0 +1,88 @@
+"""--overwrite: a run makes place for another, and is there again if that one ends before it has anything to show.
+
+Everything happens inside the folder, which may be a mount point, a link or the current folder, and is never itself
+renamed or removed. The old run moves to OUT/.moving, which becomes OUT/.old when all of it is there: a process that was
+killed at any moment has left one or the other, and the next one to look knows what to do.
+"""
+
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from nanopref.running.files import PARTIAL, lock
+from nanopref.running.flags import require
+
+MOVING, OLD, GONE = ".moving", ".old", f".gone{PARTIAL}"
+# what a run writes, in its folder or, below sft/ or rm/, in that of a stage; see folder.py
+OURS = re.compile(
+    r"((sft|rm)/)*("
+    r"(config|inputs|seconds|report|round(-\d+)?)\.json|report\.png|(metrics|samples|feedback(-\d+)?)\.jsonl"
+    r"|state(-\d+)?(\.before)?\.pt|reference(-\d+)?\.safetensors|tensorboard/events\.[^/]*"
+    r"|(model|critic)/(adapter/)?[^/]*\.(json|safetensors|jinja)"
+    r"|(.*/)?\.[^/]*\.partial)"
+)
+BELONGS = {"lost+found"}  # to a file system
+
+
+def contents(folder: Path) -> list[Path]:
+    """What stands in a folder, files that were being written left out."""
+    return [path for path in folder.iterdir() if not path.name.endswith(PARTIAL) and path.name not in BELONGS]
+
+
+def check(folder: Path) -> None:
+    """Raise UserError where --overwrite would remove what no run has written, or a run in which somebody works."""
+    for path in _files(folder):
+        ours = OURS.fullmatch(path.relative_to(folder).as_posix()) and not path.is_symlink()
+        require(bool(ours), f"--overwrite would remove {path}, which is of no run; move it, or choose another --out")
+        if path.name == "config.json" and path.parent != folder and path.parent.name in ("sft", "rm"):
+            lock(path.parent)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """The files below a folder, and links, which are not followed; without those of a run that was set aside."""
+    for path in contents(folder):
+        if path.name in (OLD, MOVING):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            yield from _files(path)
+        else:
+            yield path
+
+
+def set_aside(folder: Path) -> None:
+    """Move the run in a folder to OUT/.old."""
+    check(folder)
+    (folder / MOVING).mkdir()
+    for path in contents(folder):
+        if path.name != MOVING:
+            path.rename(folder / MOVING / path.name)
+    (folder / MOVING).rename(folder / OLD)
+
+
+def is_aside(folder: Path) -> bool:
+    """Whether a run was set aside, and not removed yet."""
+    return (folder / OLD).is_dir() or (folder / MOVING).is_dir()
+
+
+def put_back(folder: Path) -> None:
+    """The old run again, and nothing of the new one, which has shown nothing yet."""
+    if (folder / OLD).is_dir():
+        new = [path for path in _files(folder) if OURS.fullmatch(path.relative_to(folder).as_posix())]
+        for path in new:
+            path.unlink()
+        for place in sorted({place for path in new for place in path.parents if place.is_relative_to(folder)})[:0:-1]:
+            with suppress(OSError):  # which holds something else
+                place.rmdir()
+        (folder / OLD).rename(folder / MOVING)
+    for path in (folder / MOVING).iterdir():
+        path.rename(folder / path.name)
+    (folder / MOVING).rmdir()
+
+
+def settle(folder: Path) -> None:
+    """The new run has something to show: the old one is removed."""
+    if (folder / OLD).is_dir():
+        (folder / OLD).rename(folder / GONE)
+        shutil.rmtree(folder / GONE)
