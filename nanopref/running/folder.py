@@ -154,9 +154,7 @@ class Run:
                 write_atomic(self.folder / "config.json", json.dumps(content, indent=2) + "\n")
             self._inputs = Inputs(self.folder)
             for name, found in inputs.items():
-                hint = (
-                    f"is not what the run in {self.folder} began with: put that back, or start again with --overwrite"
-                )
+                hint = f"is not what the run in {self.folder} began with: put that back, or --overwrite"
                 self._inputs.pin(name, found, f"--resume: {name} {hint}")
         barrier()
         kept = read_object(self.folder / "seconds.json").items()  # a run goes on without them
