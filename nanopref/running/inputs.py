@@ -18,7 +18,9 @@ class Inputs:
 
     def __init__(self, folder: Path):
         self._path = folder / "inputs.json"
-        self.digests: dict[str, str] = read_object(self._path)
+        found = read_object(self._path)
+        whole = found.pop("digest", "") == digest(json.dumps(found))
+        self.digests: dict[str, str] = found if whole else {}  # what is spoilt is forgotten, as if nothing were known
 
     def pin(self, name: str, found: str, message: str) -> None:
         """Remember the digest of an input; UserError with this message where another is remembered."""
@@ -27,7 +29,8 @@ class Inputs:
         require(self.digests.get(name, found) == found, message)
         if name not in self.digests:
             self.digests[name] = found
-            write_atomic(self._path, json.dumps(self.digests, indent=2) + "\n")
+            content = self.digests | {"digest": digest(json.dumps(self.digests))}
+            write_atomic(self._path, json.dumps(content, indent=2) + "\n")
 
 
 def digest(*parts: str | bytes) -> str:

@@ -77,7 +77,7 @@ SPOILT = st.one_of(
     st.tuples(st.just("cut"), st.floats(0, 1)),
     st.tuples(st.just("garble"), st.floats(0, 1, exclude_max=True), st.integers(1, 255)),
     st.tuples(st.just("line"), st.floats(0, 1, exclude_max=True)),
-    st.tuples(st.just("replace"), st.sampled_from(JSON)),
+    st.tuples(st.just("json"), st.sampled_from(range(len(JSON)))),
     st.tuples(st.just("replace"), st.binary(max_size=40).map(b"\xff\xfe".__add__)),
 )
 
@@ -95,6 +95,8 @@ def spoil(path: Path, how: str, *more) -> None:
         content = b"".join(line for i, line in enumerate(lines) if i != int(more[0] * len(lines)))
     elif how in ("empty", "replace"):
         content = more[0] if more else b""
+    elif how == "json":
+        content = JSON[more[0]]
     if how != "delete":
         path.write_bytes(content)
 
