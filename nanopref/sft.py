@@ -19,7 +19,7 @@ from nanopref.evaluation.samples import watch
 from nanopref.models.inference import evaluating
 from nanopref.models.language import LM
 from nanopref.running import flags, optim, parallel
-from nanopref.running.flags import LearningFlags, ModelFlags, RunFlags, flag, require
+from nanopref.running.flags import LearningFlags, ModelFlags, RunFlags, UserError, flag, require
 from nanopref.running.folder import Run, seconds_of
 from nanopref.running.parallel import say
 
@@ -134,14 +134,17 @@ def held_out_loss(model: LM, data: Encoded, n: int, micro_batch: int) -> float:
 
 def ensure_tokenizer(run: Run, groups: list[Group], vocab_size: int) -> Tokenizer:
     """The tokenizer in OUT/model: trained now, on these texts, if there is none yet."""
-    folder = run.folder / "model"
-    if parallel.rank() == 0 and not (folder / "tokenizer.json").exists():
-        folder.mkdir(exist_ok=True)
-        Tokenizer.train((group.prompt + group.responses[0] for group in groups), vocab_size).save(folder)
-    parallel.barrier()
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        run.pin_file(folder / name, remove=folder)
-    return Tokenizer.load(folder)
+    names = ("tokenizer_config.json", "tokenizer.json")
+
+    def make() -> list[str | bytes]:
+        found = Tokenizer.train((group.prompt + group.responses[0] for group in groups), vocab_size).files()
+        return [found[name] for name in names]
+
+    path, _ = run.keep(make, *(f"model/{name}" for name in names))
+    try:
+        return Tokenizer.load(path.parent)
+    except ValueError as error:  # of another file there, as of a run that was killed at its end
+        raise UserError(f"{error}; remove {path.parent}, and --resume makes it again") from None
 
 
 def ensure_sft(run: Run) -> Path:

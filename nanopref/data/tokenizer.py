@@ -144,6 +144,10 @@ class Tokenizer:
         """
         return b"".join(self._tokens.get(token, b"") for token in tokens)
 
+    def files(self) -> dict[str, str | bytes]:
+        """What `save` writes, by name."""
+        return self._files or contents(self.ranks, self.end_of_text)
+
     def save(self, folder: str | os.PathLike) -> None:
         """Write tokenizer.json and tokenizer_config.json, from which `transformers` makes the same tokenizer.
 
@@ -151,7 +155,7 @@ class Tokenizer:
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        files = self._files or contents(self.ranks, self.end_of_text)
+        files = self.files()
         for name in sorted(files, key=lambda name: name == "tokenizer.json"):  # which makes it a tokenizer's folder
             write_atomic(folder / name, files[name])
 

@@ -191,7 +191,8 @@ class Run:
         if rank() == 0 and not all(path.exists() for path in paths):
             for path, content in zip(paths, make(), strict=True):
                 hint = "came out otherwise when it was made again: start again with --overwrite"
-                self._inputs.pin(path.name, digest(content), f"{path} {hint}")
+                self._inputs.pin(str(path.relative_to(self.folder)), digest(content), f"{path} {hint}")
+                path.parent.mkdir(exist_ok=True)
                 write_atomic(path, content)
             self._settle()
         for path in paths:
