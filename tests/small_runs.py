@@ -84,7 +84,7 @@ def alike(a: tuple, b: tuple) -> bool:
 
 # ---- as SIGKILL would leave them -------------------------------------------------------------------------------------
 
-_watched: list = []  # what happens at each look at, or change of, a file: at most one function, called with its number
+_watched: list = []  # a folder, how often something was done below it, and what happens then; or nothing
 
 
 def _audit(event: str, args: tuple) -> None:
@@ -92,15 +92,18 @@ def _audit(event: str, args: tuple) -> None:
         folder, count, act = _watched[0]
         if isinstance(args[0], str | Path) and str(args[0]).startswith(folder):
             _watched.clear()
-            act(count)
-            _watched.append((folder, count + 1, act))
+            try:
+                act(count, event, args)
+            finally:
+                _watched.append((folder, count + 1, act))
 
 
 sys.addaudithook(_audit)
 
 
-def watched(folder: Path, act: Callable[[int], None], command: Callable, *args) -> None:
-    """Call a command; and `act` before each thing that Python does with a file below this folder, with its number.
+def watched(folder: Path, act: Callable[[int, str, tuple], None], command: Callable, *args) -> None:
+    """Call a command; and `act` before each thing that Python does with a file below this folder: with its number, and
+    what it is, as auditing tells it.
 
     Between two of them libraries may write, but only to files that Python renames when they are done."""
     _watched.append((str(folder), 0, act))
@@ -116,7 +119,7 @@ def killed(name: str, root: Path, moment: float, to: Path) -> None:
     shutil.rmtree(out, ignore_errors=True)
     shutil.rmtree(to, ignore_errors=True)
 
-    def copy(count: int) -> None:
+    def copy(count: int, *_) -> None:
         if count == number:
             shutil.copytree(out, to) if out.exists() else None
 
@@ -127,5 +130,5 @@ def killed(name: str, root: Path, moment: float, to: Path) -> None:
 def moments(name: str, root: Path) -> int:
     """How often a run does something with a file."""
     counted, out = [], root / f"{name} counted"
-    watched(out, counted.append, run, config_of(name, root, out))
+    watched(out, lambda count, *_: counted.append(count), run, config_of(name, root, out))
     return len(counted)

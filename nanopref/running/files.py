@@ -3,8 +3,8 @@
 import errno
 import json
 import os
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,24 @@ PARTIAL = ".partial"  # how the names of files end that are being written
 def write_atomic(path: str | Path, content: str | bytes | Callable[[Path], None]) -> None:
     """Write a file whole or not at all. `content` is text, bytes, or a function that writes to the path it is given.
 
-    OSError where the disk is full or the folder read-only; UserError where a library says so in words of its own.
+    OSError, which names the file, where the disk is full or the folder read-only; UserError where a library says so in
+    words of its own.
     """
     path = Path(path)
+    with named(path):
+        _write_atomic(path, content)
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """An OSError names this file, and not what it is called until it is whole."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
+
+
+def _write_atomic(path: Path, content: str | bytes | Callable[[Path], None]) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     try:
         partial.touch()
@@ -54,11 +69,11 @@ def _write(partial: Path, content: Callable[[Path], None], path: Path) -> None:
 
 def append(path: Path, content: bytes) -> None:
     """Add to a file all of this, or nothing."""
-    with path.open("ab", buffering=0) as f:
+    with named(path), path.open("ab", buffering=0) as f:
         end = f.tell()
         try:
             if f.write(content) < len(content):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError:
             f.truncate(end)
             raise

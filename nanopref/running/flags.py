@@ -4,6 +4,7 @@ A script's `Config` is a dataclass that inherits the groups it wants and adds it
 command line (tyro does the parsing), checks every range, and makes a sentence and an exit code of what goes wrong.
 """
 
+import errno
 import inspect
 import math
 import os
@@ -176,7 +177,9 @@ def execute(command: Callable[[Any], None], config: Any) -> None:
         code, message = 2, f"error: {error}"
         message = message if os.environ.get("RANK", "0") == "0" else ""  # all processes say the same
     except OSError as error:  # a full disk or a folder without permission names itself
-        code, message = 2, f"error: {error}"
+        hint = "; make room, and --resume goes on from the last saved state" if error.errno in NO_ROOM else ""
+        where, why = error.filename, error.strerror
+        code, message = 2, f"error: {f'{where}: {why}' if where and why else error}{hint}"
     except KeyboardInterrupt as stop:
         again = f"{'add --resume to' if hasattr(config, 'resume') else 'start'} the same command to continue"
         code, message = 130, f"\nstopped: {str(stop) or again}"
@@ -196,6 +199,9 @@ def execute(command: Callable[[Any], None], config: Any) -> None:
         if message:
             print(message, file=sys.stderr)
         sys.exit(code)
+
+
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def is_out_of_memory(error: Exception) -> bool:

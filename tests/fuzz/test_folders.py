@@ -4,42 +4,14 @@ says in a sentence which file it is and what to do."""
 import shutil
 from pathlib import Path
 
-import pytest
 import small_runs
-import torch
 from fuzzing import examples, how_it_ends, tried
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanopref.evaluation import report
-
 NAMES = st.sampled_from(sorted(small_runs.COMMANDS))
 MOMENTS = st.floats(0, 1, exclude_max=True)
 WAY_OUT = ("remove", "--overwrite", "choose another --out", "put")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_and_plain():
-    """One thread, since tensors this small wait for each other with more; and no pictures."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "plot", lambda panels, path: None)
-        yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("runs")
-
-
-@pytest.fixture(scope="module")
-def whole(root) -> dict[str, tuple]:
-    """What each run ends with that nothing happens to."""
-    for name in small_runs.COMMANDS:
-        small_runs.run(small_runs.config_of(name, root, root / name))
-    return {name: small_runs.outcome(root / name) for name in small_runs.COMMANDS}
 
 
 def resumed(name: str, root: Path, out: Path) -> tuple[int, str]:
