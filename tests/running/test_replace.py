@@ -1,0 +1,143 @@
+"""--overwrite: what it removes, when, and what it leaves alone."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nanopref.running import replace
+from nanopref.running.flags import RunFlags, UserError
+from nanopref.running.folder import Run
+
+
+def a_run(folder: Path, **settings) -> Run:
+    run = Run(RunFlags(out=str(folder), **settings))
+    run.begin()
+    return run
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def old_run(folder: Path) -> dict[str, bytes]:
+    """A run with results, as its files."""
+    run = a_run(folder)
+    run.log({"loss": 1.0})
+    run.keep(lambda: ["x\n"], "feedback.jsonl")
+    for name in ("model/config.json", "sft/model/model.safetensors", "state.pt", "state-2.before.pt", "report.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    return tree(folder)
+
+
+def test_the_old_run_is_there_until_the_new_one_has_something_to_show(tmp_path):
+    before = old_run(tmp_path / "run")
+    new = a_run(tmp_path / "run", overwrite=True, seed=7)
+    assert {name.removeprefix(".old/") for name in tree(tmp_path / "run") if name.startswith(".old/")} == before.keys()
+    new.log({"loss": 2.0})
+    assert tree(tmp_path / "run").keys() == {"config.json", "metrics.jsonl"}
+
+
+@pytest.mark.parametrize("shown", ["a row", "a file that is kept", "a row of a stage"])
+def test_what_counts_as_something_to_show(shown, tmp_path):
+    old_run(tmp_path / "run")
+    new = a_run(tmp_path / "run", overwrite=True)
+    if shown == "a row":
+        new.log({"loss": 2.0})
+    elif shown == "a row of a stage":
+        a_run(tmp_path / "run" / "sft").log({"loss": 2.0})
+    else:
+        new.keep(lambda: ["y\n"], "feedback.jsonl")
+    assert not replace.is_aside(tmp_path / "run")
+
+
+def test_a_new_run_that_ends_without_a_result_gives_the_old_one_back(tmp_path, capsys):
+    before = old_run(tmp_path / "run")
+    new = a_run(tmp_path / "run", overwrite=True, seed=7)
+    (tmp_path / "run" / "thesis.txt").write_text("written meanwhile")
+    with pytest.raises(UserError), new.stage("test"):
+        raise UserError("something went wrong")
+    with pytest.raises(UserError, match="holds a run: add --resume"):
+        Run(RunFlags(out=str(tmp_path / "run")))
+    assert "holds the run again that --overwrite had set aside" in capsys.readouterr().out
+    assert tree(tmp_path / "run") == before | {"thesis.txt": b"written meanwhile"}
+
+
+def test_at_its_end_the_process_gives_it_back_itself(tmp_path):
+    before = old_run(tmp_path / "ours")
+    shutil.copytree(tmp_path / "ours", tmp_path / "run")  # of which no process has a lock
+    words = "from nanopref.running.flags import *; from nanopref.running.folder import Run\n"
+    words += f"Run(RunFlags(out={str(tmp_path / 'run')!r}, overwrite=True, seed=7)).begin(); raise SystemExit(2)"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    assert subprocess.run([sys.executable, "-c", words], env=environment).returncode == 2
+    assert tree(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("name", ["thesis.txt", ".git/HEAD", "model/notes.md", "sft/thesis.txt", "data/pairs.jsonl"])
+def test_a_folder_with_other_files_is_left_as_it_is(name, tmp_path):
+    old_run(tmp_path / "run")
+    (tmp_path / "run" / name).parent.mkdir(exist_ok=True)
+    (tmp_path / "run" / name).write_text("of somebody else")
+    before = tree(tmp_path / "run")
+    with pytest.raises(UserError, match=f"would remove .*{name}, which is of no run"):
+        Run(RunFlags(out=str(tmp_path / "run"), overwrite=True))
+    assert tree(tmp_path / "run") == before
+
+
+def test_a_link_to_the_folder_stays_and_one_inside_it_is_not_ours(tmp_path):
+    old_run(tmp_path / "run")
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    a_run(tmp_path / "link", overwrite=True, seed=7).log({"loss": 2.0})
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "run" / "metrics.jsonl").exists()
+    (tmp_path / "elsewhere.pt").write_text("x")
+    (tmp_path / "run" / "state.pt").symlink_to(tmp_path / "elsewhere.pt")
+    with pytest.raises(UserError, match=r"state\.pt, which is of no run"):
+        Run(RunFlags(out=str(tmp_path / "run"), overwrite=True))
+
+
+def test_the_current_folder(tmp_path, monkeypatch):
+    old_run(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    a_run(Path("."), overwrite=True, seed=7).log({"loss": 2.0})
+    assert tree(Path(".")).keys() == {"config.json", "metrics.jsonl"}
+
+
+def test_a_stage_in_which_another_process_works(tmp_path):
+    old_run(tmp_path / "run")
+    words = "from nanopref.running.flags import *; from nanopref.running.folder import Run\n"
+    words += f"Run(RunFlags(out={str(tmp_path / 'run' / 'sft')!r})).begin(); print(1, flush=True); input()"
+    (tmp_path / "run" / "sft" / "model" / "model.safetensors").unlink()
+    (tmp_path / "run" / "sft" / "model").rmdir()
+    environment, pipe = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}, subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", words], env=environment, stdin=pipe, stdout=pipe) as other:
+        assert other.stdout.readline() == b"1\n"
+        before = tree(tmp_path / "run")
+        with pytest.raises(UserError, match="another process is at work there"):
+            Run(RunFlags(out=str(tmp_path / "run"), overwrite=True)).begin()
+        assert tree(tmp_path / "run") == before
+        other.communicate(b"\n")
+
+
+def test_a_mount_point_that_holds_what_file_systems_hold(tmp_path):
+    """A new volume may hold lost+found, and cannot itself be renamed."""
+    (tmp_path / "volume" / "lost+found").mkdir(parents=True)
+    a_run(tmp_path / "volume").log({"loss": 1.0})
+    a_run(tmp_path / "volume", overwrite=True, seed=7).log({"loss": 2.0})
+    assert (tmp_path / "volume" / "lost+found").is_dir()
+
+
+def test_a_real_mount_point(tmp_path):
+    out = tmp_path / "volume"
+    out.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(out)], capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        old_run(out)
+        a_run(out, overwrite=True, seed=7).log({"loss": 2.0})
+        assert tree(out).keys() == {"config.json", "metrics.jsonl"}
+    finally:
+        subprocess.run(["umount", "-l", str(out)], check=True)
