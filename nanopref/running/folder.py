@@ -404,7 +404,7 @@ class Run:
                 if state["cuda_random"] is not None and torch.cuda.is_available():
                     torch.cuda.set_rng_state(state["cuda_random"])
                 step, inputs, logged = state["step"], state["inputs"], state["logged"]
-                if step not in range(total + 1):
+                if type(step) is not int or not 0 <= step <= total:
                     raise ValueError(step)
                 changed = [name for name, x in inputs.items() if self._inputs.digests.get(name, x) != x]
                 changed += self.logs.changed(logged)

@@ -1,0 +1,236 @@
+"""Which state is kept: the last whose loss, gradient and held-out look were finite, and only where it is whole."""
+
+import math
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import small_runs
+import torch
+from helpers import stopped
+
+import train_ppo
+from nanopref.evaluation import report
+from nanopref.running import optim
+from nanopref.running.flags import RunFlags, UserError
+from nanopref.running.folder import Run
+
+
+@dataclass
+class Config(RunFlags):
+    eval_every: int = 2
+
+
+class Training:
+    """Steps of a small model, each saved; what is to go wrong, and at which step, is said."""
+
+    def __init__(self, folder: Path, **settings):
+        torch.manual_seed(0)
+        self.model = torch.nn.Linear(3, 2)
+        self.run = Run(Config(out=str(folder), save_seconds=0.0, **settings))
+        self.run.begin()
+        self.weights: list[torch.Tensor] = []  # before each step
+
+    def steps(self, total: int, loss: int = 99, look: int = 99, act=lambda step: None, looks: bool = True) -> None:
+        """The loss of a step becomes NaN, or the look behind one; step numbers count from 1."""
+        optimizer = optim.adamw(self.model, 0.1)
+        for step, _ in self.run.steps("test", 8, 4, total, self.model, optimizer):
+            self.weights.append(self.model.weight.detach().clone())
+            act(step + 1)
+            self.model(torch.ones(4, 3)).square().sum().backward()
+            self.run.update(math.nan if step + 1 == loss else 1.0, 1e9, list(self.model.parameters()))
+            found = math.nan if step + 1 == look else 1.0
+            self.run.log({"loss": 1.0} | ({"held_out_loss": found} if looks and step % 2 else {}))
+
+    def state(self) -> dict:
+        return torch.load(self.run.folder / "state.pt", weights_only=True)
+
+
+@pytest.fixture
+def each_step(monkeypatch) -> None:
+    """A state is due at each step, however long the last took to write."""
+    monkeypatch.setattr(Run, "save_is_due", lambda run: True)
+
+
+def test_at_a_loss_that_is_none_the_state_is_one_whose_loss_was_finite(each_step, tmp_path):
+    """The weights before step 6 led there, and were about to be saved; those before step 5 nobody has looked at."""
+    training = Training(tmp_path / "run")
+    with pytest.raises(UserError, match=r"became nan at step 6; the last good weights, those after 3 steps, are in "):
+        training.steps(9, loss=6)
+    state = training.state()
+    assert state["step"] == 3 and torch.equal(state["model"]["weight"], training.weights[3])
+    assert [path.name for path in training.run.folder.glob("*state*")] == ["state.pt"]
+
+
+def test_a_huge_step_does_not_reach_the_state(each_step, tmp_path):
+    """Weights of 1e30 are finite, and so a state of them would look healthy."""
+    training = Training(tmp_path / "run")
+
+    def spoil(step: int) -> None:
+        if step == 5:
+            training.model.weight.data.fill_(1e30)
+
+    with pytest.raises(UserError, match="those after 3 steps"):
+        training.steps(9, loss=5, act=spoil)
+    assert training.state()["model"]["weight"].abs().max() < 10
+
+
+def test_at_a_look_that_is_none_the_state_is_one_before_the_last_good_look(each_step, tmp_path):
+    """Looks follow the steps 2, 4 and 6; state.pt is by then that of step 5."""
+    training = Training(tmp_path / "run")
+    with pytest.raises(UserError, match=r"held_out_loss became nan after step 6: the last good weights, those after 3"):
+        training.steps(9, look=6)
+    assert training.state()["step"] == 3 and torch.equal(training.state()["model"]["weight"], training.weights[3])
+
+
+def test_while_no_look_has_followed_the_state_before_is_kept_through_a_kill_too(each_step, tmp_path):
+    training = Training(tmp_path / "run")
+
+    def kill(step: int) -> None:
+        if step == 6:
+            raise KeyError("killed")
+
+    with pytest.raises(KeyError):
+        training.steps(9, act=kill)
+    assert (tmp_path / "run" / "state.before.pt").exists() and training.state()["step"] == 4
+    again = Training(tmp_path / "run", resume=True)
+    with pytest.raises(UserError, match="those after 3 steps"):
+        again.steps(9, look=6)
+    assert again.state()["step"] == 3
+
+
+def test_at_its_end_a_run_has_one_state(tmp_path):
+    training = Training(tmp_path / "run")
+    training.steps(5)
+    assert [path.name for path in training.run.folder.glob("*state*")] == ["state.pt"]
+
+
+def test_before_the_first_state_none_is_named(tmp_path):
+    with pytest.raises(UserError, match="became nan at step 1; no state had been saved before; lower --lr"):
+        Training(tmp_path / "run").steps(9, loss=1)
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_step(each_step, tmp_path):
+    training = Training(tmp_path / "run")
+
+    def interrupt(step: int) -> None:
+        for _ in range(2 * (step == 4)):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt, match="step 4 of 9 is lost; add --resume"):
+        training.steps(9, act=interrupt)
+    assert training.state()["step"] == 2  # of which the third found the loss finite
+
+
+# ---- what is not believed --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [-5, 10, 2.0, "2", None])
+def test_a_step_that_cannot_be(step, tmp_path):
+    Training(tmp_path / "run").steps(9)
+    torch.save(torch.load(tmp_path / "run" / "state.pt", weights_only=True) | {"step": step}, tmp_path / "run/state.pt")
+    with pytest.raises(UserError, match="no state of this run can be read from it"):
+        Training(tmp_path / "run", resume=True).steps(9)
+
+
+def test_a_weight_of_which_a_bit_has_flipped(tmp_path):
+    """torch itself reads it without a word."""
+    training = Training(tmp_path / "run")
+    training.steps(9)
+    path, weight = tmp_path / "run" / "state.pt", training.model.weight.detach().numpy().tobytes()
+    content = path.read_bytes()
+    at = content.index(weight)
+    path.write_bytes(content[: at + 3] + bytes([content[at + 3] ^ 64]) + content[at + 4 :])
+    assert not torch.equal(training.state()["model"]["weight"], training.model.weight)
+    with pytest.raises(UserError, match=r"state\.pt: (no state|damaged)"):
+        Training(tmp_path / "run", resume=True).steps(9)
+
+
+@pytest.mark.parametrize("log", ["metrics.jsonl", "samples.jsonl"])
+@pytest.mark.parametrize("how", ["emptied", "a line less", "a figure"])
+def test_a_log_that_is_not_what_the_state_has_seen(log, how, tmp_path):
+    training = Training(tmp_path / "run")
+    training.run.logs.add("samples.jsonl", [{"step": 0, "policy": "x 1.0"}, {"step": 0, "policy": "y"}])
+    training.run._logged = training.run.logs.seen()
+    training.steps(5)
+    path = tmp_path / "run" / log
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text(
+        {"emptied": "", "a line less": "".join(lines[1:]), "a figure": "".join(lines).replace("1.0", "2.0")}[how]
+    )
+    with pytest.raises(UserError, match=f"{log}: not as when state.pt was saved"):
+        Training(tmp_path / "run", resume=True).steps(9)
+
+
+# ---- the scripts -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def plain(monkeypatch) -> None:
+    monkeypatch.setattr(report, "plot", lambda panels, path: None)
+
+
+def test_ppo_that_breaks_in_the_middle_of_a_round_keeps_the_weights_from_before_it(
+    each_step, tmp_path, monkeypatch, capsys, plain
+):
+    """Of the third round the second minibatch; its first has moved the weights."""
+    ordinary, calls, before = Run.update, [], []
+
+    def spoil(run, loss, *more):
+        calls.append(1)
+        if len(calls) == 5:
+            before.extend(p.detach().clone() for p in run._model.policy.parameters())
+        return ordinary(run, math.nan if len(calls) == 6 else loss, *more)
+
+    config = small_runs.config_of("ppo", tmp_path, tmp_path / "run", reward=("length.py:f",), minibatch=4, epochs=1)
+    (tmp_path / "length.py").write_text("def f(prompt, response):\n    return len(response)\n")
+    monkeypatch.chdir(tmp_path)
+    config.init = small_runs.settings(tmp_path)["dpo"]["init"]
+    monkeypatch.setattr(Run, "update", spoil)
+    said = stopped(train_ppo.train, config, capsys)
+    assert "at step 3" in said and "those after 2 steps" in said
+    state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
+    kept = [x for name, x in state["model"].items() if name.startswith("policy.")]
+    assert state["step"] == 2 and len(kept) == len(before)
+    assert all(torch.equal(a, b) for a, b in zip(kept, before, strict=True))
+
+
+@pytest.mark.parametrize("name", sorted(small_runs.COMMANDS))
+@pytest.mark.parametrize("what", ["data", "init"])
+def test_an_input_that_has_changed_is_refused_and_one_that_has_moved_is_not(name, what, tmp_path, capsys, plain):
+    config = small_runs.config_of(name, tmp_path, tmp_path / "run")
+    if not getattr(config, what):
+        pytest.skip(f"{name} has no --{what} here")
+    small_runs.run(config)
+    expected = small_runs.outcome(tmp_path / "run")
+    path = Path(getattr(config, what))
+    path.rename(tmp_path / f"moved{path.suffix}")
+    moved = small_runs.config_of(name, tmp_path, tmp_path / "run", resume=True)
+    setattr(moved, what, str(tmp_path / f"moved{path.suffix}"))
+    small_runs.run(moved)
+    assert small_runs.alike(small_runs.outcome(tmp_path / "run"), expected)
+    spoilt = path if what == "data" else path / "model.safetensors"
+    content = spoilt.read_bytes()
+    spoilt.unlink()  # of the old one models may still be read
+    spoilt.write_bytes(content.replace(b" bad", b" sad", 1) if what == "data" else content[:-4] + b"\0\0\0\1")
+    capsys.readouterr()
+    config.resume = True
+    assert f"--{what} is not what the run in" in stopped(small_runs.COMMANDS[name].train, config, capsys)
+
+
+@pytest.mark.parametrize("name", ["feedback.jsonl", "reference.safetensors", "round-2.json", "feedback-2.jsonl"])
+def test_what_a_stage_made_must_be_as_it_was_made_or_is_made_again(name, tmp_path, capsys, plain):
+    config = small_runs.config_of("dpo", tmp_path, tmp_path / "run")
+    small_runs.run(config)
+    expected, path = small_runs.outcome(tmp_path / "run"), tmp_path / "run" / name
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content[: len(content) // 2])
+    config.resume = True
+    said = stopped(small_runs.COMMANDS["dpo"].train, config, capsys)
+    assert f"{path} is not as this run made it: remove {path}, and --resume makes it again" in said
+    path.unlink()
+    small_runs.run(config)
+    assert small_runs.alike(small_runs.outcome(tmp_path / "run"), expected)
