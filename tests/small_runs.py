@@ -1,5 +1,7 @@
 """Runs of the four commands that take a second, each with all the files that a run may have."""
 
+import contextlib
+import io
 import json
 import random
 import shutil
@@ -68,7 +70,8 @@ def outcome(folder: Path) -> tuple:
     models = sorted(path for path in folder.rglob("*.safetensors") if path.parent.name in ("model", "critic"))
     weights = {str(path.relative_to(folder)): load_file(path) for path in models}
     weights = {name: {k: x.clone() for k, x in found.items()} for name, found in weights.items()}
-    return *results(folder), weights, sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+    names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix != ".png"}  # not always drawn
+    return *results(folder), weights, sorted(names)
 
 
 def alike(a: tuple, b: tuple) -> bool:
@@ -108,7 +111,8 @@ def watched(folder: Path, act: Callable[[int, str, tuple], None], command: Calla
     Between two of them libraries may write, but only to files that Python renames when they are done."""
     _watched.append((str(folder), 0, act))
     try:
-        command(*args)
+        with contextlib.redirect_stdout(io.StringIO()):
+            command(*args)
     finally:
         _watched.clear()
 
