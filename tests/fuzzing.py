@@ -68,7 +68,16 @@ def main() -> None:
     end, seed, log = time.monotonic() + 60 * config.minutes, config.seed, Path(f"fuzz-{os.getpid()}.log").absolute()
     environment, counts = os.environ | {SCALE: str(config.scale), LOG: str(log)}, Counter()
     while time.monotonic() < end:
-        command = [sys.executable, "-m", "pytest", str(Path(__file__).parent / "fuzz"), "-p", "no:cacheprovider"]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            str(Path(__file__).parent / "fuzz"),
+            "-p",
+            "no:cacheprovider",
+            "--tb=short",
+            "--show-capture=no",
+        ]
         print(f"seed {seed}", flush=True)
         result = subprocess.run([*command, f"--hypothesis-seed={seed}", *config.pytest], env=environment, text=True,
                                 capture_output=True)  # fmt: skip

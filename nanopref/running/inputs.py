@@ -50,7 +50,8 @@ def fingerprint(path: Path) -> str:
 
 
 def _of_a_model(folder: Path) -> Iterator[Path]:
-    for place in (folder, folder / "model", folder / "sft" / "model"):
+    model = folder / "model"
+    for place in (model if model.is_dir() else folder, folder / "sft" / "model"):  # where a run may have begun
         files = sorted(place.iterdir()) if place.is_dir() else []
         yield from (file for file in files if file.is_file() and OF_A_MODEL.fullmatch(file.name))
 
