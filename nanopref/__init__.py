@@ -2,12 +2,41 @@
 
 import importlib.util
 import os
+import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 # How long an OpenMP thread spins before it sleeps. torch reads this when it is first imported. By default it spins for
 # milliseconds, and where another process wants the same core, training runs at a fifth of its speed.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+
+def stop_at_once(words: str = "stopped: start the same command to continue") -> None:
+    """End the process, with these words and the exit code of Ctrl-C."""
+    with suppress(Exception):
+        sys.stdout.flush()
+    with suppress(OSError):
+        os.write(2, f"\n{words}\n".encode() if words else b"")
+    os._exit(130)
+
+
+def _is_command() -> bool:
+    """Whether a command of ours was started: a script beside this folder, or a module in it with `python -m`."""
+    if sys.argv[:1] == ["-m"]:  # as long as the module is looked for
+        return any(word.removeprefix("-m").startswith("nanopref.") for word in sys.orig_argv)
+    script = getattr(sys.modules["__main__"], "__file__", None)
+    return script is not None and Path(script).resolve().parent == Path(__file__).resolve().parent.parent
+
+
+def _let_imports_be_stopped() -> None:
+    """Make Ctrl-C end a command at once until `flags.execute` takes over, and after it: there is nothing to save, and
+    what torch imports would swallow a KeyboardInterrupt, or make another error of it."""
+    if _is_command() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, lambda *_: stop_at_once())
+
+
+_let_imports_be_stopped()
 
 
 def _find_kernels() -> None:

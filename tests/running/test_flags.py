@@ -136,7 +136,9 @@ def test_what_the_user_can_mend_is_one_sentence(error, code, words, capsys):
 
 def test_a_process_that_runs_out_of_memory_says_so_whichever_it_is(capsys, monkeypatch):
     """What all processes say alike, the first says; memory runs out where the longest rows are."""
-    monkeypatch.setenv("RANK", "1")
+    torchrun = {"RANK": 1, "LOCAL_RANK": 1, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}
+    for name, value in torchrun.items():
+        monkeypatch.setenv(name, str(value))
     for error, said in ((MemoryError(), "out of memory"), (UserError("no such file"), "")):
 
         def command(config, error=error):
