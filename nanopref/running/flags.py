@@ -292,7 +292,9 @@ class FeedbackFlags:
     data: str = flag("", "preferences: a file of pairs, rankings, ratings or labels, or a data set's name on the "
                      "Hugging Face hub, owner/name:split (README); default: film reviews")  # fmt: skip
     prompts: int = flag(5120, "prompts whose answers are sampled and judged, where no file tells what was", least=20)
-    annotators: int | None = flag(None, "who vote on each sampled answer (odd)", least=1, task=3, reward=1)
+    annotators: int | None = flag(
+        None, "who vote on each sampled answer (odd)", least=1, most=10**6, task=3, reward=1
+    )  # fmt: skip
     noise: float | None = flag(None, "how often they err, in units of reward; 0: never", least=0, task=0.5, reward=0.0)
     voters: tuple[float, ...] = flag(
         (), "people with a noise of their own each, instead of --annotators alike", least=0
