@@ -150,6 +150,7 @@ BAD = {
     ),
     "a message without a role": (PAIR | {"prompt": [{"content": "a"}]}, f"'prompt' {NEED}"),
     "a message that is text": (PAIR | {"chosen": ["x"]}, f"'chosen' {NEED}"),
+    "messages that are no list": ({"messages": False}, f"'messages' {NEED}"),
     "no message": (PAIR | {"prompt": []}, "'prompt' is a list without messages"),
     "half a surrogate": (PAIR | {"chosen": [assistant("\ud83d")]}, "holds half of a surrogate pair"),
     "one conversation, one text": (

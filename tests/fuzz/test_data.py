@@ -18,6 +18,7 @@ from nanopref.data.formats import read, read_feedback, read_prompts, read_to_imi
 from nanopref.data.groups import encode
 from nanopref.data.tokenizer import Tokenizer
 from nanopref.data.votes import AGGREGATES, WINNERS
+from nanopref.evaluation.agreement import conclude
 from nanopref.feedback.ballots import read_pairs, read_votes
 from nanopref.learning.objectives import OBJECTIVES, SCORES, kinds
 from nanopref.running import flags
@@ -154,12 +155,11 @@ def as_feedback(path, tokenizer, loss: str, votes: str) -> None:
     learn([*training, *held_out], tokenizer)
 
 
-def as_ballots(path, *_) -> None:
-    """The same as what a folder of nanopref.people holds."""
-    for name, reader in (("pairs.jsonl", read_pairs), ("votes.jsonl", read_votes)):
-        copy = path.with_name(name)
-        copy.write_bytes(path.read_bytes())
-        reader(copy.parent)
+def as_ballots(path, _tokenizer, _loss, votes: str) -> None:
+    """The same as what a folder of nanopref.people holds, of which --report tells."""
+    for name in ("votes.jsonl", "pairs.jsonl")[: 1 if votes == "count" else 2]:
+        path.with_name(name).write_bytes(path.read_bytes())
+    conclude(path.parent, read_pairs(path.parent), read_votes(path.parent))
 
 
 READERS = {
