@@ -161,7 +161,7 @@ def _printable(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     found, meant = [], {}
     for word in words:
         option, equals, value = word.partition("=") if word.startswith("--") and "=" in word else ("", "", word)
-        printable = terminal.line(value, 200)
+        printable = terminal.line(value, 1000)
         while printable != value and (printable in words or meant.get(printable, value) != value):
             printable += "…"
         if printable != value:
