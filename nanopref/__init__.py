@@ -12,13 +12,13 @@ from pathlib import Path
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
-def stop_at_once(words: str = "stopped: start the same command to continue") -> None:
-    """End the process, with these words and the exit code of Ctrl-C."""
+def stop_at_once(words: str = "\nstopped: start the same command to continue", code: int = 130) -> None:
+    """End the process with these words, if any, and this exit code."""
     with suppress(Exception):
         sys.stdout.flush()
     with suppress(OSError):
-        os.write(2, f"\n{words}\n".encode() if words else b"")
-    os._exit(130)
+        os.write(2, f"{words}\n".encode() if words else b"")
+    os._exit(code)
 
 
 def _is_command() -> bool:
@@ -29,14 +29,24 @@ def _is_command() -> bool:
     return script is not None and Path(script).resolve().parent == Path(__file__).resolve().parent.parent
 
 
-def _let_imports_be_stopped() -> None:
+def _stop_imports_in_a_line() -> None:
     """Make Ctrl-C end a command at once until `flags.execute` takes over, and after it: there is nothing to save, and
-    what torch imports would swallow a KeyboardInterrupt, or make another error of it."""
-    if _is_command() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    what torch imports would swallow a KeyboardInterrupt, or make another error of it. And say so where memory runs out.
+    """
+    if not _is_command():
+        return
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, lambda *_: stop_at_once())
 
+    def tell(kind, error, trace) -> None:
+        if kind is MemoryError or "failed to map segment" in str(error) or "allocate memory" in str(error):
+            stop_at_once("error: out of memory, before anything has begun: torch alone takes more than there is", 2)
+        sys.__excepthook__(kind, error, trace)
 
-_let_imports_be_stopped()
+    sys.excepthook = tell
+
+
+_stop_imports_in_a_line()
 
 
 def _find_kernels() -> None:

@@ -1,4 +1,4 @@
-"""Ctrl-C while a command is being imported, whatever torch makes of it; and none of that for who imports nanopref."""
+"""What ends a command while it is being imported, whatever torch makes of it; and nothing of it for others."""
 
 import os
 import subprocess
@@ -36,8 +36,23 @@ def test_who_imports_nanopref_has_ctrl_c_as_it_was(how, tmp_path):
     assert done.returncode == 1 and "ImportError: torch swallows it" in done.stderr
 
 
-def start(folder: Path, *words: str) -> subprocess.CompletedProcess:
+@pytest.mark.parametrize(
+    "error, memory",
+    [
+        ("MemoryError", True),
+        ("ImportError('libtorch_cpu.so: failed to map segment from shared object')", True),
+        ("OSError(12, 'Cannot allocate memory')", True),
+        ("ImportError('libcuda.so: no such file')", False),
+    ],
+)
+def test_no_memory_to_import_torch_is_a_sentence(error, memory, tmp_path):
+    done = start(tmp_path, COMMANDS[0][0], torch=f"raise {error}")
+    assert done.stderr.startswith("error: out of memory, before anything has begun") == memory
+    assert (done.returncode, done.stderr.count("Traceback")) == ((2, 0) if memory else (1, 1))
+
+
+def start(folder: Path, *words: str, torch: str = PRESSED) -> subprocess.CompletedProcess:
     """Python, in a folder with such a torch."""
-    (folder / "torch.py").write_text(PRESSED)
+    (folder / "torch.py").write_text(torch)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
     return subprocess.run([sys.executable, *words], env=environment, cwd=folder, capture_output=True, text=True)

@@ -221,10 +221,12 @@ def execute(command: Callable[[Any], None], config: Any) -> None:
 def _out_of_memory(error: Exception, config: Any) -> str:
     """What to do where memory ran out, which PyTorch and what it builds on often say in words alone; else nothing."""
     words = ("allocate memory", "not enough memory", "out of memory", "bad_alloc", "alloc_failed", "start new thread")
+    words += ("failed to map segment",)  # of a library that is loaded only now
     said = isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
     if not said or isinstance(error, UserError):
         return ""
     names = [name for name in ("micro_batch", "sample_batch") if hasattr(config, name)]
+    names = names or [name for name in ("best_of", "max_new_tokens") if hasattr(config, name)]
     now = " or ".join(f"--{name.replace('_', '-')} (now {getattr(config, name)})" for name in names)
     hint = "; with --resume the run goes on from its last saved state" if hasattr(config, "resume") else ""
     return f"out of memory{': lower ' if names else ''}{now}{hint}"

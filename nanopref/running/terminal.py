@@ -75,7 +75,7 @@ def interrupts(again: str) -> Iterator[None]:
 
     def press(*_) -> None:
         if pressed:
-            stop_at_once(f"stopped: {again}" if (place() or (0, 0))[0] == 0 else "")
+            stop_at_once(f"\nstopped: {again}" if (place() or (0, 0))[0] == 0 else "")
         pressed.append(True)
         raise KeyboardInterrupt
 

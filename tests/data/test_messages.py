@@ -228,6 +228,15 @@ def test_parquet_holds_the_same(tmp_path, write, case):
     assert [where for where, _ in read_rows(path)] == [f"{path}, row 1", f"{path}, row 2"]
 
 
+@pytest.mark.parametrize("kind", ["text that is none", "a date beyond all dates"])
+def test_parquet_of_what_python_cannot_hold_is_refused(tmp_path, kind):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    text = pyarrow.array([b"\xff"]).view(pyarrow.string())
+    cells = text if kind == "text that is none" else pyarrow.array([2**31 - 1], pyarrow.date32())
+    parquet.write_table(pyarrow.table({"prompt": ["a"], "chosen": ["b"], "when": cells}), tmp_path / "rows.parquet")
+    assert "no Parquet, or damaged or cut off after row 0" in refusal(read, tmp_path / "rows.parquet")
+
+
 def test_parquet_that_is_cut_off_or_none_is_refused(tmp_path):
     path = parquet(
         tmp_path / "rows.parquet", *[{"prompt": f"{i}" * 9, "chosen": "a", "rejected": "b"} for i in range(99)]

@@ -104,22 +104,47 @@ JSON = st.builds(
 )  # fmt: skip
 
 
-def as_parquet(rows: list) -> bytes:
+COLUMNS = {  # of types that JSON has not, in which other tools write; and their values, not all of which Python has
+    "timestamp": [0, 2**62, -(2**62)], "date": [0, 2**31 - 1], "duration": [2**62], "time": [0, 86_400_000_000],
+    "text": [b"a", b"\xff\xfe", b""], "bytes": [b"\0"], "map": [[("a", 1)], []], "decimal": [10**30], "half": [1e4],
+    "category": ["a", None], "unsigned": [2**64 - 1], "nothing": [None],
+}  # fmt: skip
+
+
+def as_parquet(rows: list, name: str, kind: str, value) -> bytes:
+    """Rows, and a column of this name and kind."""
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     found = io.BytesIO()
+    types = {
+        "timestamp": pa.timestamp("us"), "date": pa.date32(), "duration": pa.duration("us"), "time": pa.time64("us"),
+        "bytes": pa.binary(), "map": pa.map_(pa.string(), pa.int64()), "decimal": pa.decimal128(38, 2),
+        "half": pa.float32(), "category": pa.dictionary(pa.int8(), pa.string()), "unsigned": pa.uint64(),
+        "nothing": pa.null(),
+    }  # fmt: skip
     try:
-        pq.write_table(pa.Table.from_pylist([row for row in rows if isinstance(row, dict)]), found)
+        table = pa.Table.from_pylist([row for row in rows if isinstance(row, dict)])
+        pq.write_table(table, io.BytesIO())
     except (pa.ArrowException, TypeError, ValueError, OverflowError, AttributeError):  # what Parquet cannot hold
-        found = io.BytesIO()
-        pq.write_table(pa.table({"text": ["a", None], "label": [b"\xff", b""]}), found)
+        table = pa.table({"text": ["a", None], "label": [b"\xff", b""]})
+    cells = [value] * len(table)
+    column = pa.array(cells, pa.binary()).view(pa.string()) if kind == "text" else pa.array(cells, types[kind])
+    others = [c for c in table.column_names if c != name]
+    pq.write_table(table.select(others).append_column(name, column), found)
     return found.getvalue()
+
+
+PARQUET = st.sampled_from(sorted(COLUMNS)).flatmap(
+    lambda kind: st.builds(
+        as_parquet, tables(), st.sampled_from([*NAMES, *NAMES, "also"]), st.just(kind), st.sampled_from(COLUMNS[kind])
+    )
+)
 
 
 @st.composite
 def files(draw) -> tuple[str, bytes]:
     """A name and what is in it."""
     name = draw(st.sampled_from(["d.jsonl", "d.json", "d.jsonl.gz", "d.parquet", "d\x1b[2J.jsonl", "d\nerror: .json"]))
-    content = draw(tables().map(as_parquet) if name == "d.parquet" else JSON | st.binary())
+    content = draw(PARQUET if name == "d.parquet" else JSON | st.binary())
     if name.endswith(".gz") and draw(st.integers(0, 9)):
         content = gzip.compress(content, 1)
     how = draw(st.sampled_from(["whole"] * 4 + ["cut", "changed", "longer", "twice"]))

@@ -122,6 +122,13 @@ def test_a_flag_that_two_commands_have_has_one_range():
         (MemoryError(), 2, "error: out of memory: lower --micro-batch (now 16)"),
         (torch.OutOfMemoryError("CUDA out of memory"), 2, "error: out of memory: lower --micro-batch (now 16)"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), 2, "out of memory"),
+        (RuntimeError("unable to mmap 123 bytes from file: Cannot allocate memory (12)"), 2, "out of memory: lower"),
+        (RuntimeError("can't start new thread"), 2, "out of memory: lower"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), 2, "out of memory: lower"),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), 2, "out of memory: lower"),
+        (OSError(12, "Cannot allocate memory"), 2, "error: out of memory: lower"),
+        (ImportError("libx.so: failed to map segment from shared object"), 2, "error: out of memory: lower"),
+        (SystemError("std::bad_alloc"), 2, "error: out of memory: lower"),
     ],
 )
 def test_what_the_user_can_mend_is_one_sentence(error, code, words, capsys):

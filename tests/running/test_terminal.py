@@ -233,7 +233,7 @@ def test_a_second_one_ends_the_process_at_once(monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
 
     ends(command, code=130)
-    assert said == ["stopped: start the same command to continue"]
+    assert said == ["\nstopped: start the same command to continue"]
 
 
 def test_where_ctrl_c_is_ignored_or_another_thread_works_it_stays_so(monkeypatch):
