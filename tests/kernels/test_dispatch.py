@@ -142,28 +142,30 @@ def in_a_thread(compute):
 def test_the_backend_is_the_threads_own():
     """Two that choose at once do not meet, whichever ends first; one that has not chosen sees the main thread's."""
     f, x = call("dpo_loss")
-    chosen, other = Event(), Event()
+    chosen, both, left = Event(), Event(), Event()
 
     def first():
         with kernels.use("triton"):
             chosen.set()
-            assert other.wait(60)
-            return uses_triton(lambda: f(*x))
+            assert both.wait(60)
+            found = uses_triton(lambda: f(*x))
+        left.set()
+        return found
 
     def second():
         assert chosen.wait(60)
         with kernels.use("torch"):
-            pass
-        with kernels.use("auto"):
-            found = uses_triton(lambda: f(*x))
-            other.set()
-            return found
+            both.set()
+            assert left.wait(60)
+            return uses_triton(lambda: f(*x))
 
     with ThreadPoolExecutor(2) as pool:
         results = [pool.submit(first), pool.submit(second)]
-        assert [result.result() for result in results] == [True, DEVICE == "cuda"]
+        assert [result.result() for result in results] == [True, False]
     with kernels.use("triton"):
         assert in_a_thread(lambda: uses_triton(lambda: f(*x)))
+        with kernels.use("torch"):
+            assert not in_a_thread(lambda: uses_triton(lambda: f(*x)))
 
 
 def test_opcheck():
