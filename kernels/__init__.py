@@ -7,6 +7,7 @@ This module checks arguments and chooses the implementation; the maths is in `ke
 and nothing of the project around it.
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -29,13 +30,18 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Triton reads TRITON_INTERPRET when it decorates a kernel: with 1, kernels run in Python, on CPU tensors too
 INTERPRETED = triton is not None and triton.knobs.runtime.interpret
 
-_backend = "auto"  # a plain global, which torch.compile can read where it cannot read a ContextVar
+# What each thread has chosen, and what holds in those that have not: the first thread's choice. torch.compile reads and
+# guards both, where it cannot read a ContextVar or ask which thread it is in.
+_chosen, _elsewhere = threading.local(), "auto"
+_chosen.first = True
 
 
 @contextmanager
 def use(backend: str) -> Iterator[None]:
     """Choose the implementation inside a `with` block: "torch", "triton" or "auto".
 
+    The choice is the thread's own. Threads without one, as those in which autograd runs backward on a GPU, see what the
+    thread that imported this package has chosen at that moment, and "auto" where it has not.
     Raises ValueError for another name, and RuntimeError for "triton" where no Triton kernel can run.
     """
     if backend not in BACKENDS:
@@ -47,23 +53,29 @@ def use(backend: str) -> Iterator[None]:
             "kernels: asked for Triton, but there is no GPU; use 'torch' or 'auto', or set TRITON_INTERPRET=1 before "
             "the start to run the kernels in Triton's interpreter, slowly"
         )
-    global _backend
-    before, _backend = _backend, backend
+    before = getattr(_chosen, "backend", None)
+    _choose(backend)
     try:
         yield
     finally:
-        _backend = before
+        _choose(before)
+
+
+def _choose(backend: str | None) -> None:
+    global _elsewhere
+    _chosen.backend = backend
+    if getattr(_chosen, "first", False):
+        _elsewhere = backend or "auto"
 
 
 def _with_triton(x: Tensor) -> bool:
     """Whether a call on tensors like x goes to Triton; RuntimeError where that was asked for and cannot be."""
-    if _backend == "triton" and not (x.is_cuda or INTERPRETED):
+    backend = getattr(_chosen, "backend", None) or _elsewhere
+    if backend == "triton" and not (x.is_cuda or INTERPRETED):
         raise RuntimeError(f"kernels: asked for Triton, which cannot take a tensor on {x.device}")
-    if _backend == "triton" and x.dtype == torch.float64:
+    if backend == "triton" and x.dtype == torch.float64:
         raise RuntimeError("kernels: asked for Triton, which has no float64 kernels; use 'torch'")
-    return _backend == "triton" or (
-        _backend == "auto" and triton is not None and x.is_cuda and x.dtype != torch.float64
-    )
+    return backend == "triton" or (backend == "auto" and triton is not None and x.is_cuda and x.dtype != torch.float64)
 
 
 def token_logprobs(
@@ -94,7 +106,7 @@ def sequence_logprobs(
         raise ValueError(f"kernels: mask {_say(mask)} must have the shape and device of targets {_say(targets)}")
     hidden, weight = reference.autocast(hidden, weight)
     want = "hidden [B, T, D], weight [V, D] and targets [B, T]"
-    _check_head(hidden, weight, targets.where(mask.bool(), 0), temperature, want, 2)
+    _check_head(hidden, weight, targets.where(mask.bool(), IGNORE), temperature, want, 2)
     if _with_triton(hidden):
         targets = targets.where(mask.bool(), IGNORE)
         return logprob.token_logprobs(hidden, weight, targets, temperature)[0].sum(-1)

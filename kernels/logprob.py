@@ -99,7 +99,7 @@ def launch(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) 
     """What each product's kernel takes first, and Triton's options."""
     of, wide, d = generation(hidden.device), hidden.dtype == torch.float32, hidden.shape[-1]
     steps = *hidden.stride()[:2], weight.stride(0), hidden.data_ptr(), weight.data_ptr()
-    even = d % 128 == 0 and hidden.stride(-1) == weight.stride(-1) == 1 and all(x % 16 == 0 for x in steps)
+    even = d > 0 and d % 128 == 0 and hidden.stride(-1) == weight.stride(-1) == 1 and all(x % 16 == 0 for x in steps)
     ignored = targets.flatten() == IGNORE
     rows = ignored.byte().argsort(stable=True).int()  # 32 bits: dividing 64 takes a subroutine
     common = hidden, weight, rows, (~ignored).sum(dtype=torch.int32), *weight.shape, targets.shape[1]
@@ -325,6 +325,8 @@ def token_logprobs(
         return out
     valid = (targets == IGNORE) | ((targets >= 0) & (targets < v))
     torch._assert_async(valid.all(), "kernels: a target is not in [0, V) and not -100")
+    if v == 0:
+        return out
     head, options = launch(hidden, weight, targets, temperature)["forward"]
     number = triton.cdiv(v, head.SPAN.value)
     band = min(_whole(n), _fit(SPAN_BYTES, 12 * number))
@@ -349,7 +351,7 @@ def token_logprobs_backward(
     d, v, n = hidden.shape[-1], len(weight), targets.numel()
     out_hidden = torch.zeros(hidden.shape if of_hidden else 0, dtype=hidden.dtype, device=hidden.device)
     out_weight = torch.zeros(weight.shape if of_weight else 0, dtype=weight.dtype, device=weight.device)
-    if n == 0:
+    if 0 in (n, v, d):
         return out_hidden, out_weight
     heads = launch(hidden, weight, targets, temperature)
     saved = targets.contiguous(), logprobs, entropy, lse, grad.contiguous(), grad_entropy.contiguous()

@@ -14,7 +14,7 @@ from nanopref.feedback import rewards
 from nanopref.models.frozen import rounded
 from nanopref.models.language import LM
 from nanopref.models.sampling import as_answer, check_room, check_sampling, generate, response_text, room_for_prompt
-from nanopref.running import flags, parallel
+from nanopref.running import flags, parallel, terminal
 from nanopref.running.flags import RewardFlags, flag, require
 
 
@@ -55,7 +55,7 @@ def main(config: Config) -> None:
     judge = rewards.load(config.reward, model, tokenizer, config) if config.best_of > 1 else None
     prompt = encode_prompt(tokenizer, config.prompt)
     check_room([prompt], model)
-    print(config.prompt, end="", flush=True)
+    write(config.prompt)
     if judge is None:
         printer = Printer(tokenizer, setting["ends"])
         sample(model, [prompt], config.max_new_tokens, on_token=printer.show, **setting)
@@ -63,7 +63,7 @@ def main(config: Config) -> None:
     else:
         samples = sample(model, [prompt] * config.best_of, config.max_new_tokens, **setting)
         scores = judge([as_answer(prompt, sample, tokenizer, config.prompt) for sample in samples])
-        print(response_text(samples[int(scores.argmax())].tokens, tokenizer))
+        write(response_text(samples[int(scores.argmax())].tokens, tokenizer), "\n")
         mean, most = scores.mean().item(), scores.max().item()
         print(f"\nscore {most:.2f}: the best of {config.best_of}, whose mean is {mean:.2f}")
 
@@ -89,6 +89,11 @@ def converse(config: Config, model: LM, tokenizer: Tokenizer, setting: dict) -> 
             messages.append(("assistant", printer.finish()))
 
 
+def write(text: str, end: str = "") -> None:
+    """Print a text as it is; at a terminal, which would obey some of it, as it can be shown."""
+    print(terminal.shown(text) if sys.stdout.isatty() else text, end=end, flush=True)
+
+
 class Stop(Exception):
     """The answer is over, though the model goes on."""
 
@@ -112,7 +117,7 @@ class Printer:
         text, stop, _ = self.held.partition(self.stop) if self.stop else (self.held, "", "")
         ahead = range(min(len(self.stop), len(text)), 0, -1) if not stop else ()
         n = len(text) - next((n for n in ahead if self.stop.startswith(text[-n:])), 0)
-        print(text[:n], end="", flush=True)
+        write(text[:n])
         self.said, self.held = self.said + text[:n], text[n:]
         if stop:
             raise Stop
@@ -120,7 +125,7 @@ class Printer:
     def finish(self) -> str:
         """All that was said."""
         last = self.held + self.decoder.decode(b"", final=True)
-        print(last)
+        write(last, "\n")
         return self.said + last
 
 

@@ -29,7 +29,7 @@ from nanopref.evaluation import agreement
 from nanopref.feedback.ballots import Ballots, Refused, read_pairs, read_votes
 from nanopref.feedback.collect import training_prompts
 from nanopref.models.sampling import respond
-from nanopref.running import flags, parallel
+from nanopref.running import flags, parallel, terminal
 from nanopref.running.files import PARTIAL, lock, write_atomic
 from nanopref.running.flags import UserError, flag, require
 from nanopref.running.parallel import say
@@ -160,7 +160,7 @@ def gather(source: Callable[[int], Iterator[Found]], ballots: Ballots, n: int, s
         if len(ballots.pairs) < n and not stop.is_set():
             say(f"there are {len(ballots.pairs)} pairs and no more: other answers are alike, empty or without an end")
     except Exception as error:  # the page goes on with what is there
-        say(f"error: no more pairs: {error}")
+        say(terminal.line(f"error: no more pairs: {error}"))
     finally:
         stop.set()
 

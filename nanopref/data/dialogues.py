@@ -81,10 +81,10 @@ def text_of(where: str, name: str, value: Any) -> str:
     return value
 
 
-def messages_of(where: str, name: str, value: list) -> list[Message]:
-    """A list of messages. Raises UserError where one has no role, or a content that is no text."""
+def messages_of(where: str, name: str, value: Any) -> list[Message]:
+    """A list of messages. Raises UserError where it is none, or one has no role, or a content that is no text."""
     found = []
-    for message in value:
+    for message in value if isinstance(value, list) else (None,):
         whole = isinstance(message, dict) and message.keys() >= set(PARTS)
         require(whole, f"{where}: {name!r} must be text, or a list of messages with a 'role' and a 'content'")
         found.append(tuple(text_of(where, f"{part} of a message in {name}", message[part]) for part in PARTS))

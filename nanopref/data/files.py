@@ -74,7 +74,9 @@ def _parquet(path: Path) -> Iterator[tuple[str, dict]]:
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{path}, row {number}", row
-    except (pyarrow.ArrowException, OSError) as error:
+    except MemoryError:
+        raise
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # also a date that Python has not
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: no Parquet, or damaged or cut off after row {number} ({reason})") from None
 

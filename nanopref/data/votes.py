@@ -12,7 +12,6 @@ People may differ. AGGREGATES are the ways to make labelled pairs of what k of t
 
 import hashlib
 import json
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
@@ -75,15 +74,15 @@ def from_row(where: str, row: dict) -> Vote:
     for name in ("prompt", "a", "b", "winner"):
         require(isinstance(row.get(name), str), f"{where}: {name!r} must be text")
     require(row["winner"] in WINNERS, f"{where}: 'winner' must be one of {', '.join(WINNERS)}, not {row['winner']!r}")
-    left = row.get("shown_left") or "a"
+    left = "a" if row.get("shown_left") in (None, "") else row["shown_left"]
     require(left in DECIDED, f"{where}: 'shown_left' must be a or b, not {left!r}")
     found = {**row, "id": pair_id(row["prompt"], row["a"], row["b"])}
-    found["annotator"] = row.get("annotator") or where  # who has no name is nobody else
+    found |= {"shown_left": left, "annotator": row.get("annotator") or where}  # who has no name is nobody else
     vote = Vote(**{name: found[name] for name in Vote._fields if found.get(name) is not None}).in_order()
     for name in ("annotator", "time", "why"):
         require(isinstance(getattr(vote, name), str), f"{where}: {name!r} must be text")
-    known = isinstance(vote.seconds, int | float) and 0 <= vote.seconds < math.inf
-    require(known, f"{where}: 'seconds' must be a number of at least 0, found {vote.seconds!r}")
+    known = isinstance(vote.seconds, int | float) and 0 <= vote.seconds < 1e15
+    require(known, f"{where}: 'seconds' must be a number of at least 0 and below 1e15, found {vote.seconds!r}")
     try:
         vote.line().encode()
     except UnicodeEncodeError:

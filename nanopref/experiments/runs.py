@@ -110,7 +110,9 @@ def launch(commands: dict[Path, list[str]], jobs: int) -> None:
         with log.open("w") as f:
             command = [sys.executable, *waiting[out], "--out", str(out), "--resume"]
             subprocess.run(command, stdout=f, stderr=f, env=os.environ | threads, cwd=SCRIPTS, check=False)
-        require((out / "report.json").exists(), f"{log}: {log.read_text().strip().rpartition(chr(10))[2]}")
+        require(
+            (out / "report.json").exists(), f"{log}: {log.read_text(errors='replace').strip().rpartition(chr(10))[2]}"
+        )
         bar.update()
 
     with ThreadPoolExecutor(jobs) as pool, progress("runs", len(waiting), "run") as bar:

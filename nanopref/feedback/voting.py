@@ -6,11 +6,13 @@ and the majority decides, so k is odd. Where each has a noise of their own, `vot
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from nanopref.data.votes import dawid_skene
+
+AT_ONCE = 2**22  # numbers that are drawn
 
 
 def _check_annotators(annotators: int) -> None:
@@ -53,7 +55,18 @@ def majority_probability(p, k: int) -> np.ndarray:
     """The probability that more than half of k independent votes say yes, when each does with probability p."""
     _check_annotators(k)
     p = np.asarray(p, dtype=np.float64)
-    return sum(math.comb(k, yes) * p**yes * (1 - p) ** (k - yes) for yes in range(k // 2 + 1, k + 1))
+    q, n = np.minimum(p, 1 - p), k // 2 + 1
+    # Σ C(k, yes) q^yes (1 - q)^(k - yes) from yes = n on, each term a multiple of the one before: C(k, n) has 30,000
+    # digits for k = 100,001, but C(k, n) / 2^k is Γ(n + ½) / (√π Γ(n + 1))
+    share = math.exp(math.lgamma(n + 0.5) - math.lgamma(n + 1)) / math.sqrt(math.pi)
+    term = share / 2 * (4 * q * (1 - q)) ** n / (1 - q)
+    total = term
+    for yes in range(n, k):
+        term = term * ((k - yes) / (yes + 1) * q / (1 - q))
+        if (total + term == total).all():
+            break
+        total = total + term
+    return np.where(p < 0.5, total, np.where(p > 0.5, 1 - total, 0.5))
 
 
 def annotate(
@@ -75,17 +88,32 @@ def rank(rewards, *, noise: float | Sequence[float] = 1.0, annotators: int = 1, 
     by reward plus Gumbel noise (Yellott 1977); for K = 2 that is Bradley and Terry's. The mean place of an answer
     decides (Borda), and between equals the first annotator. The noise is one for all, or one for each.
     """
-    noise = _of_each(noise, annotators, rewards)
-    heard = np.asarray(rewards, dtype=np.float64) + noise * rng.gumbel(size=(annotators, *np.shape(rewards)))
-    places = heard.argsort(-1).argsort(-1)  # the worst has place 0
-    return np.argsort(-(places.sum(0) + places[0] / places.shape[-1]), axis=-1, kind="stable")
+    noise, total = _of_each(noise, annotators, rewards), 0.0
+    rewards = np.asarray(rewards, dtype=np.float64)
+    for some in _some(annotators, rewards):
+        heard = rewards + _theirs(noise, some) * rng.gumbel(size=(len(some), *rewards.shape))
+        places = heard.argsort(-1).argsort(-1)  # the worst has place 0
+        total = total + places.sum(0) + (places[0] / places.shape[-1] if some[0] == 0 else 0)
+    return np.argsort(-total, axis=-1, kind="stable")
 
 
 def rate(rewards, *, noise: float | Sequence[float] = 1.0, annotators: int = 1, rng: np.random.Generator) -> np.ndarray:
     """Ratings like the rewards: the mean of what people give, each off by normal noise (one for all or for each)."""
     rewards = np.asarray(rewards, dtype=np.float64)
-    noise = _of_each(noise, annotators, rewards)
-    return rewards + rng.normal(scale=noise, size=(annotators, *rewards.shape)).mean(0)
+    noise, total = _of_each(noise, annotators, rewards), 0.0
+    for some in _some(annotators, rewards):
+        total = total + rng.normal(scale=_theirs(noise, some), size=(len(some), *rewards.shape)).sum(0)
+    return rewards + total / annotators
+
+
+def _some(annotators: int, rewards: np.ndarray) -> Iterator[range]:
+    """All annotators, some at a time, so that what these hear fits into memory."""
+    size = max(1, AT_ONCE // max(1, rewards.size))
+    return (range(i, min(i + size, annotators)) for i in range(0, annotators, size))
+
+
+def _theirs(noise: float | np.ndarray, some: range) -> float | np.ndarray:
+    return noise if np.ndim(noise) == 0 else noise[some.start : some.stop]
 
 
 def best_accuracy(reward_a, reward_b, *, noise: float = 1.0, annotators: int = 1) -> float:

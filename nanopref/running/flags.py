@@ -7,18 +7,18 @@ command line (tyro does the parsing), checks every range, and makes a sentence a
 import errno
 import inspect
 import math
-import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 import torch.distributed as dist
 import tyro
 
 import kernels
+from nanopref.running import terminal
 
 
 class UserError(Exception):
@@ -43,6 +43,8 @@ BOUNDS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
     "most": ("at most", lambda value, bound: value <= bound),
     "below": ("below", lambda value, bound: value < bound),
 }
+LARGEST = 2**31 - 1  # whole number of a flag, unless its rules say otherwise
+_NO_TEXT = re.compile("[\ud800-\udfff]")  # what Python makes of a command line's bytes that are no UTF-8
 SITUATIONS = {  # where a default may differ, and how --help says so
     "task": "on the built-in task",
     "file": "with --data",
@@ -79,8 +81,12 @@ def check(config: Any) -> None:
     for f in fields(config):
         rules, name, value = _rules(config, f.name), f"--{f.name.replace('_', '-')}", getattr(config, f.name)
         for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, str):
+                require(not _NO_TEXT.search(number), f"{name} holds bytes that are no text")
             if isinstance(number, float):
                 require(math.isfinite(number), f"{name} must be a finite number, not {number}")
+            if isinstance(number, int) and not {"most", "below"} & rules.keys():
+                require(number <= LARGEST, f"{name} must be at most {LARGEST}, not {number}")
             for rule in BOUNDS.keys() & rules.keys() if number is not None else ():
                 words, holds = BOUNDS[rule]
                 require(holds(number, rules[rule]), f"{name} must be {words} {rules[rule]}, not {number}")
@@ -142,10 +148,27 @@ def parse(Config: type, words: Sequence[str] | None = None) -> Any:
             groups[cls] = (title, Annotated[group, tyro.conf.OmitArgPrefixes])
     everything = make_dataclass(Config.__name__, groups.values())
     plain = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
+    words, meant = _printable(sys.argv[1:] if words is None else words)
     found = tyro.cli(everything, description=inspect.getdoc(Config), args=words, config=plain)
-    return Config(
-        **{name: value for title, _ in groups.values() for name, value in vars(getattr(found, title)).items()}
-    )
+    values = {name: value for title, _ in groups.values() for name, value in vars(getattr(found, title)).items()}
+    for name, value in values.items():
+        if isinstance(value, str | tuple):
+            values[name] = meant.get(value, value) if isinstance(value, str) else tuple(meant.get(x, x) for x in value)
+    return Config(**values)
+
+
+def _printable(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Command-line words as an error may repeat them, and what is meant by those of them that are not as they were."""
+    found, meant = [], {}
+    for word in words:
+        option, equals, value = word.partition("=") if word.startswith("--") and "=" in word else ("", "", word)
+        printable = terminal.line(value, 1000)
+        while printable != value and (printable in words or meant.get(printable, value) != value):
+            printable += "…"
+        if printable != value:
+            meant[printable] = value
+        found.append(terminal.line(option, 200) + equals + printable)
+    return found, meant
 
 
 def _for_tyro(Config: type, f: Field) -> tuple:
@@ -165,39 +188,37 @@ def _for_tyro(Config: type, f: Field) -> tuple:
 
 def main(command: Callable[[Any], None], Config: type, words: Sequence[str] | None = None) -> None:
     """Run a command with the flags of its command line."""
+    terminal.prepare()
     execute(command, parse(Config, words))
 
 
 def execute(command: Callable[[Any], None], config: Any) -> None:
     """Run a command: what the user can mend becomes one line and exit code 2, Ctrl-C exit code 130."""
     code, message = 0, ""
+    alone = (terminal.place() or (0, 0))[0] == 0  # or the first of those who all say the same
+    again = f"{'add --resume to' if hasattr(config, 'resume') else 'start'} the same command to continue"
     try:
-        command(config)
+        with terminal.interrupts(again):
+            command(config)
     except UserError as error:
-        code, message = 2, f"error: {error}"
-        message = message if os.environ.get("RANK", "0") == "0" else ""  # all processes say the same
-    except OSError as error:  # a full disk or a folder without permission names itself
-        hint = "; make room, and --resume goes on from the last saved state" if error.errno in NO_ROOM else ""
-        where, why = error.filename, error.strerror
-        code, message = 2, f"error: {f'{where}: {why}' if where and why else error}{hint}"
+        code, message = 2, f"error: {error}" if alone else ""
     except KeyboardInterrupt as stop:
-        again = f"{'add --resume to' if hasattr(config, 'resume') else 'start'} the same command to continue"
-        code, message = 130, f"\nstopped: {str(stop) or again}"
-        message = message if os.environ.get("RANK", "0") == "0" else ""
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+        code, message = 130, f"stopped: {str(stop) or again}" if alone else ""
+    except Exception as error:
+        if is_out_of_memory(error):
+            words = f"out of memory{_less_memory(config)}"
+        elif isinstance(error, OSError):  # a full disk or a folder without permission names itself
+            where = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error
+            words = f"{where}{'; make room, and --resume goes on' if error.errno in NO_ROOM else ''}"
+        else:
             raise
-        names = [name for name in ("micro_batch", "sample_batch") if hasattr(config, name)]
-        now = " or ".join(f"--{name.replace('_', '-')} (now {getattr(config, name)})" for name in names)
-        hint = f": lower {now}" if names else ""
-        hint += "; with --resume the run goes on from its last saved state" if hasattr(config, "resume") else ""
-        code, message = 2, f"error: out of memory{hint}"
+        code, message = 2, f"error: {words}"
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
     if code:
         if message:
-            print(message, file=sys.stderr)
+            print("\n" * (code == 130) + terminal.line(message), file=sys.stderr)
         sys.exit(code)
 
 
@@ -205,9 +226,20 @@ NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether PyTorch ran out of memory, which on a CPU it says in words alone."""
-    words = ("can't allocate memory", "not enough memory")
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(text in str(error) for text in words)
+    """Whether memory ran out, which PyTorch and what it builds on often say in words alone."""
+    words = ("allocate memory", "not enough memory", "out of memory", "bad_alloc", "alloc_failed", "start new thread")
+    words += ("failed to map segment",)  # of a library that is loaded only now
+    said = isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
+    return said and not isinstance(error, UserError)
+
+
+def _less_memory(config: Any) -> str:
+    """What to do where memory ran out."""
+    names = [name for name in ("micro_batch", "sample_batch") if hasattr(config, name)]
+    names = names or [name for name in ("best_of", "max_new_tokens") if hasattr(config, name)]
+    now = " or ".join(f"--{name.replace('_', '-')} (now {getattr(config, name)})" for name in names)
+    hint = "; with --resume the run goes on from its last saved state" if hasattr(config, "resume") else ""
+    return f"{': lower ' if names else ''}{now}{hint}"
 
 
 # ---- the groups that scripts share -----------------------------------------------------------------------------------
@@ -272,7 +304,9 @@ class FeedbackFlags:
     data: str = flag("", "preferences: a file of pairs, rankings, ratings or labels, or a data set's name on the "
                      "Hugging Face hub, owner/name:split (README); default: film reviews")  # fmt: skip
     prompts: int = flag(5120, "prompts whose answers are sampled and judged, where no file tells what was", least=20)
-    annotators: int | None = flag(None, "who vote on each sampled answer (odd)", least=1, task=3, reward=1)
+    annotators: int | None = flag(
+        None, "who vote on each sampled answer (odd)", least=1, most=10**6, task=3, reward=1
+    )  # fmt: skip
     noise: float | None = flag(None, "how often they err, in units of reward; 0: never", least=0, task=0.5, reward=0.0)
     voters: tuple[float, ...] = flag(
         (), "people with a noise of their own each, instead of --annotators alike", least=0

@@ -1,6 +1,5 @@
 """Where a run computes: device, precision, random streams, processes, and what they say while they work."""
 
-import os
 import sys
 import time
 from datetime import timedelta
@@ -13,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from nanopref.running import terminal
 from nanopref.running.flags import UserError, require
 
 try:
@@ -40,11 +40,11 @@ def start(device: str, seed: int, dtype: str = "auto") -> torch.device:
     Raises UserError for a device that is unknown or not there.
     """
     global _dtype
-    _dtype, local_rank = dtype, os.environ.get("LOCAL_RANK")
+    _dtype, place = dtype, terminal.place()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and local_rank is not None:
-        device = f"cuda:{local_rank}"
+    if device == "cuda" and place:
+        device = f"cuda:{place[1]}"
     try:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
@@ -54,7 +54,7 @@ def start(device: str, seed: int, dtype: str = "auto") -> torch.device:
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
         torch.set_float32_matmul_precision("high")
-    if local_rank is not None and not dist.is_initialized():
+    if place and not dist.is_initialized():
         # the others wait while the first process samples the pairs, which may take hours
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(days=1))
     torch.manual_seed(seed)
@@ -134,15 +134,17 @@ def version(package: str) -> str | None:
 
 
 def say(*words) -> None:
-    """Print from one process only, at once, and above a progress bar where there is one."""
+    """Print from one process only, at once, and above a progress bar where there is one; what a terminal would obey, as
+    an answer may hold, is shown."""
     if rank() == 0:
-        tqdm.write(" ".join(map(str, words)))
+        tqdm.write(terminal.shown(" ".join(map(str, words))))
         sys.stdout.flush()
 
 
 def progress(description: str, total: int, unit: str = "row", done: int = 0):
     """A progress bar on stderr for what takes more than two seconds; where that is no terminal, a line every half
     minute. Both have `update`, `set_postfix` and `close`, and work as a context manager."""
+    description = terminal.line(description, 80)
     if rank() == 0 and not sys.stderr.isatty():
         return Lines(description, total, unit, done)
     options = {"disable": rank() > 0, "delay": 2, "leave": False, "dynamic_ncols": True, "initial": done}

@@ -150,6 +150,7 @@ BAD = {
     ),
     "a message without a role": (PAIR | {"prompt": [{"content": "a"}]}, f"'prompt' {NEED}"),
     "a message that is text": (PAIR | {"chosen": ["x"]}, f"'chosen' {NEED}"),
+    "messages that are no list": ({"messages": False}, f"'messages' {NEED}"),
     "no message": (PAIR | {"prompt": []}, "'prompt' is a list without messages"),
     "half a surrogate": (PAIR | {"chosen": [assistant("\ud83d")]}, "holds half of a surrogate pair"),
     "one conversation, one text": (
@@ -225,6 +226,15 @@ def test_parquet_holds_the_same(tmp_path, write, case):
     found, groups, notes = read(path)
     assert found == kind and same(groups, [group] * 2) and not notes
     assert [where for where, _ in read_rows(path)] == [f"{path}, row 1", f"{path}, row 2"]
+
+
+@pytest.mark.parametrize("kind", ["text that is none", "a date beyond all dates"])
+def test_parquet_of_what_python_cannot_hold_is_refused(tmp_path, kind):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    text = pyarrow.array([b"\xff"]).view(pyarrow.string())
+    cells = text if kind == "text that is none" else pyarrow.array([2**31 - 1], pyarrow.date32())
+    parquet.write_table(pyarrow.table({"prompt": ["a"], "chosen": ["b"], "when": cells}), tmp_path / "rows.parquet")
+    assert "no Parquet, or damaged or cut off after row 0" in refusal(read, tmp_path / "rows.parquet")
 
 
 def test_parquet_that_is_cut_off_or_none_is_refused(tmp_path):

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nanopref.feedback import voting
 from nanopref.feedback.voting import (
     annotate,
     best_accuracy,
@@ -53,6 +54,37 @@ def test_the_labels_have_the_stated_frequency(margin, noise, annotators):
     assert labels.dtype == bool and labels.shape == (N,)
     p = majority_probability(bradley_terry_probability(margin, 0.0, noise=noise), annotators)
     assert within_five_sigma(labels.sum(), p, N)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("k", [1_201, 100_001])
+def test_any_number_of_annotators(k):
+    """The majority of so many against a normal distribution, and what each kind of feedback is made of."""
+    p = np.array([0.0, 0.5 - 1 / k**0.5, 0.5, 0.5 + 0.5 / k**0.5, 0.9, 1.0])
+    z = 2 * (p - 0.5) * k**0.5
+    normal = [0.5 * (1 + math.erf(x / 2**0.5)) for x in z]
+    assert majority_probability(p, k) == pytest.approx(normal, abs=1 / k**0.5)
+    assert majority_probability(0.5, k) == pytest.approx(0.5, abs=1e-9)
+    a, b = np.array([0.0, 0.1, 5.0]), np.array([1.0, 0.0, 5.0])
+    assert best_accuracy(a, b, noise=1.0, annotators=k) == pytest.approx(5 / 6, abs=0.06)
+    labels = annotate(a[:2], b[:2], noise=1.0, annotators=k, rng=np.random.default_rng(0))
+    order = rank(np.stack([a[:2], b[:2]], 1), noise=0.3, annotators=k, rng=np.random.default_rng(0))
+    assert labels.tolist() == [False, True] and order[:, 0].tolist() == [1, 0]
+    assert rate(a, noise=1.0, annotators=k, rng=np.random.default_rng(0)) == pytest.approx(a, abs=5 / k**0.5)
+
+
+def test_many_annotators_are_heard_some_at_a_time(monkeypatch):
+    """By whom as many numbers are drawn as at once; and those with a noise of their own keep it."""
+    rewards = np.random.default_rng(1).normal(size=(50, 4))
+    for noise in (0.7, np.linspace(0, 2, 101)):
+        found = []
+        for size in (lambda annotators, rewards: [range(annotators)], voting._some):
+            monkeypatch.setattr(voting, "_some", size)
+            monkeypatch.setattr(voting, "AT_ONCE", 3000)
+            people = {"noise": noise, "annotators": 101}
+            found.append([f(rewards, **people, rng=np.random.default_rng(0)) for f in (rank, rate)])
+            monkeypatch.undo()
+        assert (found[0][0] == found[1][0]).all() and found[0][1] == pytest.approx(found[1][1])
 
 
 @given(st.floats(0, 1), st.sampled_from([1, 3, 5, 7]))

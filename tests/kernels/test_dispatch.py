@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 
 import pytest
 import torch
@@ -104,6 +106,66 @@ def test_the_backend_may_be_chosen_inside_a_compiled_function():
             return f(*x)
 
     torch.testing.assert_close(torch.compile(chosen, fullgraph=True, backend="aot_eager")(*x), f(*x))
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_a_compiled_function_follows_the_backend(compiler):
+    """Also into other threads: it is compiled anew, and what was compiled for a backend is found again."""
+    torch._dynamo.reset()
+    f, x = call("dpo_loss")
+    compiled = torch.compile(f, fullgraph=True, backend=compiler)
+
+    def runs() -> str:
+        return "triton" if uses_triton(lambda: compiled(*x)) else "torch"
+
+    assert runs() == "torch"
+    with kernels.use("triton"):
+        assert runs() == "triton"
+        with kernels.use("torch"):
+            assert runs() == "torch"
+            assert in_a_thread(runs) == "torch"
+        assert runs() == "triton"
+    assert runs() == in_a_thread(runs) == "torch"
+
+
+def uses_triton(compute) -> bool:
+    with torch.profiler.profile() as profile:
+        compute()
+    return any(event.name.startswith("kernels::") for event in profile.events())
+
+
+def in_a_thread(compute):
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(compute).result()
+
+
+def test_the_backend_is_the_threads_own():
+    """Two that choose at once do not meet, whichever ends first; one that has not chosen sees the main thread's."""
+    f, x = call("dpo_loss")
+    chosen, both, left = Event(), Event(), Event()
+
+    def first():
+        with kernels.use("triton"):
+            chosen.set()
+            assert both.wait(60)
+            found = uses_triton(lambda: f(*x))
+        left.set()
+        return found
+
+    def second():
+        assert chosen.wait(60)
+        with kernels.use("torch"):
+            both.set()
+            assert left.wait(60)
+            return uses_triton(lambda: f(*x))
+
+    with ThreadPoolExecutor(2) as pool:
+        results = [pool.submit(first), pool.submit(second)]
+        assert [result.result() for result in results] == [True, False]
+    with kernels.use("triton"):
+        assert in_a_thread(lambda: uses_triton(lambda: f(*x)))
+        with kernels.use("torch"):
+            assert not in_a_thread(lambda: uses_triton(lambda: f(*x)))
 
 
 def test_opcheck():

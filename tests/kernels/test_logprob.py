@@ -143,6 +143,23 @@ def test_no_tokens():
     check(*problem(0, 50, 16, torch.float32))
 
 
+@pytest.mark.parametrize("v, d", [(0, 8), (5, 0), (0, 0)])
+def test_no_vocabulary_or_no_width(backend, v, d):
+    """Where no token counts there is nothing to look up; where one does, it is no entry of an empty vocabulary."""
+    hidden, weight = (torch.ones(n, d, device=DEVICE, requires_grad=True) for n in (3, v))
+    targets, mask = torch.full((3,), -100, device=DEVICE), torch.zeros(1, 3, device=DEVICE)
+    found = [*kernels.token_logprobs(hidden, weight, targets, entropy=True)]
+    found.append(kernels.sequence_logprobs(hidden[None], weight, targets[None] + 7, mask))
+    torch.cat(found).sum().backward()
+    assert not torch.cat(found).any() and not hidden.grad.any() and not weight.grad.any()
+    if v:
+        uniform = kernels.token_logprobs(hidden, weight, targets * 0)
+        torch.testing.assert_close(uniform, torch.full_like(uniform, -math.log(v)))
+    elif DEVICE == "cpu":
+        with pytest.raises(ValueError, match=r"target 0 is not in \[0, 0\)"):
+            kernels.token_logprobs(hidden, weight, targets * 0)
+
+
 def test_slopes_at_both_ends_of_the_range_of_float16():
     """g = 1e-5 times p = 1e-3 rounds to 0 in float16, but 512 such slopes times a hidden 8 do not add up to 0."""
     hidden = torch.full((512, 128), 8.0, device=DEVICE, dtype=torch.float16)

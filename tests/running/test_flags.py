@@ -122,6 +122,13 @@ def test_a_flag_that_two_commands_have_has_one_range():
         (MemoryError(), 2, "error: out of memory: lower --micro-batch (now 16)"),
         (torch.OutOfMemoryError("CUDA out of memory"), 2, "error: out of memory: lower --micro-batch (now 16)"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), 2, "out of memory"),
+        (RuntimeError("unable to mmap 123 bytes from file: Cannot allocate memory (12)"), 2, "out of memory: lower"),
+        (RuntimeError("can't start new thread"), 2, "out of memory: lower"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), 2, "out of memory: lower"),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), 2, "out of memory: lower"),
+        (OSError(12, "Cannot allocate memory"), 2, "error: out of memory: lower"),
+        (ImportError("libx.so: failed to map segment from shared object"), 2, "error: out of memory: lower"),
+        (SystemError("std::bad_alloc"), 2, "error: out of memory: lower"),
     ],
 )
 def test_what_the_user_can_mend_is_one_sentence(error, code, words, capsys):
@@ -136,7 +143,9 @@ def test_what_the_user_can_mend_is_one_sentence(error, code, words, capsys):
 
 def test_a_process_that_runs_out_of_memory_says_so_whichever_it_is(capsys, monkeypatch):
     """What all processes say alike, the first says; memory runs out where the longest rows are."""
-    monkeypatch.setenv("RANK", "1")
+    torchrun = {"RANK": 1, "LOCAL_RANK": 1, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}
+    for name, value in torchrun.items():
+        monkeypatch.setenv(name, str(value))
     for error, said in ((MemoryError(), "out of memory"), (UserError("no such file"), "")):
 
         def command(config, error=error):
