@@ -209,7 +209,8 @@ def execute(command: Callable[[Any], None], config: Any) -> None:
             words = f"out of memory{_less_memory(config)}"
         elif isinstance(error, OSError):  # a full disk or a folder without permission names itself
             where = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error
-            words = f"{where}{'; make room, and --resume goes on' if error.errno in NO_ROOM else ''}"
+            resumes = error.errno in NO_ROOM and hasattr(config, "resume")
+            words = f"{where}{'; make room, and --resume goes on' if resumes else ''}"
         else:
             raise
         code, message = 2, f"error: {words}"
