@@ -411,7 +411,7 @@ class Run:
             except Exception as error:  # torch and pickle raise many kinds, and all mean the same here
                 reason = f"{path}: no state of this run can be read from it ({type(error).__name__})"
                 raise UserError(f"{reason}; remove it and --resume starts this stage from its beginning") from None
-            where = [str(self.folder / name) for name in changed]
+            where = [str(self.folder / name) if (self.folder / name).exists() else name for name in changed]
             require(
                 not changed or rank() > 0,
                 f"--resume: {', '.join(where)}: not as when {path.name} was saved; put it back, or start again with "

@@ -117,7 +117,11 @@ def test_a_flag_that_two_commands_have_has_one_range():
     "error, code, words",
     [
         (UserError("no such thing"), 2, "error: no such thing\n"),
-        (OSError(28, "No space left on device"), 2, "error: [Errno 28] No space left on device; make room, and --resume goes"),
+        (
+            OSError(28, "No space left on device"),
+            2,
+            "error: [Errno 28] No space left on device; make room, and --resume goes",
+        ),
         (KeyboardInterrupt("3 of 9 steps"), 130, "\nstopped: 3 of 9 steps\n"),
         (MemoryError(), 2, "error: out of memory: lower --micro-batch (now 16)"),
         (torch.OutOfMemoryError("CUDA out of memory"), 2, "error: out of memory: lower --micro-batch (now 16)"),

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import resource
 import stat
 import time
 
@@ -12,7 +13,7 @@ from helpers import forks
 
 from nanopref.running import folder as folder_module
 from nanopref.running import optim, states
-from nanopref.running.files import write_atomic
+from nanopref.running.files import append, write_atomic
 from nanopref.running.flags import RunFlags, UserError
 from nanopref.running.folder import Run
 
@@ -30,6 +31,18 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path):
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
     write_atomic(path, b"new")
     assert path.read_bytes() == b"new" and os.listdir(tmp_path) == ["file"]
+
+
+def test_a_row_for_which_there_is_no_room_leaves_the_log_as_it_was(tmp_path):
+    path, before = tmp_path / "log", resource.getrlimit(resource.RLIMIT_FSIZE)
+    append(path, b"a row\n")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (9, before[1]))
+    try:
+        with pytest.raises(OSError, match=f"No space left on device: '{path}'"):
+            append(path, b"another\n")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert path.read_bytes() == b"a row\n"
 
 
 def a_run(folder, **settings):

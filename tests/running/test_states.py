@@ -231,3 +231,16 @@ def test_what_a_stage_made_must_be_as_it_was_made_or_is_made_again(name, tmp_pat
     path.unlink()
     small_runs.run(config)
     assert small_runs.alike(small_runs.outcome(tmp_path / "run"), expected)
+
+
+def test_what_a_state_was_made_of_is_remembered_in_it_too(tmp_path, capsys, plain):
+    """Without inputs.json: answers that are judged have lost a line."""
+    config = small_runs.config_of("rm", tmp_path, tmp_path / "run")
+    small_runs.run(config)
+    (tmp_path / "run" / "inputs.json").unlink()
+    path = tmp_path / "run" / "feedback.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:-1]))
+    config.resume = True
+    said = stopped(small_runs.COMMANDS["rm"].train, config, capsys)
+    assert f"{path}, rows: not as when state.pt was saved" in said
