@@ -244,3 +244,14 @@ def test_what_a_state_was_made_of_is_remembered_in_it_too(tmp_path, capsys, plai
     config.resume = True
     said = stopped(small_runs.COMMANDS["rm"].train, config, capsys)
     assert f"{path}, rows: not as when state.pt was saved" in said
+
+
+def test_digests_that_are_spoilt_themselves_are_made_again(tmp_path, plain):
+    config = small_runs.config_of("rm", tmp_path, tmp_path / "run")
+    small_runs.run(config)
+    expected, path = small_runs.outcome(tmp_path / "run"), tmp_path / "run" / "inputs.json"
+    whole = path.read_text()
+    path.write_text(whole.replace(whole[-20], "0" if whole[-20] != "0" else "1"))
+    config.resume = True
+    small_runs.run(config)
+    assert small_runs.alike(small_runs.outcome(tmp_path / "run"), expected) and path.read_text() == whole
