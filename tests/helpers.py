@@ -70,7 +70,14 @@ class Fork(forks.Process):
 def beginning(folder: Path, **settings) -> Run:
     """A run of which there is no more than its folder, for what is made on its way."""
     folder.mkdir(parents=True, exist_ok=True)
-    plain = {"out": str(folder), "resume": False, "overwrite": False, "tensorboard": False, "kernels": "auto"}
+    plain = {
+        "out": str(folder),
+        "resume": False,
+        "overwrite": False,
+        "tensorboard": False,
+        "kernels": "auto",
+        "save_seconds": 60.0,
+    }
     return Run(SimpleNamespace(**plain, **settings))
 
 

@@ -187,14 +187,15 @@ class Run:
     def keep(self, make: Callable[[], Sequence[str | bytes]], *names: str) -> list[Path]:
         """Files of these names whose contents a stage makes once: now, unless they are there, in which case they must
         be as they were made, or UserError."""
-        paths = [self.path(name) for name in names]
+        paths, began = [self.path(name) for name in names], time.monotonic()
         if rank() == 0 and not all(path.exists() for path in paths):
             for path, content in zip(paths, make(), strict=True):
                 hint = "came out otherwise when it was made again: start again with --overwrite"
                 self._inputs.pin(str(path.relative_to(self.folder)), digest(content), f"{path} {hint}")
                 path.parent.mkdir(exist_ok=True)
                 write_atomic(path, content)
-            self._settle()
+            if time.monotonic() - began >= self.config.save_seconds:  # it would be lost with this run
+                self._settle()
         for path in paths:
             self.pin_file(path)
         barrier()

@@ -42,10 +42,10 @@ def test_the_old_run_is_there_until_the_new_one_has_something_to_show(tmp_path):
     assert tree(tmp_path / "run").keys() == {"config.json", "metrics.jsonl"}
 
 
-@pytest.mark.parametrize("shown", ["a row", "a file that is kept", "a row of a stage"])
+@pytest.mark.parametrize("shown", ["a row", "a file that took long", "a row of a stage"])
 def test_what_counts_as_something_to_show(shown, tmp_path):
     old_run(tmp_path / "run")
-    new = a_run(tmp_path / "run", overwrite=True)
+    new = a_run(tmp_path / "run", overwrite=True, save_seconds=0.0)
     if shown == "a row":
         new.log({"loss": 2.0})
     elif shown == "a row of a stage":
@@ -53,6 +53,12 @@ def test_what_counts_as_something_to_show(shown, tmp_path):
     else:
         new.keep(lambda: ["y\n"], "feedback.jsonl")
     assert not replace.is_aside(tmp_path / "run")
+
+
+def test_a_file_that_was_made_in_a_moment_is_no_result(tmp_path):
+    old_run(tmp_path / "run")
+    a_run(tmp_path / "run", overwrite=True).keep(lambda: ["y\n"], "feedback.jsonl")
+    assert replace.is_aside(tmp_path / "run")
 
 
 def test_a_new_run_that_ends_without_a_result_gives_the_old_one_back(tmp_path, capsys):
