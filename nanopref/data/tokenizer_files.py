@@ -13,6 +13,7 @@ from operator import itemgetter
 from pathlib import Path
 
 END_OF_TEXT = "<|endoftext|>"
+LONGEST = 512  # bytes of a token; the longest of those that are published has 128
 VARIABLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 OWN_VARIABLES = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)  # of the tokenizers made here
 
