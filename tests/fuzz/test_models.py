@@ -12,7 +12,7 @@ from fuzzing import examples, how_it_ends, tried
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from small_models import SMALL, randomise, random_tokens
+from small_models import SMALL, random_tokens, randomise
 from tokenizer_layouts import FAMILIES, family, write
 
 from nanopref import models
