@@ -14,6 +14,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from itertools import groupby, pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import regex
 import tiktoken
@@ -67,7 +68,7 @@ class Tokenizer:
         self._encoding = tiktoken.Encoding("nanopref", pat_str=layout.split, mergeable_ranks=ranks, special_tokens={})
         late = [token for token in self.added if token in layout.late]
         early = [token for token in self.added if token not in layout.late]
-        self._patterns = [_any_of(tokens) for tokens in (early, late) if tokens]
+        self._names = [_Names.of(tokens) for tokens in (early, late) if tokens]
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Tokenizer) and self.ranks == other.ranks and self._layout == other._layout
@@ -130,22 +131,22 @@ class Tokenizer:
 
     def _encode(self, text: str, special: bool) -> list[int]:
         ids: list[int] = []
-        for run in self._find_added(text, special, self._patterns if special or self._layout.ordinary else []):
+        for run in self._find_added(text, special, self._names if special or self._layout.ordinary else []):
             ids += [run] if isinstance(run, int) else self._encode_run(run)
         return ids
 
-    def _find_added(self, text: str, special: bool, patterns: list[re.Pattern]) -> Iterator[str | int]:
+    def _find_added(self, text: str, special: bool, names: list["_Names"]) -> Iterator[str | int]:
         """The ids of the added tokens in a text, and the text between them."""
-        if not patterns:
+        if not names:
             yield text
             return
         start = 0
-        for match in patterns[0].finditer(text):
-            if special or match[0] in self._layout.ordinary:
-                yield from self._find_added(text[start : match.start()], special, patterns[1:])
-                yield self.added[match[0]]
-                start = match.end()
-        yield from self._find_added(text[start:], special, patterns[1:])
+        for at, name in names[0].found(text):
+            if special or name in self._layout.ordinary:
+                yield from self._find_added(text[start:at], special, names[1:])
+                yield self.added[name]
+                start = at + len(name)
+        yield from self._find_added(text[start:], special, names[1:])
 
     def _encode_run(self, text: str) -> list[int]:
         """Ids of a text without added tokens."""
@@ -192,8 +193,27 @@ class Tokenizer:
         return cls(*read(Path(folder)))
 
 
-def _any_of(tokens: list[str]) -> re.Pattern:
-    return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)))
+class _Names(NamedTuple):
+    """Tokens that are found in a text as they stand, the longest at a place, however many they are."""
+
+    tokens: frozenset[str]
+    lengths: list[int]  # theirs, the longest first
+    starts: re.Pattern  # what they start with
+
+    @classmethod
+    def of(cls, tokens: list[str]) -> "_Names":
+        starts = "|".join(re.escape(start) for start in sorted({token[:2] for token in tokens}))
+        return cls(frozenset(tokens), sorted({len(token) for token in tokens}, reverse=True), re.compile(starts))
+
+    def found(self, text: str) -> Iterator[tuple[int, str]]:
+        """Each token in a text and where it begins, from left to right."""
+        at = 0
+        while match := self.starts.search(text, at):
+            at = match.start()
+            token = next((token for n in self.lengths if (token := text[at : at + n]) in self.tokens), None)
+            if token:
+                yield at, token
+            at += len(token or " ")
 
 
 def _composed(text: str) -> str:

@@ -58,7 +58,7 @@ def use(folder: Path, scalar: bool, finite: bool) -> None:
     assert not finite or found.isfinite().all()
 
 
-@examples(260)
+@examples(200)
 @given(data=st.data())
 def test_any_model_folder_is_refused_or_runs(folders, tmp_path_factory, data):
     kind = data.draw(st.sampled_from(sorted(folders)))
@@ -95,7 +95,7 @@ def their_ids(path: Path, text: str) -> list[int] | None:
         return None
 
 
-@examples(260)
+@examples(200)
 @given(data=st.data())
 def test_any_tokenizer_folder_is_refused_or_gives_their_ids(tokenizer_folders, tmp_path_factory, data):
     folder, found = tmp_path_factory.getbasetemp() / "tokenizer", []
@@ -135,7 +135,7 @@ def both(tmp_path_factory) -> list[tuple[Tokenizer, tokenizers.Tokenizer]]:
     return [(Tokenizer.load(f), tokenizers.Tokenizer.from_file(str(f / "tokenizer.json"))) for f in made]
 
 
-@examples(40)
+@examples(30)
 @given(text=texts, which=st.integers(0, 4))
 def test_any_text_is_encoded_as_theirs_in_little_time(both, text, which):
     ours, theirs = both[which]
@@ -144,7 +144,7 @@ def test_any_text_is_encoded_as_theirs_in_little_time(both, text, which):
     assert ids == theirs.encode(text, add_special_tokens=False).ids
 
 
-@examples(40)
+@examples(30)
 @given(text=texts, size=st.sampled_from([257, 260, 400, 2000]))
 def test_a_tokenizer_is_trained_on_any_text_in_little_time(tmp_path_factory, text, size):
     folder = tmp_path_factory.getbasetemp() / "trained"
