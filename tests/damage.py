@@ -121,14 +121,14 @@ def changed(draw, content: object) -> object:
     for _ in range(draw(st.integers(1, 2))):
         where = places(content)
         if not where:
-            return draw(WEIRD)
+            return copy.deepcopy(draw(WEIRD))
         *way, last = draw(st.sampled_from(where))
         parent = content
         for key in way:
             parent = parent[key]
         how = draw(st.sampled_from(["replace", "replace", "replace", "delete", "other", "rename", "many"]))
         if how == "replace":
-            parent[last] = draw(WEIRD)
+            parent[last] = copy.deepcopy(draw(WEIRD))
         elif how == "delete":
             del parent[last]
         elif how == "other":  # what stands elsewhere
