@@ -38,7 +38,9 @@ class Config(LearningFlags, ModelFlags, RunFlags):
                      "messages, or preferences; default: film reviews")  # fmt: skip
     init: str = flag("", "start from this model (a folder, or a name on the hub) instead of from nothing")
     preset: str = flag("tiny", "size of a model that starts from nothing", among=tuple(models.PRESETS))
-    vocab_size: int | None = flag(None, "tokens of a tokenizer trained here", least=257, task=1024, file=4096)
+    vocab_size: int | None = flag(
+        None, "tokens of a tokenizer trained here", least=257, most=1_000_000, task=1024, file=4096
+    )
     block_size: int | None = flag(
         None, "longest sequence in tokens; with --init the model's, at most 1024", least=2, task=96, file=256
     )

@@ -7,9 +7,11 @@ message "<|im_end|>" is characters. A model without a template sees the transcri
 
 import os
 import re
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 from nanopref.data.dialogues import TURN, Dialogue, Message, transcript
@@ -181,8 +183,8 @@ class _Special(NamedTuple):
 
     anywhere: re.Pattern  # each, and
     starting: re.Pattern  # where one starts
-    beginnings: frozenset[str]  # what they begin with and
-    endings: frozenset[str]  # end with, less than the whole
+    forwards: list[str]  # in order, and
+    backwards: list[str]  # read from behind
     longest: int
 
 
@@ -190,10 +192,15 @@ class _Special(NamedTuple):
 def _special(tokens: tuple[str, ...]) -> _Special:
     tokens = sorted(tokens, key=len, reverse=True)
     anyone = "|".join(map(re.escape, tokens)) or "(?!)"
-    cuts = [(token[:i], token[i:]) for token in tokens for i in range(1, len(token))]
-    beginnings, endings = (frozenset(parts) for parts in (zip(*cuts, strict=True) if cuts else ((), ())))
+    forwards, backwards = sorted(tokens), sorted(token[::-1] for token in tokens)
     longest = max(map(len, tokens), default=0)
-    return _Special(re.compile(f"({anyone})"), re.compile(f"(?={anyone})"), beginnings, endings, longest)
+    return _Special(re.compile(f"({anyone})"), re.compile(f"(?={anyone})"), forwards, backwards, longest)
+
+
+def _begins(tokens: list[str], part: str) -> bool:
+    """Whether one of the tokens, which are in order, begins with the part and is more."""
+    i = bisect_right(tokens, part)
+    return i < len(tokens) and tokens[i].startswith(part)
 
 
 def _protected(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[Message], str]:
@@ -210,13 +217,12 @@ def _broken(content: str, special: _Special, mark: str) -> str:
     start = content.find(said)
     places = {match.start() + 1 for match in special.starting.finditer(said)}
     for n in range(1, min(len(said), special.longest) + 1):
-        if said[-n:] in special.beginnings:  # what follows it may be the rest
+        if _begins(special.forwards, said[-n:]):  # what follows it may be the rest
             places.add(len(said) - n + 1)
-        if said[:n] in special.endings:  # what stands before it may be the beginning
+        if _begins(special.backwards, said[:n][::-1]):  # what stands before it may be the beginning
             places.add(0)
-    for place in sorted(places, reverse=True):
-        content = content[: start + place] + mark + content[start + place :]
-    return content
+    bounds = [0, *(start + place for place in sorted(places)), len(content)]
+    return mark.join(content[a:b] for a, b in pairwise(bounds))
 
 
 def _tokens(tokenizer: Tokenizer, text: str, mark: str) -> list[int]:

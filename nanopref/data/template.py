@@ -6,7 +6,9 @@ same: a run must not be another tomorrow.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
 from typing import Any
@@ -19,6 +21,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from nanopref.running.flags import UserError
 
 STEPS = 200_000  # how often a rendering may loop or call, and how many characters it may make, and ten for each given
+UNUSED = ("lipsum", "random", "urlize", "wordwrap")  # of Jinja's filters and functions: no dialogue needs them
 TODAY = datetime(2024, 7, 26)  # which is what Llama 3's templates take where they are told no date
 
 
@@ -28,40 +31,96 @@ class _Endless(Exception):
 
 class _Sandbox(ImmutableSandboxedEnvironment):
     """Jinja's, with an end. To go on for ever takes loops or calls, and to grow beyond all bounds takes what was
-    assigned, so these are watched, and the two operators that make much of little."""
+    assigned, passed on or put together, so these are watched, and before they run the few that make much of little."""
 
-    intercepted_binops = frozenset(("*", "**"))
+    intercepted_binops = frozenset(("*", "**", "+", "%"))
     most = left = 0  # of the rendering under way
 
     def begin(self, characters: int) -> None:
         self.most = self.left = STEPS + 10 * characters
 
-    def step(self) -> None:
-        self.left -= 1
+    def step(self, n: int = 1) -> None:
+        self.left -= n
         if self.left < 0:
             raise _Endless
 
     def bounded(self, value: Any) -> Any:
-        if isinstance(value, str | list | tuple | dict) and len(value) > self.most:
-            raise _Endless
+        """The value, whose text is no longer than all that may be written."""
+        size = seen = 0
+        parts = [value]
+        while parts:
+            part = parts.pop()
+            seen += 1
+            if isinstance(part, str):
+                size += len(part)
+            elif isinstance(part, list | tuple | dict):
+                size += len(part)
+                parts += part if size <= self.most and not isinstance(part, dict) else ()
+                parts += part.values() if size <= self.most and isinstance(part, dict) else ()
+            if size > self.most:
+                raise _Endless
+        self.step(seen // 100)
         return value
+
+    def foreseen(self, name: str, value: Any, args: Sequence[Any], named: Mapping[str, Any]) -> None:
+        """Stop what would make too much of a text or a list: a method of it, or a filter."""
+        args = [self.bounded(arg) for arg in (*args, *named.values())]
+        size = max((abs(arg) for arg in args if isinstance(arg, int)), default=0)  # a width
+        if name == "replace" and len(args) > 1:
+            size = str(value).count(str(args[0])) * len(str(args[1]))
+        elif name == "join":
+            size = math.prod(len(x) for x in (value, *args[:1]) if hasattr(x, "__len__"))
+        elif name in ("indent", "expandtabs", "tojson"):
+            size = max([8, size, *(len(arg) for arg in args if isinstance(arg, str))]) * len(str(value))
+        elif name.startswith("format"):  # where a width may be an argument
+            size *= str(value).count("*") + str(value).count(":{")
+        if size > self.most or (name.startswith("format") and _WIDE.search(str(value))):
+            raise _Endless
 
     def call(self, context, obj, /, *args, **kwargs):
         self.step()
+        owner = getattr(getattr(obj, "__wrapped__", obj), "__self__", None)
+        self.foreseen(getattr(obj, "__name__", ""), owner if isinstance(owner, str) else "", args, kwargs)
         return self.bounded(super().call(context, obj, *args, **kwargs))
 
     def call_binop(self, context, operator: str, left: Any, right: Any) -> Any:
         sizes = [len(x) if hasattr(x, "__len__") else abs(x) for x in (left, right)]
-        if (operator == "*" and sizes[0] * sizes[1] > self.most) or (operator == "**" and sizes[1] > 64):
+        much = operator == "*" and sizes[0] * sizes[1] > self.most
+        much = much or (operator == "**" and (sizes[1] > 64 or sizes[0] > self.most))
+        if much:
             raise _Endless
-        return super().call_binop(context, operator, left, right)
+        if operator == "%" and isinstance(left, str):
+            self.foreseen("format", left, right if isinstance(right, tuple) else (right,), {})
+        return self.bounded(super().call_binop(context, operator, left, right))
 
     def _generate(self, source: nodes.Template, *args, **kwargs) -> str:  # Jinja's hook between parsing and compiling
         for node in list(source.find_all((nodes.For, nodes.Assign, nodes.AssignBlock))):
             name = {nodes.For: "iter", nodes.Assign: "node", nodes.AssignBlock: "filter"}[type(node)]
             watch = "counted" if name == "iter" else "bounded"
             setattr(node, name, nodes.Filter(getattr(node, name), watch, [], [], None, None, lineno=node.lineno))
+        for node in list(source.find_all((nodes.Concat, nodes.With))):
+            name = "nodes" if isinstance(node, nodes.Concat) else "values"
+            watched = [nodes.Filter(x, "bounded", [], [], None, None, lineno=node.lineno) for x in getattr(node, name)]
+            setattr(node, name, watched)
         return super()._generate(source, *args, **kwargs)
+
+
+_WIDE = re.compile(r"(%[^a-zA-Z%]*|{[^{}]*:[^{}]*)\d{5}")  # a width of ten thousand and more in a format
+
+
+def _watched(name: str, run: Callable) -> Callable:
+    """A filter of Jinja's, stopped before it makes too much."""
+
+    @jinja2.pass_context
+    def watched(context, value, *args, **kwargs):
+        sandbox = context.environment
+        value = list(value) if name == "join" else value
+        sandbox.foreseen(name, value, args, kwargs)
+        first = {"context": context, "eval_context": context.eval_ctx, "environment": sandbox}
+        wants = [first[run.jinja_pass_arg.name]] if hasattr(run, "jinja_pass_arg") else []
+        return sandbox.bounded(run(*wants, value, *args, **kwargs))
+
+    return watched
 
 
 @jinja2.pass_context
@@ -97,7 +156,10 @@ def _to_json(value: Any, ensure_ascii=False, indent=None, separators=None, sort_
 @lru_cache(maxsize=8)
 def _compiled(source: str) -> jinja2.Template:
     sandbox = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation])
-    sandbox.filters |= {"tojson": _to_json, "counted": _counted, "bounded": _bounded}
+    filters = {name: run for name, run in sandbox.filters.items() if name not in UNUSED} | {"tojson": _to_json}
+    sandbox.filters = {name: _watched(name, run) for name, run in filters.items()}
+    sandbox.filters |= {"counted": _counted, "bounded": _bounded}
+    sandbox.globals = {name: x for name, x in sandbox.globals.items() if name not in UNUSED}
     sandbox.globals |= {"raise_exception": _raise_exception, "strftime_now": TODAY.strftime}
     return sandbox.from_string(source)
 

@@ -12,15 +12,29 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import regex
 import tiktoken
 
-from nanopref.data.tokenizer_files import END_OF_TEXT, GPT2_SPLIT, OWN_VARIABLES, Layout, Settings, contents, read
+from nanopref.data.tokenizer_files import (
+    END_OF_TEXT,
+    GPT2_SPLIT,
+    LONGEST,
+    OWN_VARIABLES,
+    Layout,
+    Settings,
+    contents,
+    read,
+)  # fmt: skip
 from nanopref.running.files import write_atomic
 from nanopref.running.parallel import progress
+
+SPACES = 100_000  # as many in a row are split by `regex` and not by tiktoken
+_MANY_SPACES = re.compile(rf"(?<!\s)\s{{{SPACES}}}")
+_MANY_MARKS = regex.compile(r"\p{M}{100,}+")
 
 
 class Tokenizer:
@@ -54,7 +68,7 @@ class Tokenizer:
         self._encoding = tiktoken.Encoding("nanopref", pat_str=layout.split, mergeable_ranks=ranks, special_tokens={})
         late = [token for token in self.added if token in layout.late]
         early = [token for token in self.added if token not in layout.late]
-        self._patterns = [_any_of(tokens) for tokens in (early, late) if tokens]
+        self._names = [_Names.of(tokens) for tokens in (early, late) if tokens]
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Tokenizer) and self.ranks == other.ranks and self._layout == other._layout
@@ -64,15 +78,27 @@ class Tokenizer:
         """Learn a vocabulary of 256 bytes, `vocab_size` - 257 merges and the end of text.
 
         Ties go to the pair with the smaller ids, so the order of the texts does not matter. Texts that run out of pairs
-        give a smaller vocabulary: `.vocab_size` says how large it is. ValueError if `vocab_size` is below 257.
+        give a smaller vocabulary: `.vocab_size` says how large it is. ValueError if `vocab_size` is below 257, or above
+        a million.
+
+        No token is longer than LONGEST bytes: a longer piece of text, as a million spaces, is cut there first. So a
+        merge costs what it joins, and all of them together what the text is long, however long its words are.
         """
-        if vocab_size < 257:
-            raise ValueError(f"vocab_size must be at least 257 (256 bytes and the end of text), not {vocab_size}")
+        if not 257 <= vocab_size <= 1_000_000:
+            raise ValueError(
+                f"vocab_size must be at least 257 (256 bytes and the end of text) and at most 1000000, not {vocab_size}"
+            )
         pieces: Counter[str] = Counter()
         for text in texts:
             pieces.update(regex.findall(GPT2_SPLIT, text))
+        words: Counter[bytes] = Counter()
+        for piece, frequency in pieces.items():
+            # JSON can hold a lone surrogate, which has no UTF-8 form; one bad character must not end the training.
+            word = piece.encode("utf-8", "replace")
+            for start in range(0, len(word), LONGEST):
+                words[word[start : start + LONGEST]] += frequency
         tokens = [bytes([byte]) for byte in range(256)]
-        for left, right in _learn_merges(pieces, vocab_size - 257):
+        for left, right in _learn_merges(words, vocab_size - 257):
             tokens.append(tokens[left] + tokens[right])
         return cls({token: rank for rank, token in enumerate(tokens)})
 
@@ -105,30 +131,32 @@ class Tokenizer:
 
     def _encode(self, text: str, special: bool) -> list[int]:
         ids: list[int] = []
-        for run in self._find_added(text, special, self._patterns if special or self._layout.ordinary else []):
+        for run in self._find_added(text, special, self._names if special or self._layout.ordinary else []):
             ids += [run] if isinstance(run, int) else self._encode_run(run)
         return ids
 
-    def _find_added(self, text: str, special: bool, patterns: list[re.Pattern]) -> Iterator[str | int]:
+    def _find_added(self, text: str, special: bool, names: list["_Names"]) -> Iterator[str | int]:
         """The ids of the added tokens in a text, and the text between them."""
-        if not patterns:
+        if not names:
             yield text
             return
         start = 0
-        for match in patterns[0].finditer(text):
-            if special or match[0] in self._layout.ordinary:
-                yield from self._find_added(text[start : match.start()], special, patterns[1:])
-                yield self.added[match[0]]
-                start = match.end()
-        yield from self._find_added(text[start:], special, patterns[1:])
+        for at, name in names[0].found(text):
+            if special or name in self._layout.ordinary:
+                yield from self._find_added(text[start:at], special, names[1:])
+                yield self.added[name]
+                start = at + len(name)
+        yield from self._find_added(text[start:], special, names[1:])
 
     def _encode_run(self, text: str) -> list[int]:
         """Ids of a text without added tokens."""
         if self._layout.compose:
-            text = unicodedata.normalize("NFC", text)
-        if not self._missing or not _holds(text, self._missing):
+            text = _composed(text)
+        many_spaces = len(text) >= SPACES and _MANY_SPACES.search(text)
+        if not (many_spaces or (self._missing and _holds(text, self._missing))):
             return self._encoding.encode_ordinary(text)
-        # tiktoken cannot do without a byte's token (it panics). Hugging Face's BPE joins what stands around the byte.
+        # tiktoken cannot do without a byte's token (it panics), nor split where there are very many spaces before a
+        # word (its stack overflows). Hugging Face's BPE joins what stands around a byte without token.
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         pieces = [piece.encode() for piece in regex.findall(self._layout.split, text)]
         kept = filter(None, (piece.translate(None, self._missing) for piece in pieces))
@@ -169,8 +197,39 @@ class Tokenizer:
         return cls(*read(Path(folder)))
 
 
-def _any_of(tokens: list[str]) -> re.Pattern:
-    return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)))
+class _Names(NamedTuple):
+    """Tokens that are found in a text as they stand, the longest at a place, however many they are."""
+
+    tokens: frozenset[str]
+    lengths: list[int]  # theirs, the longest first
+    starts: re.Pattern  # what they start with
+
+    @classmethod
+    def of(cls, tokens: list[str]) -> "_Names":
+        starts = "|".join(re.escape(start) for start in sorted({token[:2] for token in tokens}))
+        return cls(frozenset(tokens), sorted({len(token) for token in tokens}, reverse=True), re.compile(starts))
+
+    def found(self, text: str) -> Iterator[tuple[int, str]]:
+        """Each token in a text and where it begins, from left to right."""
+        at = 0
+        while match := self.starts.search(text, at):
+            at = match.start()
+            token = next((token for n in self.lengths if (token := text[at : at + n]) in self.tokens), None)
+            if token:
+                yield at, token
+            at += len(token or " ")
+
+
+def _composed(text: str) -> str:
+    """The text in Unicode's normal form C, in linear time: Python puts the marks on a letter in order by insertion, so
+    where there are hundreds of them they are put in order first, which changes nothing of the normal form."""
+    return text if text.isascii() else unicodedata.normalize("NFC", _MANY_MARKS.sub(_ordered, text))
+
+
+def _ordered(match: regex.Match) -> str:
+    marks = [part for mark in match[0] for part in unicodedata.normalize("NFD", mark)]
+    runs = groupby(marks, key=lambda mark: unicodedata.combining(mark) > 0)
+    return "".join(mark for _, run in runs for mark in sorted(run, key=unicodedata.combining))
 
 
 def _holds(text: str, some: bytes) -> bool:
@@ -178,13 +237,14 @@ def _holds(text: str, some: bytes) -> bool:
     return len(data.translate(None, some)) < len(data)
 
 
-def _learn_merges(pieces: dict[str, int], n_merges: int) -> list[tuple[int, int]]:
-    """The pairs of ids to join, in order; the i-th makes id 256 + i. `pieces` counts each piece of text."""
-    # JSON can hold a lone surrogate, which has no UTF-8 form; one bad character must not end the training.
-    words = [list(piece.encode("utf-8", "replace")) for piece in pieces]
-    frequencies = list(pieces.values())
-    counts: dict[tuple[int, int], int] = defaultdict(int)
-    holders: dict[tuple[int, int], set[int]] = defaultdict(set)
+def _learn_merges(pieces: dict[bytes, int], n_merges: int) -> list[tuple[int, int]]:
+    """The pairs of ids to join, in order; the i-th makes id 256 + i. `pieces` counts each piece of text.
+
+    An id is a character here, so that to join a pair in a word is to replace text in text, from left to right.
+    """
+    words, frequencies = [piece.decode("latin-1") for piece in pieces], list(pieces.values())
+    counts: dict[tuple[str, str], int] = defaultdict(int)
+    holders: dict[tuple[str, str], set[int]] = defaultdict(set)
     for index, (word, frequency) in enumerate(zip(words, frequencies, strict=True)):
         for pair in pairwise(word):
             counts[pair] += frequency
@@ -193,7 +253,7 @@ def _learn_merges(pieces: dict[str, int], n_merges: int) -> list[tuple[int, int]
     # is ever below its count, and the first entry that tells the truth is the most frequent pair.
     queue = [(-count, pair) for pair, count in counts.items()]
     heapq.heapify(queue)
-    merges: list[tuple[int, int]] = []
+    merges: list[tuple[str, str]] = []
     with progress("tokenizer", n_merges, "merge") as bar:
         while queue and len(merges) < n_merges:
             count, pair = heapq.heappop(queue)
@@ -201,34 +261,31 @@ def _learn_merges(pieces: dict[str, int], n_merges: int) -> list[tuple[int, int]
                 if counts[pair] > 0:
                     heapq.heappush(queue, (-counts[pair], pair))
                 continue
-            new = 256 + len(merges)
+            new = chr(256 + len(merges))
             merges.append(pair)
             born = set()
             for index in holders.pop(pair):
-                word, frequency = words[index], frequencies[index]
-                for old in pairwise(word):
+                frequency, parts = frequencies[index], words[index].split("".join(pair))
+                words[index] = new.join(parts)
+                counts[pair] -= frequency * (len(parts) - 1)
+                for made, old in _around(parts, pair, new):
                     counts[old] -= frequency
-                word = words[index] = _join(word, pair, new)
-                for made in pairwise(word):
                     counts[made] += frequency
-                    if new in made:
-                        holders[made].add(index)
-                        born.add(made)
+                    holders[made].add(index)
+                    born.add(made)
             for made in born:
                 heapq.heappush(queue, (-counts[made], made))
             bar.update()
-    return merges
+    return [(ord(left), ord(right)) for left, right in merges]
 
 
-def _join(word: list[int], pair: tuple[int, int], new: int) -> list[int]:
-    """`word` with each `pair` replaced by `new`, from left to right."""
+def _around(parts: list[str], pair: tuple[str, str], new: str) -> Iterator[tuple[tuple[str, str], tuple[str, str]]]:
+    """The pairs that `new`, between the parts of a word, makes with its neighbours, each with the one it was before."""
     left, right = pair
-    joined, i, last = [], 0, len(word) - 1
-    while i <= last:
-        if i < last and word[i] == left and word[i + 1] == right:
-            joined.append(new)
-            i += 2
-        else:
-            joined.append(word[i])
-            i += 1
-    return joined
+    for i, part in enumerate(parts):
+        if part and i > 0:
+            yield (new, part[0]), (right, part[0])
+        if part and i < len(parts) - 1:
+            yield (part[-1], new), (part[-1], left)
+        if not part and 0 < i < len(parts) - 1:
+            yield (new, new), (right, left)

@@ -13,6 +13,8 @@ from operator import itemgetter
 from pathlib import Path
 
 END_OF_TEXT = "<|endoftext|>"
+LONGEST = 512  # bytes of a token; the longest of those that are published has 128
+LARGEST = 2**24  # ids are smaller
 VARIABLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 OWN_VARIABLES = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)  # of the tokenizers made here
 
@@ -40,6 +42,10 @@ _CHARACTER |= {byte: chr(256 + i) for i, byte in enumerate(b for b in range(256)
 _BYTE = {ord(character): byte for byte, character in _CHARACTER.items()}
 _IS_BYTE = dict.fromkeys(_BYTE)  # for `str.translate`: leaves what is no byte
 _IN_TEXT = {*range(0xC0), *range(0xC2, 0xF5)}  # the bytes that UTF-8 makes use of
+
+
+# What comes of looking for something in an object of JSON where it is not, or is something else.
+MALFORMED = (LookupError, TypeError, AttributeError, RecursionError, OverflowError)
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,7 @@ def read(folder: Path) -> tuple[dict[bytes, int], Layout, Settings]:
     """
     names = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]
     paths = [folder / name for name in [*names, "generation_config.json"]]
-    files = {path.name: path.read_bytes() for path in paths if path.exists() or path.name == "tokenizer.json"}
+    files = {path.name: path.read_bytes() for path in paths if path.is_file() or path.name == "tokenizer.json"}
     path = folder / "tokenizer.json"
     file = _json(path)
     try:
@@ -80,10 +86,10 @@ def read(folder: Path) -> tuple[dict[bytes, int], Layout, Settings]:
         begin = _read_begin(file["post_processor"])
         if not {*begin} <= {*layout.added.values()}:
             raise ValueError("its post_processor puts something else than added tokens before the text")
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not laid out as a byte-level BPE tokenizer: {error!r}") from error
+    except MALFORMED as error:
+        raise ValueError(f"{path} is not laid out as a byte-level BPE tokenizer: {sentence(repr(error))}") from error
     except ValueError as error:
-        raise ValueError(f"{path} is not a tokenizer that can be used here: {error}") from error
+        raise ValueError(f"{path} is not a tokenizer that can be used here: {sentence(error)}") from error
     settings, special = _read_settings(folder, ranks, layout.added, begin, files)
     return ranks, replace(layout, ordinary=layout.ordinary - special), settings
 
@@ -116,6 +122,12 @@ def contents(ranks: dict[bytes, int], end_of_text: int) -> dict[str, str]:
     }
 
 
+def sentence(error: object) -> str:
+    """What is said of a file, which may hold anything: printable, and short enough for a sentence."""
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(error))
+    return text if len(text) <= 500 else f"{text[:400]} … {text[-80:]}"
+
+
 def to_characters(token: bytes) -> str:
     return "".join(_CHARACTER[byte] for byte in token)
 
@@ -133,10 +145,12 @@ def _read_layout(file: dict) -> Layout:
         if token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
             raise ValueError(f"its added token {name!r} takes spaces along or has to stand alone")
         # `tokenizers` does not read the id, but counts on from the vocabulary.
-        if token["id"] != vocab.get(name, following) or not name:
+        added[name] = vocab.get(name, following)
+        if token["id"] != added[name] or not name:
             raise ValueError(f"its added token {name!r} has the id {token['id']}, which is not the next one")
-        added[name] = token["id"]
-        following = max(following, token["id"] + 1)
+        if len(name) > LONGEST:
+            raise ValueError(f"its added token {name!r} has more than {LONGEST} characters")
+        following = max(following, added[name] + 1)
     late = frozenset(token["content"] for token in tokens if token.get("normalized"))
     if late and file["normalizer"]:
         raise ValueError(f"its added token {min(late)!r} is looked for in the normalized text")
@@ -189,7 +203,7 @@ def _read_ranks(model: dict, layout: Layout) -> dict[bytes, int]:
             raise ValueError(f"its BPE has {setting}")
     vocab, whole = model["vocab"], bool(model.get("ignore_merges"))
     ids = [*vocab.values(), *(i for name, i in layout.added.items() if name not in vocab)]
-    if not all(type(i) is int and i >= 0 for i in ids) or len(set(ids)) < len(ids):
+    if not ids or not all(type(i) is int and 0 <= i < LARGEST for i in ids) or len(set(ids)) < len(ids):
         raise ValueError("its ids are not whole numbers, each used once")
     merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
     made = {"".join(merge) for merge in merges}
@@ -200,6 +214,8 @@ def _read_ranks(model: dict, layout: Layout) -> dict[bytes, int]:
         data = token.translate(_BYTE)
         if not token or token.translate(_IS_BYTE):
             raise ValueError(f"token {token!r} is not written in its alphabet of bytes")
+        if len(token) > LONGEST:
+            raise ValueError(f"token {token!r} has more than {LONGEST} bytes")
         ranks[data.encode("latin-1")] = i
     missing = [byte for byte in _IN_TEXT if bytes([byte]) not in ranks]
     if missing and (whole or model.get("unk_token") is not None):
@@ -271,12 +287,14 @@ def _read_settings(
         if isinstance(templates, str):
             templates = [{"name": "default", "template": templates}]
         template = {row["name"]: _text(row["template"]) for row in templates}.get("default")
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not laid out as a tokenizer's settings: {error!r}") from error
+    except MALFORMED as error:
+        raise ValueError(f"{path} is not laid out as a tokenizer's settings: {sentence(repr(error))}") from error
     # `transformers` would add a token for each name that is none, at an id of which the model knows nothing.
     for name in named:
         if name not in added:
-            raise ValueError(f"{path} names the token {name!r}, which is no added token of tokenizer.json")
+            raise ValueError(
+                f"{path} names the token {sentence(repr(name))}, which is no added token of tokenizer.json"
+            )
     if "chat_template.jinja" in files:  # which `transformers` takes first
         try:
             template = files["chat_template.jinja"].decode()
@@ -297,7 +315,7 @@ def _read_ends(path: Path) -> list[int]:
     ids = _json(path, {}).get("eos_token_id")
     ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
     if not all(type(i) is int for i in ids):
-        raise ValueError(f"{path}: eos_token_id is {ids}, not an id or a list of ids")
+        raise ValueError(f"{path}: eos_token_id is {sentence(ids)}, not an id or a list of ids")
     return ids
 
 
@@ -311,7 +329,7 @@ def _text(token: str | dict) -> str:
 
 def _json(path: Path, default: dict | None = None) -> dict:
     """The object in a file of JSON; `default` where there is none."""
-    if default is not None and not path.exists():
+    if default is not None and not path.is_file():
         return default
     try:
         content = json.loads(path.read_bytes())

@@ -1,6 +1,9 @@
 """Find, load and save: run folders, Hugging Face folders and names on the hub. A pickle is never opened."""
 
 import json
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,6 +15,7 @@ from torch import Tensor, nn
 
 from nanopref.data import chat
 from nanopref.data.tokenizer import Tokenizer
+from nanopref.data.tokenizer_files import MALFORMED, sentence
 from nanopref.models import gpt2, llama, lora
 from nanopref.models.frozen import frozen, twin
 from nanopref.models.language import LM
@@ -162,21 +166,23 @@ def configuration(folder: Path, dropout: float = 0.0) -> Any:
         return FAMILIES[kind].from_settings(settings, str(path), dropout)
     except KeyError as error:
         hint = "is it a run that has no model yet? --resume continues it"
-        raise UserError(f"{path}: not a model's configuration, it lacks {error} ({hint})") from None
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not a model's configuration ({type(error).__name__}: {error})") from None
+        raise UserError(f"{path}: not a model's configuration, it lacks {sentence(error)} ({hint})") from None
+    except (OSError, ValueError, *MALFORMED) as error:
+        reason = sentence(f"{type(error).__name__}: {error}")
+        raise UserError(f"{path}: not a model's configuration ({reason})") from None
+    except UserError as error:  # which may quote a setting of any length
+        raise UserError(f"{path}{sentence(str(error).removeprefix(str(path)))}") from None
 
 
 def _read(folder: Path, dropout: float) -> tuple[LM, tuple[Tensor, Tensor | None] | None]:
     """The transformer in a folder and, where there is one, its scalar head [heads, D] and that one's bias [heads]."""
     config = configuration(folder, dropout)
     family = family_of(config)
+    weights, head = _fitted(folder / "model.safetensors", _tensors(folder), family, config)
     with torch.device("meta"):
         model = family.Model(config)
-    found = _tensors(folder)
-    if "score.weight" in found:  # a head in place of the unembedding
+    if head is not None:  # in place of the unembedding
         model.lm_head = None
-    weights, head = _fitted(folder / "model.safetensors", found, family, model)
     model.load_state_dict(weights, assign=True)
     return model, head
 
@@ -185,55 +191,78 @@ INDEX = "model.safetensors.index.json"
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
-    """What the folder's file of weights holds, or its shards. UserError where one is missing or damaged."""
+    """What the folder's file of weights holds, or its shards, still on the disk: of a tensor no number is read before
+    it is asked for. UserError where a file is missing or damaged."""
     path = folder / "model.safetensors"
-    paths = [path]
+    paths, there = [path], {p for p in folder.glob("*.safetensors") if p.is_file()}
     if not path.is_file() and (folder / INDEX).is_file():
         try:
-            names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-            paths = [folder / Path(name).name for name in names]  # beside it, whatever the index says
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{folder / INDEX}: no index of shards ({type(error).__name__}: {error})") from None
+            names = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+            paths = [folder / Path(name).name for name in sorted(names)]  # beside it, whatever the index says
+        except (OSError, ValueError, *MALFORMED) as error:
+            reason = sentence(f"{type(error).__name__}: {error}")
+            raise UserError(f"{folder / INDEX}: no index of shards ({reason})") from None
     found: dict[str, Tensor] = {}
     for path in paths:
-        if not path.is_file():
-            pickles = [p.name for p in path.parent.glob("*.bin")] + [p.name for p in path.parent.glob("*.pt")]
+        if path not in there:
+            pickles = [p.name for p in folder.glob("*.bin")] + [p.name for p in folder.glob("*.pt")]
             hint = f"; {pickles[0]} is a pickle and is never loaded: convert it to safetensors" if pickles else ""
-            raise UserError(f"{path}: no such file{hint}")
+            raise UserError(f"{folder}/{sentence(path.name)}: no such file{hint}")
         try:
             found |= load_file(path)
-        except SafetensorError as error:
-            raise UserError(f"{path}: not a safetensors file (a pickle, or cut off?): {error}") from None
+        except (OSError, SafetensorError, ValueError, RuntimeError, *MALFORMED) as error:
+            reason = sentence(error)
+            raise UserError(f"{path}: not a safetensors file (a pickle, or cut off?): {reason}") from None
     return found
 
 
-def _fitted(path: Path, found: dict[str, Tensor], family: ModuleType, model: LM) -> tuple[dict[str, Tensor], Any]:
-    """The weights under the model's names, and its scalar head: float32. UserError where they do not fit."""
+def _shapes(family: ModuleType, config: Any, scalar: bool) -> Iterator[tuple[str, torch.Size]]:
+    """Names and shapes of the weights that a configuration asks for, one by one: it may ask for a million layers."""
+    with torch.device("meta"):
+        one = family.Model(replace(config, n_layer=1)).state_dict()
+    for name, x in one.items():
+        before, in_layers, behind = name.partition(".0.")
+        if not (scalar and name == UNEMBEDDING):
+            for i in range(config.n_layer if in_layers else 1):
+                yield (f"{before}.{i}.{behind}" if in_layers else name), x.shape
+
+
+UNEMBEDDING = "lm_head.weight"
+KINDS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def _fitted(path: Path, found: dict[str, Tensor], family: ModuleType, config: Any) -> tuple[dict[str, Tensor], Any]:
+    """The weights under the model's names, and its scalar head: float32. UserError where they do not fit: first names
+    and shapes, then the numbers, so that nothing grows with what a file claims to be."""
     score, bias = found.pop("score.weight", None), found.pop("score.bias", None)
-    width = model.config.n_embd
-    fits = score is None or (score.dim() == 2 and score.shape[1] == width)
-    require(fits, f"{path}: score.weight is {[] if score is None else list(score.shape)}, not [heads, {width}]")
-    found, wanted = family.from_tensors(found, str(path)), {k: x.shape for k, x in model.state_dict().items()}
-    if "lm_head.weight" not in wanted and "lm_head.weight" in found:  # some write the tied unembedding once more
-        head = found.pop("lm_head.weight")
-        tied = score is not None or torch.equal(head, found.get("embed_tokens.weight", head))
-        require(tied, f"{path}: lm_head.weight is not tied to the embedding, as config.json says")
-    missing, extra = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
-    require(not missing, f"{path}: {len(missing)} tensors are missing, the first is {''.join(missing[:1])}")
-    require(not extra, f"{path}: {len(extra)} tensors do not belong to the model, the first is {''.join(extra[:1])}")
+    found = family.from_tensors(found)
+    if score is not None:  # a head in place of the unembedding, which says nothing there
+        found.pop(UNEMBEDDING, None)
+    wanted = dict(islice(_shapes(family, config, score is not None), len(found) + 1))
+    missing = [name for name in wanted if name not in found]
+    require(not missing, f"{path}: {''.join(missing[:1])} is missing; {len(found)} tensors of the model are there")
+    if written_twice := UNEMBEDDING in found and UNEMBEDDING not in wanted:  # as some do with a tied unembedding
+        wanted[UNEMBEDDING] = wanted[family.EMBEDDING]
+    extra = [name for name in found if name not in wanted]
+    first = sentence("".join(extra[:1]))
+    require(not extra, f"{path}: {len(extra)} tensors do not belong to the model, the first is {first}")
     if score is not None:
+        fits = score.dim() == 2 and len(score) > 0 and score.shape[1] == config.n_embd
+        require(fits, f"{path}: score.weight is {list(score.shape)}, not [heads, {config.n_embd}]")
         found["score.weight"], wanted["score.weight"] = score, score.shape
     if bias is not None:
-        found["score.bias"], wanted["score.bias"] = bias, score.shape[:1] if score is not None else None
+        found["score.bias"], wanted["score.bias"] = bias, score.shape[:1] if score is not None else ()
     for name, x in found.items():
-        require(
-            x.shape == wanted[name],
-            f"{path}: {name} is {list(x.shape)}, config.json makes it {list(wanted[name] or [])}",
-        )
-        require(x.is_floating_point(), f"{path}: {name} holds {x.dtype}, not floating-point numbers")
+        fits = x.shape == wanted[name]
+        require(fits, f"{path}: {name} is {list(x.shape)}, config.json makes it {list(wanted[name])}")
+        require(x.dtype in KINDS, f"{path}: {name} holds {x.dtype}, not floating-point numbers of 16 bits or more")
+    for name, x in found.items():
         finite = bool(x.isfinite().all())
         require(finite, f"{path}: {name} holds numbers that are not finite, as after a run that diverged")
         found[name] = x.float().contiguous()
+    if written_twice:
+        tied = torch.equal(found.pop(UNEMBEDDING), found[family.EMBEDDING])
+        require(tied, f"{path}: {UNEMBEDDING} is not tied to the embedding, as config.json says")
     score, bias = found.pop("score.weight", None), found.pop("score.bias", None)
     return found, None if score is None else (score, bias)
 
@@ -252,5 +281,5 @@ def _tokenizer(folder: Path, model: LM) -> Tokenizer:
     try:
         chat.check(tokenizer)
     except UserError as error:
-        raise UserError(f"{folder}: {error}") from None
+        raise UserError(f"{folder}: {sentence(error)}") from None
     return tokenizer

@@ -9,11 +9,10 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanopref.models.language import LM, Seen, attend
+from nanopref.models.language import LARGEST, LM, Seen, attend
 from nanopref.running.flags import require
 
 
@@ -130,6 +129,7 @@ class GPT(LM):
 
 Model = GPT
 PREFIX = "transformer."
+EMBEDDING = "wte.weight"
 
 
 def to_settings(c: GPTConfig, scalar: bool = False) -> dict[str, Any]:
@@ -159,7 +159,7 @@ def from_settings(settings: dict[str, Any], where: str, dropout: float) -> GPTCo
     sizes = [settings[k] for k in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")]
     whole = all(type(n) is int and n > 0 for n in sizes)
     require(whole, f"{where}: sizes must be whole numbers above 0, found {sizes}")
-    require(max(sizes) <= 2**31 and sizes[4] % sizes[3] == 0, f"{where}: no GPT-2 has these sizes: {sizes}")
+    require(max(sizes) <= LARGEST and sizes[4] % sizes[3] == 0, f"{where}: no GPT-2 has these sizes: {sizes}")
     expected = {
         "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
         "layer_norm_epsilon": (1e-5,),
@@ -180,14 +180,11 @@ def to_tensors(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {PREFIX + name: p.contiguous() for name, p in tensors.items()}
 
 
-def from_tensors(found: dict[str, Tensor], where: str) -> dict[str, Tensor]:
-    """The model's own names and layout. Raises UserError for an unembedding that is not tied."""
+def from_tensors(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The model's own names and layout."""
     found = {name.removeprefix(PREFIX): x for name, x in found.items()}
-    # old checkpoints carry their causal masks, and some a copy of the tied unembedding
+    # old checkpoints carry their causal masks
     found = {k: x for k, x in found.items() if not k.endswith((".attn.bias", ".attn.masked_bias"))}
-    head = found.pop("lm_head.weight", None)
-    tied = head is None or "wte.weight" not in found or torch.equal(head, found["wte.weight"])
-    require(tied, f"{where}: lm_head.weight is not tied to the embedding, as GPT-2's is")
     return {name: x.t() if _is_conv1d(name) and x.dim() == 2 else x for name, x in found.items()}
 
 

@@ -15,6 +15,8 @@ from kernels.reference import IGNORE
 from nanopref.data.packing import Packed
 from nanopref.models.cache import KVCache
 
+LARGEST = 2**24  # no size of a model is larger
+
 
 class Seen(NamedTuple):
     """What a layer's attention looks at: by default each token at itself and all before it."""

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanopref.models.language import LM, Seen, attend
+from nanopref.models.language import LARGEST, LM, Seen, attend
 from nanopref.running.flags import require
 
 
@@ -165,6 +165,7 @@ def frequencies(c: LlamaConfig, device: torch.device | None = None) -> Tensor:
 
 Model = Llama
 PREFIX = "model."
+EMBEDDING = "embed_tokens.weight"
 NAMES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 
 
@@ -212,27 +213,50 @@ def from_settings(settings: dict[str, Any], where: str, dropout: float) -> Llama
     sizes = [settings[name] for name in names]
     heads, width = sizes[-1], settings["hidden_size"]
     sizes += [_or(settings.get("num_key_value_heads"), heads), width, settings["intermediate_size"]]
-    whole = all(type(n) is int and 0 < n <= 2**31 for n in sizes)
-    require(whole, f"{where}: sizes must be whole numbers above 0, found {sizes}")
+    whole = all(type(n) is int and 0 < n <= LARGEST for n in sizes)
+    require(whole, f"{where}: sizes must be whole numbers above 0 and at most {LARGEST}, found {sizes}")
     head_dim = _or(settings.get("head_dim"), 128 if family == "qwen3" else width // heads)
     fits = type(head_dim) is int and head_dim > 0 and head_dim % 2 == 0 and heads % sizes[4] == 0
+    fits = fits and heads * head_dim <= LARGEST
     require(fits, f"{where}: no {NAMES[family]} has {heads} heads of width {head_dim}, {sizes[4]} of keys and values")
     layers = settings.get("layer_types")
-    windows = settings.get("use_sliding_window", False) or not set(layers or ()) <= {"full_attention"}
+    windows = _switch(settings, "use_sliding_window", where) or not set(layers or ()) <= {"full_attention"}
     windows = windows or (family == "llama" and settings.get("sliding_window"))
     require(not windows, f"{where}: attention in sliding windows is not supported")
     require(not settings.get("quantization_config"), f"{where}: quantised weights are not supported")
     act = settings.get("hidden_act", "silu")
     require(act in ("silu", "swish"), f"{where}: hidden_act is {act!r}, but {NAMES[family]} has 'silu'")
     scaling, factor, theta = _rope(settings, where)
-    eps = settings.get("rms_norm_eps", 1e-6)
-    require(isinstance(eps, float) and 0 < eps < 1, f"{where}: rms_norm_eps is {eps!r}, no small number")
-    tied, scratch = settings.get("tie_word_embeddings", False), settings.get("nanopref_from_scratch") is True
-    bias = family == "qwen2" or settings.get("attention_bias", False)
+    eps = _number({"rms_norm_eps": 1e-6} | settings, "rms_norm_eps", where)
+    tied, bias, mlp_bias = (_switch(settings, k, where) for k in ("tie_word_embeddings", "attention_bias", "mlp_bias"))
+    scratch = settings.get("nanopref_from_scratch") is True
     return LlamaConfig(
-        *sizes, head_dim, dropout, scratch, family, bool(tied), bool(bias), bool(settings.get("mlp_bias", False)), eps,
-        theta, scaling, factor,
+        *sizes, head_dim, dropout, scratch, family, tied, bias or family == "qwen2", mlp_bias, eps, theta, scaling,
+        factor,
     )  # fmt: skip
+
+
+BOUNDS = {  # of the numbers that are no sizes: outside them float32 has no finite angles and norms
+    "rms_norm_eps": (1e-12, 0.1),
+    "rope_theta": (1, 1e15),
+    "factor": (1e-6, 1e6),
+    "low_freq_factor": (1e-6, 1e6),
+    "high_freq_factor": (1e-6, 1e6),
+    "original_max_position_embeddings": (1, LARGEST),
+}
+
+
+def _number(settings: dict[str, Any], name: str, where: str) -> float:
+    value, (least, most) = settings[name], BOUNDS[name]
+    fits = type(value) in (int, float) and least <= value <= most
+    require(fits, f"{where}: {name} is {value!r}, not a number from {least:g} to {most:g}")
+    return float(value)
+
+
+def _switch(settings: dict[str, Any], name: str, where: str) -> bool:
+    value = _or(settings.get(name), False)
+    require(isinstance(value, bool), f"{where}: {name} is {value!r}, neither true nor false")
+    return value
 
 
 def _or(value: Any, default: Any) -> Any:
@@ -242,17 +266,20 @@ def _or(value: Any, default: Any) -> Any:
 def _rope(settings: dict[str, Any], where: str) -> tuple[tuple[float, float, float, int] | None, float, float]:
     """Llama 3's scaling or None, the factor of positions, and θ."""
     found = _or(settings.get("rope_parameters"), {}) | _or(settings.get("rope_scaling"), {})
-    theta, scaling, factor = settings.get("rope_theta", found.get("rope_theta", 10000.0)), None, 1.0
+    theta = _number({"rope_theta": 10000.0} | found | settings, "rope_theta", where)
+    scaling, factor = None, 1.0
     kind = found.get("rope_type", found.get("type", "default"))
     require(found.get("partial_rotary_factor", 1.0) == 1.0, f"{where}: heads that turn in part are not supported")
     if kind == "llama3":
         names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        scaling = (*(float(found[name]) for name in names[:3]), int(found[names[3]]))
+        factor_, low, high, original = (_number(found, name, where) for name in names)
+        require(low < high, f"{where}: low_freq_factor {low:g} is not below high_freq_factor {high:g}")
+        scaling = (factor_, low, high, int(original))
     elif kind == "linear":
-        factor = float(found["factor"])
+        factor = _number(found, "factor", where)
     else:
         require(kind == "default", f"{where}: rotary positions of type {kind!r} are not supported")
-    return scaling, factor, float(theta)
+    return scaling, factor, theta
 
 
 def to_tensors(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -260,7 +287,7 @@ def to_tensors(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name if name.startswith("lm_head.") else PREFIX + name: p.contiguous() for name, p in weights.items()}
 
 
-def from_tensors(found: dict[str, Tensor], where: str) -> dict[str, Tensor]:
+def from_tensors(found: dict[str, Tensor]) -> dict[str, Tensor]:
     """The model's own names and layout."""
     found = {name.removeprefix(PREFIX): x for name, x in found.items()}
     return {k: x for k, x in found.items() if not k.endswith("rotary_emb.inv_freq")}  # as old checkpoints have them

@@ -195,7 +195,7 @@ def folder(tmp_path) -> Path:
         ({"rms_norm_eps": 3}, "rms_norm_eps is 3"),
         ({"hidden_size": None}, "sizes must be whole numbers above 0"),
         ({"num_hidden_layers": 1}, "9 tensors do not belong to the model"),
-        ({"tie_word_embeddings": False}, "1 tensors are missing, the first is lm_head.weight"),
+        ({"tie_word_embeddings": False}, "lm_head.weight is missing; 20 tensors"),
         ({"intermediate_size": 21}, "config.json makes it [16, 21]"),
     ],
 )
