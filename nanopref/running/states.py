@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from nanopref.running.files import PARTIAL, write_atomic
-from nanopref.running.flags import UserError
 
 
 class States:
@@ -64,8 +63,8 @@ class States:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """What a state holds. UserError where it is damaged, which torch itself does not notice in a weight."""
+    """What a state holds. Raises an error of many kinds where it is damaged, which torch does not notice of a weight."""
     with zipfile.ZipFile(path) as file:
         if spoilt := file.testzip():
-            raise UserError(f"{path}: damaged ({spoilt}); remove it and --resume starts this stage from its beginning")
+            raise zipfile.BadZipFile(spoilt)
     return torch.load(path, map_location="cpu", weights_only=True)
