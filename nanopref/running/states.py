@@ -63,7 +63,7 @@ class States:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """What a state holds. Raises an error of many kinds where it is damaged, which torch does not notice of a weight."""
+    """What a state holds. An error of some kind where it is damaged, which torch does not notice of a weight."""
     with zipfile.ZipFile(path) as file:
         if spoilt := file.testzip():
             raise zipfile.BadZipFile(spoilt)
