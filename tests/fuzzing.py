@@ -1,15 +1,17 @@
 """What the fuzzers in tests/fuzz share: how many examples they try, what is counted, and how a command may end.
 
-pytest tests/fuzz                     the same examples each time, a minute of them
-python tests/fuzzing.py --minutes 60  new ones, from seeds that are printed, until the time is over
+`pytest tests/fuzz` tries the same examples each time, for about a minute; `python tests/fuzzing.py --minutes 60` new ones,
+from seeds that are printed, until the time is over.
 """
 
 import argparse
 import contextlib
 import io
+import itertools
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -21,7 +23,7 @@ SCALE, LOG = "NANOPREF_FUZZ_SCALE", "NANOPREF_FUZZ_LOG"
 
 
 def examples(n: int) -> settings:
-    """Try n examples, the same in each run of the suite; by the command ten times as many, and others each time."""
+    """Try n examples, the same in each run of the suite; by the command more, and others each time."""
     scale = float(os.environ.get(SCALE, 1))
     quiet = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large]
     return settings(
@@ -62,33 +64,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Look for inputs that end in a traceback, or as a false success.")
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--seed", type=int, default=int(time.time()), help="of the first pass; the next ones count on")
-    parser.add_argument("--scale", type=float, default=10.0, help="times as many examples a pass as the suite tries")
-    parser.add_argument("pytest", nargs="*", help="more words for pytest, as -k folders")
+    parser.add_argument("--scale", type=float, default=3.0, help="times as many examples a pass as the suite tries")
+    parser.add_argument("pytest", nargs="*", help="more words for pytest, behind --, as -k folders")
     config = parser.parse_args()
-    end, seed, log = time.monotonic() + 60 * config.minutes, config.seed, Path(f"fuzz-{os.getpid()}.log").absolute()
-    environment, counts = os.environ | {SCALE: str(config.scale), LOG: str(log)}, Counter()
-    while time.monotonic() < end:
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            str(Path(__file__).parent / "fuzz"),
-            "-p",
-            "no:cacheprovider",
-            "--tb=short",
-            "--show-capture=no",
-        ]
-        print(f"seed {seed}", flush=True)
-        result = subprocess.run([*command, f"--hypothesis-seed={seed}", *config.pytest], env=environment, text=True,
-                                capture_output=True)  # fmt: skip
-        counts.update(line for line in log.read_text().splitlines()) if log.exists() else None
-        log.unlink(missing_ok=True)
-        if result.returncode:
-            print(result.stdout[-20_000:], flush=True)
-        for area in sorted({line.split("\t")[0] for line in counts}):
-            held, failed = counts[f"{area}\theld"], counts[f"{area}\tfailed"]
-            print(f"  {area}: tried {held + failed:,}, held {held:,}, failed {failed:,} (shrinking included)")
-        seed += 1
+    end, counts, broken = time.monotonic() + 60 * config.minutes, Counter(), []
+    command = [sys.executable, "-m", "pytest", Path(__file__).parent / "fuzz", "-p", "no:cacheprovider", "--tb=short"]
+    command += ["--show-capture=no", *config.pytest]
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder, "log")
+        environment = os.environ | {SCALE: str(config.scale), LOG: str(log)}
+        for seed in itertools.takewhile(lambda _: time.monotonic() < end, itertools.count(config.seed)):
+            print(f"seed {seed}", flush=True)
+            log.write_text("")
+            again = [*command, f"--hypothesis-seed={seed}"]
+            result = subprocess.run(again, env=environment, text=True, capture_output=True)
+            counts.update(log.read_text().splitlines())
+            if result.returncode:
+                broken.append(seed)
+                print(result.stdout[-20_000:], flush=True)
+            for area in sorted({line.split("\t")[0] for line in counts}):
+                held, failed = counts[f"{area}\theld"], counts[f"{area}\tfailed"]
+                print(f"  {area}: tried {held + failed:,}, held {held:,}, failed {failed:,} (shrinking included)")
+    sys.exit(f"failed with seeds {', '.join(map(str, broken))}" if broken else 0)
 
 
 if __name__ == "__main__":
