@@ -1,7 +1,7 @@
 """What the fuzzers in tests/fuzz share: how many examples they try, what is counted, and how a command may end.
 
-`pytest tests/fuzz` tries the same examples each time, for about a minute; `python tests/fuzzing.py --minutes 60` new ones,
-from seeds that are printed, until the time is over.
+`pytest tests/fuzz` tries the same examples each time, for about a minute; `python tests/fuzzing.py --minutes 60` new
+ones, from seeds that are printed, until the time is over.
 """
 
 import argparse
