@@ -218,7 +218,10 @@ class Encoded:
 
     def digest(self) -> str:
         """What tells these data from others."""
-        return hashlib.sha256(b"".join(x.numpy().tobytes() for x in vars(self).values())).hexdigest()
+        found = hashlib.sha256()
+        for x in vars(self).values():
+            found.update(x.numpy())
+        return found.hexdigest()
 
     def collate(self, groups: Sequence[int]) -> Batch:
         """The rows of these groups as one batch."""

@@ -28,7 +28,7 @@ from nanopref.data.tokenizer_files import (
     Settings,
     contents,
     read,
-)  # fmt: skip
+)
 from nanopref.running.files import write_atomic
 from nanopref.running.parallel import progress
 

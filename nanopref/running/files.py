@@ -120,3 +120,11 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         with suppress(ValueError, RecursionError):
             rows.append(json.loads(line))
     return [row for row in rows if isinstance(row, dict)]
+
+
+def seconds_of(folder: Path) -> float | None:
+    """How long the run in a folder took; None where it has not come to its end."""
+    seconds = read_object(folder / "report.json").get("seconds")
+    with suppress(AttributeError, TypeError):
+        return round(float(sum(seconds.values())), 2)
+    return None

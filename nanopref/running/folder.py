@@ -6,6 +6,8 @@
     seconds.json    what each stage took
     metrics.jsonl   one row a logged step; with --tensorboard, tensorboard/ holds the same as event files
     samples.jsonl   answers to the same prompts, at each look on the way
+    feedback.jsonl, round.json, reference.safetensors   of each round: what was said of sampled answers, what was
+                    thought of all of them, log π_ref
     state.pt        what `--resume` continues from: weights, optimiser, random state, step; and, where no held-out look
                     has found it sound yet, state.before.pt, the last that one did
     model/          the trained model, a Hugging Face folder, with its tokenizer
@@ -15,6 +17,7 @@ whole or absent whenever the process dies.
 """
 
 import atexit
+import errno
 import json
 import math
 import platform
@@ -23,7 +26,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from signal import SIGINT, SIGTERM
@@ -34,23 +37,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import kernels
-from nanopref.running import replace, states, tensorboard
-from nanopref.running.files import PARTIAL, lock, read_lines, read_object, write_atomic
-from nanopref.running.flags import RewardError, RunFlags, UserError, require
-from nanopref.running.inputs import Inputs, digest, fingerprint, fingerprint_of_word, paths_in
+from nanopref.running import parallel, replace, states, tensorboard
+from nanopref.running.files import PARTIAL, lock, read_lines, read_object, seconds_of, write_atomic
+from nanopref.running.flags import RewardError, RunFlags, UserError, is_out_of_memory, require
+from nanopref.running.inputs import Inputs, digest, fingerprint, fingerprint_of_word, is_path, parts_of
 from nanopref.running.logs import NOTHING, Logs
 from nanopref.running.optim import Both, batches
-from nanopref.running.parallel import (
-    barrier,
-    most_memory,
-    progress,
-    rank,
-    say,
-    sum_gradients,
-    sum_processes,
-    version,
-    world_size,
-)  # fmt: skip
+from nanopref.running.parallel import barrier, progress, rank, say, sum_gradients, sum_processes, world_size
 from nanopref.running.states import States
 
 # flags that may change between the start of a run and its --resume
@@ -74,7 +67,7 @@ class Run:
         self._optimizer: Optimizer | Both | None = None
         self._states: States | None = None
         self._step, self._bar, self._shown = 0, None, {}
-        self._round, self._before = 0, 0
+        self._round, self._rounds, self._before = 0, 1, 0
         self.logs, self._logged = Logs(self.folder), NOTHING  # and what was there when the round began
         self._clean = False  # whether a step has begun of which no weight knows yet
         self._next_save, self.last_saved = 0.0, 0
@@ -87,15 +80,15 @@ class Run:
             "--resume continues a run and --overwrite removes it: give one of them",
         )
         self._give_back()
+        barrier()
         if self.folder.is_dir() and replace.contents(self.folder):
             self._check_old_run()
 
     def _check_old_run(self) -> None:
         flags = json.loads(json.dumps(asdict(self.config)))  # in the types that a file gives back
-        old = read_object(self.folder / "config.json")
-        before = old.get("flags")
+        before = replace.flags_of(self.folder)
         require(
-            isinstance(before, dict) and isinstance(old.get("versions"), dict),
+            before is not None,
             f"--out {self.folder}: the folder holds something that is no run of ours, or one whose config.json is "
             "missing or damaged; choose another --out",
         )
@@ -106,23 +99,25 @@ class Run:
         )
         if self.config.overwrite:
             for name, words in self._read().items():
-                for word in words:
-                    paths = [Path(part).resolve() for part in (word, *paths_in(word)) if part]
+                for parts in words:
+                    paths = [Path(part).resolve() for part in parts if is_path(part)]
                     inside = any(path.is_relative_to(self.folder.resolve()) for path in paths)
-                    require(not inside, f"--overwrite would remove {word}, which {name} wants to read")
-            replace.check(self.folder)
+                    require(not inside, f"--overwrite would remove {''.join(parts)}, which {name} wants to read")
+            if rank() == 0:
+                replace.check(self.folder)
         else:
-            same = FREE | {*READ}
-            changed = [k for k in flags if k not in same and k in before and flags[k] != before[k]]
+            differ = {k: flags[k] != before[k] for k in flags if k not in FREE and k in before}
+            differ |= {k: bool(flags[k]) != bool(before[k]) for k in differ if k in READ}  # else its digest tells
+            changed = [k for k, differs in differ.items() if differs]
             was = ", ".join(f"--{k.replace('_', '-')} {before.get(k)}" for k in changed)
             require(
                 not changed, f"--resume: the run in {self.folder} was started with {was}; use the same, or --overwrite"
             )
 
-    def _read(self) -> dict[str, list[str]]:
-        """The words of each flag that names what is read."""
-        found = {f"--{name}": getattr(self.config, name) or [] for name in READ if hasattr(self.config, name)}
-        return {name: [words] if isinstance(words, str) else list(words) for name, words in found.items()}
+    def _read(self) -> dict[str, list[list[str]]]:
+        """The words of each flag that names what is read, each in parts, of which some may be paths."""
+        found = {f"--{name}": words for name in READ if (words := getattr(self.config, name, None))}
+        return {k: [[x]] if isinstance(x, str) else [parts_of(word) for word in x] for k, x in found.items()}
 
     def begin(self) -> None:
         """Create the folder, lock it and write config.json. With `--overwrite`, an old run is set aside until this one
@@ -144,7 +139,9 @@ class Run:
                     atexit.register(self._give_back)
             for left in self.folder.rglob(f".*{PARTIAL}"):  # by a process that was killed while it wrote
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
-            versions = {name: version(name) for name in ("torch", "triton", "numpy", "tiktoken", "safetensors")}
+            versions = {
+                name: parallel.version(name) for name in ("torch", "triton", "numpy", "tiktoken", "safetensors")
+            }
             content = {
                 "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
                 "flags": {**asdict(self.config), "resume": False, "overwrite": False},
@@ -166,7 +163,6 @@ class Run:
             lock(self.folder)
             replace.put_back(self.folder)
             say(f"{self.folder} holds the run again that --overwrite had set aside: the new one had come to no result")
-        barrier()
 
     # ---- what the run depends on -------------------------------------------------------------------------------------
 
@@ -174,15 +170,22 @@ class Run:
         """Remember what a stage learns from: data with a `digest()`, or lists of text.
 
         Raises UserError where a resumed run has begun with something else."""
+        if rank() > 0:
+            return
         found = [part.digest() if hasattr(part, "digest") else json.dumps(part) for part in parts]
         hint = "the data, or what was made of them, have changed; start again with --overwrite"
         self._inputs.pin(self.path(name).name, digest(*found), f"--resume: not the same {name}: {hint}")
 
-    def pin_file(self, path: Path, remove: Path | None = None) -> None:
-        """The same of a file, or a model's folder, that a stage has made. `remove`: what to remove to make it anew."""
-        found = fingerprint(path) if path.exists() else "nothing"
+    def pin_file(self, path: Path, made: bool = False, remove: Path | None = None) -> None:
+        """The same of a file, or a model's folder, that a stage has made, just now or before. `remove`: what to remove
+        to have it made anew."""
+        if rank() > 0:
+            return
+        name, found = str(path.relative_to(self.folder)), fingerprint(path) if path.exists() else "nothing"
+        if made:
+            self._inputs.remember(name, found)
         hint = f"remove {remove or path}, and --resume makes it again"
-        self._inputs.pin(str(path.relative_to(self.folder)), found, f"{path} is not as this run made it: {hint}")
+        self._inputs.pin(name, found, f"{path} is not as this run made it: {hint}")
 
     def keep(self, make: Callable[[], Sequence[str | bytes]], *names: str) -> list[Path]:
         """Files of these names whose contents a stage makes once: now, unless they are there, in which case they must
@@ -190,21 +193,15 @@ class Run:
         paths, began = [self.path(name) for name in names], time.monotonic()
         if rank() == 0 and not all(path.exists() for path in paths):
             for path, content in zip(paths, make(), strict=True):
-                hint = "came out otherwise when it was made again: start again with --overwrite"
-                self._inputs.pin(str(path.relative_to(self.folder)), digest(content), f"{path} {hint}")
+                self._inputs.remember(str(path.relative_to(self.folder)), digest(content))
                 path.parent.mkdir(exist_ok=True)
                 write_atomic(path, content)
             if time.monotonic() - began >= self.config.save_seconds:  # it would be lost with this run
-                self._settle()
+                replace.settle(self.folder)
         for path in paths:
             self.pin_file(path)
         barrier()
         return paths
-
-    def _settle(self) -> None:
-        """There is something to show: what --overwrite replaces, here or around this stage of a run, is removed."""
-        replace.settle(self.folder)
-        replace.settle(self.folder.parent)
 
     # ---- stages and what they log ------------------------------------------------------------------------------------
 
@@ -251,7 +248,7 @@ class Run:
             self.logs.append("metrics.jsonl", {"step": self.step + 1, **metrics})
             if self._states and any(name.startswith("held_out") for name in metrics):
                 self._states.found_sound()
-            self._settle()
+            replace.settle(self.folder)
             if self.config.tensorboard:  # at first with all that was logged before the run was resumed
                 rows = [{"step": self.step + 1, **metrics}] if self._board else self.metrics()
                 self._board = self._board or tensorboard.open_board(self.folder / "tensorboard")
@@ -264,7 +261,7 @@ class Run:
     def report(self, report: dict[str, Any]) -> None:
         """Write report.json, with the most that tensors of this process held on a GPU, or else what all of it held."""
         if rank() == 0:
-            peak = {"peak_memory_MiB": (torch.cuda.max_memory_allocated() or most_memory()) / 2**20}
+            peak = {"peak_memory_MiB": (torch.cuda.max_memory_allocated() or parallel.most_memory()) / 2**20}
             report = {**report, **peak, "seconds": self.seconds}
             write_atomic(self.folder / "report.json", json.dumps(report, indent=2) + "\n")
 
@@ -273,8 +270,14 @@ class Run:
     def rounds(self, n: int) -> Iterator[int]:
         """0 … n - 1: rounds of steps, counted on from one to the next, each with files and a state of its own. Those
         that are done yield no step and leave the model as it was after them."""
+        self._rounds = n
         for self._round in range(n):
             yield self._round
+
+    def _made_in(self, round: int) -> list[Path]:
+        """The files of a round."""
+        names = ("state.pt", "state.before.pt", "feedback.jsonl", "round.json", "reference.safetensors")
+        return [path for name in names if (path := self.path(name, round)).exists()]
 
     def path(self, name: str, round: int | None = None) -> Path:
         """The file of this name in the folder; from the second round on, one of its own, as feedback-2.jsonl."""
@@ -300,7 +303,7 @@ class Run:
         self._model, self._optimizer = model, optimizer
         start = self._step = self.load(total)
         self._bar = progress(name, total, "step", start)
-        interrupted, how = [], "add --resume to the same command to continue"
+        interrupted, stop, how = [], 0, "add --resume to the same command to continue"
 
         def interrupt(*_) -> None:
             interrupted.append(True)
@@ -318,14 +321,17 @@ class Run:
                 self._step, self._clean = step + 1, False
                 self._bar.update()
                 # all processes must agree to stop, or some would wait for the others' gradients for ever
-                if sum_processes(torch.tensor(len(interrupted), device=device)) if world_size() > 1 else interrupted:
+                stop = len(interrupted)
+                stop = sum_processes(torch.tensor(stop, device=device)).item() if world_size() > 1 else stop
+                if stop:
                     break
             self.save(accept=True)
-            if interrupted:
+            if stop:
                 raise KeyboardInterrupt(f"{self._step} of {total} steps are saved in {self.folder}; {how}")
             if rank() == 0:
                 self._states.found_sound()
-            self._before, self._step, self._logged = self._before + self._step, 0, self.logs.seen()
+            self._logged = self.logs.seen() if self._step > start else self._logged
+            self._before, self._step = self._before + self._step, 0
         finally:
             self._bar.close()
             for number, handler in signals.items():
@@ -409,32 +415,29 @@ class Run:
                     raise ValueError(step)
                 changed = [name for name, x in inputs.items() if self._inputs.digests.get(name, x) != x]
                 changed += self.logs.changed(logged)
-            except Exception as error:  # torch and pickle raise many kinds, and all mean the same here
+            except Exception as error:  # torch and pickle raise many kinds, and nearly all mean the same here
+                if is_out_of_memory(error) or getattr(error, "errno", None) in (errno.EIO, errno.EACCES, errno.EPERM):
+                    raise
                 reason = f"{path}: no state of this run can be read from it ({type(error).__name__})"
-                raise UserError(f"{reason}; remove it and --resume starts this stage from its beginning") from None
+                raise UserError(f"{reason}; remove it and --resume {self._states.without(path)}") from None
             where = [str(self.folder / name) if (self.folder / name).exists() else name for name in changed]
             require(
                 not changed or rank() > 0,
                 f"--resume: {', '.join(where)}: not as when {path.name} was saved; put it back, or start again with "
                 "--overwrite",
             )
-        round = self._round + 1
-        if rank() == 0 and not (later := States(self.path("state.pt", round), looks=True)).newest():
-            self.logs.cut(logged)
-        while step < total and rank() == 0 and later.newest():  # of rounds that this one is to come before
-            later.remove()
-            later = States(self.path("state.pt", round := round + 1), looks=True)
+        if rank() == 0:
+            later = [round for round in range(self._round + 1, self._rounds) if self._made_in(round)]
+            if step < total:  # what was made of this round's policy is not what will be made of it
+                for path in (path for round in later for path in self._made_in(round)):
+                    path.unlink()
+                    self._inputs.remember(path.name, None)
+            if step < total or not later:
+                self.logs.cut(logged)
+        self._logged = logged
         barrier()
         self._next_save, self.last_saved = time.monotonic() + self.config.save_seconds, step
         return step
-
-
-def seconds_of(folder: Path) -> float | None:
-    """How long the run in a folder took; None where it has not come to its end."""
-    seconds = read_object(folder / "report.json").get("seconds")
-    with suppress(AttributeError, TypeError):
-        return round(float(sum(seconds.values())), 2)
-    return None
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:

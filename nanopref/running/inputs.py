@@ -3,18 +3,17 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 from nanopref.running.files import read_object, write_atomic
 from nanopref.running.flags import require
-from nanopref.running.parallel import rank
 
 OF_A_MODEL = re.compile(r".*\.(safetensors|jinja)|(.*config|tokenizer|.*map|.*index)\.json")
+NO_PATHS = {"true", "specificity", "rules", "asks", "rates", "implicit"}  # in the notation of --reward
 
 
 class Inputs:
-    """The digests in a run's folder, by the names of inputs. Only the first process of several looks and writes."""
+    """The digests in a run's folder, by the names of inputs."""
 
     def __init__(self, folder: Path):
         self._path = folder / "inputs.json"
@@ -24,13 +23,16 @@ class Inputs:
 
     def pin(self, name: str, found: str, message: str) -> None:
         """Remember the digest of an input; UserError with this message where another is remembered."""
-        if rank() > 0:
-            return
         require(self.digests.get(name, found) == found, message)
-        if name not in self.digests:
-            self.digests[name] = found
-            content = self.digests | {"digest": digest(json.dumps(self.digests))}
-            write_atomic(self._path, json.dumps(content, indent=2) + "\n")
+        self.remember(name, found)
+
+    def remember(self, name: str, found: str | None) -> None:
+        """The same of what was made just now, whatever it was before; or forget it, with None."""
+        if self.digests.get(name) == found:
+            return
+        self.digests = {k: x for k, x in (self.digests | {name: found}).items() if x is not None}
+        content = self.digests | {"digest": digest(json.dumps(self.digests))}
+        write_atomic(self._path, json.dumps(content, indent=2) + "\n")
 
 
 def digest(*parts: str | bytes) -> str:
@@ -42,30 +44,31 @@ def digest(*parts: str | bytes) -> str:
 
 
 def fingerprint(path: Path) -> str:
-    """The digest of a file; of a folder, that of the model in it, or in the run that it is, wherever it lies."""
+    """The digest of a file; of a folder, that of the model in it, wherever it lies."""
     if path.is_file():
         with path.open("rb") as f:
             return hashlib.file_digest(f, "sha256").hexdigest()
-    return digest(*(f"{file.relative_to(path)} {fingerprint(file)}\n" for file in _of_a_model(path)))
+    place = path / "model" if (path / "model").is_dir() else path
+    files = sorted(place.iterdir()) if place.is_dir() else []
+    files = [file for file in files if file.is_file() and OF_A_MODEL.fullmatch(file.name)]
+    return digest(*(f"{file.name} {fingerprint(file)}\n" for file in files))
 
 
-def _of_a_model(folder: Path) -> Iterator[Path]:
-    model = folder / "model"
-    for place in (model if model.is_dir() else folder, folder / "sft" / "model"):  # where a run may have begun
-        files = sorted(place.iterdir()) if place.is_dir() else []
-        yield from (file for file in files if file.is_file() and OF_A_MODEL.fullmatch(file.name))
-
-
-def paths_in(word: str) -> list[str]:
-    """A flag's word cut where a path in it may begin or end: of a reward it stands before or behind a colon, and a
-    weight behind it. Joined they are the word."""
+def parts_of(word: str) -> list[str]:
+    """A word of --reward cut where a path in it may begin or end: it stands before or behind a colon, and a weight
+    behind it. Joined they are the word."""
     return [word] if Path(word).exists() else re.split("([:*])", word)
 
 
-def fingerprint_of_word(word: str) -> str:
-    """A flag's word with the fingerprint of what it names in the place of its path: the same wherever that lies. Code
-    keeps its name: a judge that failed may be mended."""
-    return "".join(
-        fingerprint(Path(part)) if part and Path(part).exists() and not part.endswith(".py") else part
-        for part in paths_in(word)
-    )
+def is_path(part: str) -> bool:
+    """Whether a part of a flag's word names something that is there."""
+    return part not in {"", *NO_PATHS} and Path(part).exists()
+
+
+def fingerprint_of_word(parts: list[str]) -> str:
+    """The parts of a flag's word, with the fingerprint of what is named in the place of its path: the same wherever
+    that lies. Code keeps its name: a judge that failed may be mended. Of a policy's implicit reward β counts too."""
+    found = [fingerprint(Path(x)) if is_path(x) and not x.endswith(".py") else x for x in parts]
+    if parts[0] == "implicit":
+        found += [fingerprint(file) for x in parts if (file := Path(x, "config.json")).is_file()]
+    return "".join(found)

@@ -1,6 +1,7 @@
 """The files of a run that grow while it learns, and how much of them a state has seen."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,11 @@ class Logs:
         append(self._folder / name, as_line(row))
 
     def seen(self) -> Seen:
-        """What there is now."""
+        """What there is now, on the disk too, since a state is there that counts on it."""
+        for name in NAMES:
+            if (path := self._folder / name).is_file():
+                with path.open("rb") as f:
+                    os.fsync(f.fileno())
         return {name: (len(lines := self.lines(name)), digest(*lines)) for name in NAMES}
 
     def changed(self, seen: Seen) -> list[str]:

@@ -1,8 +1,9 @@
 """--overwrite: a run makes place for another, and is there again if that one ends before it has anything to show.
 
 Everything happens inside the folder, which may be a mount point, a link or the current folder, and is never itself
-renamed or removed. The old run moves to OUT/.moving, which becomes OUT/.old when all of it is there: a process that was
-killed at any moment has left one or the other, and the next one to look knows what to do.
+renamed or removed. The old run moves to OUT/.overwritten-run.moving, its config.json first, and when all of it is there
+that becomes OUT/.overwritten-run: a process that was killed at any moment has left one or the other, and the next one
+to look knows what to do.
 """
 
 import re
@@ -10,25 +11,35 @@ import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-from nanopref.running.files import PARTIAL, lock
+from nanopref.running.files import PARTIAL, lock, read_object
 from nanopref.running.flags import require
 
-MOVING, OLD, GONE = ".moving", ".old", f".gone{PARTIAL}"
+OLD, MOVING = ".overwritten-run", ".overwritten-run.moving"
 # what a run writes, in its folder or, below sft/ or rm/, in that of a stage; see folder.py
 OURS = re.compile(
     r"((sft|rm)/)*("
-    r"(config|inputs|seconds|report|round(-\d+)?)\.json|report\.png|(metrics|samples|feedback(-\d+)?)\.jsonl"
+    r"(config|inputs|seconds|report|round(-\d+)?)\.json|report\.png|(metrics|samples|rounds|feedback(-\d+)?)\.jsonl"
     r"|state(-\d+)?(\.before)?\.pt|reference(-\d+)?\.safetensors|tensorboard/events\.[^/]*"
     r"|(model|critic)/(adapter/)?[^/]*\.(json|safetensors|jinja)"
     r"|(.*/)?\.[^/]*\.partial)"
 )
 BELONGS = {"lost+found"}  # to a file system
 
+_aside: set[Path] = set()  # the folders in which this process has set a run aside
+
 
 def contents(folder: Path) -> list[Path]:
     """What stands in a folder, files that were being written left out."""
     return [path for path in folder.iterdir() if not path.name.endswith(PARTIAL) and path.name not in BELONGS]
+
+
+def flags_of(folder: Path) -> dict[str, Any] | None:
+    """The flags of the run in a folder, None where none of ours is there."""
+    config = read_object(folder / "config.json")
+    flags = config.get("flags")
+    return flags if isinstance(flags, dict) and isinstance(config.get("versions"), dict) else None
 
 
 def check(folder: Path) -> None:
@@ -52,18 +63,18 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def set_aside(folder: Path) -> None:
-    """Move the run in a folder to OUT/.old."""
-    check(folder)
-    (folder / MOVING).mkdir()
-    for path in contents(folder):
+    """Move the run in a folder, which must be ours alone (`check`), out of the way."""
+    (folder / MOVING).mkdir(exist_ok=True)
+    for path in sorted(contents(folder), key=lambda path: path.name != "config.json"):
         if path.name != MOVING:
             path.rename(folder / MOVING / path.name)
     (folder / MOVING).rename(folder / OLD)
+    _aside.add(folder.resolve())
 
 
 def is_aside(folder: Path) -> bool:
     """Whether a run was set aside, and not removed yet."""
-    return (folder / OLD).is_dir() or (folder / MOVING).is_dir()
+    return any(flags_of(folder / name) is not None for name in (OLD, MOVING))
 
 
 def put_back(folder: Path) -> None:
@@ -76,13 +87,18 @@ def put_back(folder: Path) -> None:
             with suppress(OSError):  # which holds something else
                 place.rmdir()
         (folder / OLD).rename(folder / MOVING)
-    for path in (folder / MOVING).iterdir():
-        path.rename(folder / path.name)
+    for path in sorted((folder / MOVING).iterdir(), key=lambda path: path.name == "config.json"):
+        there = folder / path.name
+        require(not there.exists(), f"{there} is in the place of {path}, which --overwrite had set aside: move it away")
+        path.rename(there)
     (folder / MOVING).rmdir()
+    _aside.discard(folder.resolve())
 
 
 def settle(folder: Path) -> None:
-    """The new run has something to show: the old one is removed."""
-    if (folder / OLD).is_dir():
-        (folder / OLD).rename(folder / GONE)
-        shutil.rmtree(folder / GONE)
+    """The new run, or a stage of it in a folder below, has something to show: the old one is removed."""
+    for place in _aside & {folder.resolve(), folder.resolve().parent}:
+        gone = place / f"{OLD}{PARTIAL}"
+        (place / OLD).rename(gone)
+        shutil.rmtree(gone)
+        _aside.discard(place)

@@ -11,22 +11,24 @@ from nanopref.running.files import PARTIAL, write_atomic
 
 
 class States:
-    """state.pt, whose loss and gradient were finite; and state.before.pt, the last state that a held-out look found
-    sound, for as long as no look has followed state.pt."""
+    """state.pt, whose loss and gradient were finite where the run went on from it; and state.before.pt, the last state
+    that a held-out look found sound, for as long as no look has followed state.pt."""
 
     def __init__(self, path: Path, looks: bool):
         """`looks`: whether the run looks at held-out data on its way."""
         self.path, self.before = path, path.with_suffix(".before.pt")
         self._waiting = path.with_name(f".{path.name}.next{PARTIAL}")
+        self._written = False  # whether one waits to be accepted
         self._sound = looks and not self.before.exists()  # whether a look has followed state.pt
 
     def write(self, state: dict[str, Any]) -> None:
         """Write a state, of which nobody knows yet whether it is good."""
         write_atomic(self._waiting, lambda path: torch.save(state, path))
+        self._written = True
 
     def accept(self) -> None:
         """The state that was written last becomes state.pt."""
-        if not self._waiting.exists():
+        if not self._written:
             return
         if self._sound and self.path.exists():
             self.before.unlink(missing_ok=True)
@@ -35,7 +37,7 @@ class States:
             except OSError:  # a file system without links
                 self.path.replace(self.before)
         self._waiting.replace(self.path)
-        self._sound = False
+        self._written = self._sound = False
 
     def found_sound(self) -> None:
         """A held-out look was finite."""
@@ -45,6 +47,7 @@ class States:
     def fall_back(self) -> str:
         """Keep the last good state, and say which."""
         self._waiting.unlink(missing_ok=True)
+        self._written = False
         if not self._sound and self.before.exists():
             self.before.replace(self.path)
         if not self.path.exists():
@@ -56,10 +59,10 @@ class States:
         """The file to go on from."""
         return next((path for path in (self.path, self.before) if path.is_file()), None)
 
-    def remove(self) -> None:
-        """No longer go on from any."""
-        self.path.unlink(missing_ok=True)
-        self.before.unlink(missing_ok=True)
+    def without(self, path: Path) -> str:
+        """What a run does once that file is removed."""
+        another = path == self.path and self.before.exists()
+        return f"goes on from {self.before.name}" if another else "starts this stage from its beginning"
 
 
 def read(path: Path) -> dict[str, Any]:

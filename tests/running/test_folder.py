@@ -12,7 +12,7 @@ import torch
 from helpers import forks
 
 from nanopref.running import folder as folder_module
-from nanopref.running import optim, states
+from nanopref.running import optim, parallel, states
 from nanopref.running.files import append, write_atomic
 from nanopref.running.flags import RunFlags, UserError
 from nanopref.running.folder import Run
@@ -98,6 +98,7 @@ def test_states_are_saved_by_the_clock_and_at_most_a_twentieth_of_the_time(tmp_p
 
     def write(path, content):
         if path.name.startswith(".state.pt"):
+            path.touch()
             saved.append(now[0])
             now[0] += cost
 
@@ -227,7 +228,7 @@ def test_files_are_readable_as_the_umask_says(umask, mode, tmp_path):
 def test_the_report_holds_the_peak_of_the_gpus_memory_or_the_processs(tmp_path, monkeypatch):
     for peak, found in ((3 * 2**20, {"peak_memory_MiB": 3.0}), (0, {"peak_memory_MiB": 5.0})):
         monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda peak=peak: peak)
-        monkeypatch.setattr(folder_module, "most_memory", lambda: 5 * 2**20)
+        monkeypatch.setattr(parallel, "most_memory", lambda: 5 * 2**20)
         Run(RunFlags(out=str(tmp_path))).report({"kl": 1.0})
         assert json.loads((tmp_path / "report.json").read_text()) == {"kl": 1.0, **found, "seconds": {}}
         (tmp_path / "report.json").unlink()

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,7 @@ def old_run(folder: Path) -> dict[str, bytes]:
 def test_the_old_run_is_there_until_the_new_one_has_something_to_show(tmp_path):
     before = old_run(tmp_path / "run")
     new = a_run(tmp_path / "run", overwrite=True, seed=7)
-    assert {name.removeprefix(".old/") for name in tree(tmp_path / "run") if name.startswith(".old/")} == before.keys()
+    assert tree(tmp_path / "run" / replace.OLD) == before
     new.log({"loss": 2.0})
     assert tree(tmp_path / "run").keys() == {"config.json", "metrics.jsonl"}
 
@@ -147,3 +148,59 @@ def test_a_real_mount_point(tmp_path):
         assert tree(out).keys() == {"config.json", "metrics.jsonl"}
     finally:
         subprocess.run(["umount", "-l", str(out)], check=True)
+
+
+# ---- folders that only look like what is set aside ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [".old", ".moving", replace.OLD, replace.MOVING])
+def test_a_folder_of_that_name_that_is_no_run_of_ours(name, tmp_path):
+    """Beside a run, where `--out` of another would be, and in a folder that is no run."""
+    for place in (tmp_path, tmp_path / "project"):
+        (place / name).mkdir(parents=True)
+        (place / name / "notes.txt").write_text("precious")
+    (tmp_path / "project" / "notes.txt").write_text("newer")
+    (tmp_path / "project" / "config.json").write_text("{}")
+    a_run(tmp_path / "run").log({"loss": 1.0})
+    before = tree(tmp_path)
+    for how in ({}, {"resume": True}, {"overwrite": True}):
+        with pytest.raises(UserError, match="no run of ours"):
+            Run(RunFlags(out=str(tmp_path / "project"), **how))
+    assert tree(tmp_path) == before
+
+
+def test_a_run_beside_one_that_is_set_aside(tmp_path):
+    """Of a run in a folder that holds another run, as an experiment's may."""
+    old_run(tmp_path / "run")
+    a_run(tmp_path / "run", overwrite=True)
+    replace._aside.clear()  # as in another process
+    a_run(tmp_path / "run" / "sft").log({"loss": 2.0})
+    assert replace.is_aside(tmp_path / "run")
+
+
+def test_what_stands_in_the_place_of_a_file_that_comes_back(tmp_path):
+    before = old_run(tmp_path / "run")
+    replace.set_aside(tmp_path / "run")
+    (tmp_path / "run" / "report.png").mkdir()
+    (tmp_path / "run" / "report.png" / "mine.txt").write_text("x")
+    with pytest.raises(UserError, match=r"report\.png is in the place of"):
+        replace.put_back(tmp_path / "run")
+    (tmp_path / "run" / "report.png" / "mine.txt").rename(tmp_path / "mine.txt")
+    (tmp_path / "run" / "report.png").rmdir()
+    replace.put_back(tmp_path / "run")
+    assert tree(tmp_path / "run") == before
+
+
+def test_words_that_are_no_paths_are_none_of_the_runs_files(tmp_path, monkeypatch):
+    """In the run's own folder `--reward true` reads nothing of it."""
+
+    @dataclass
+    class Config(RunFlags):
+        reward: tuple[str, ...] = ("true", "rules*0.5")
+
+    a_run(tmp_path).log({"loss": 1.0})
+    monkeypatch.chdir(tmp_path)
+    Run(Config(out=".", overwrite=True))
+    with pytest.raises(UserError, match=r"would remove sft\*0\.5, which --reward wants to read"):
+        (tmp_path / "sft").mkdir()
+        Run(Config(out=".", overwrite=True, reward=("sft*0.5",)))
