@@ -202,6 +202,7 @@ def report(
 ) -> None:
     """Let policy and reference answer the same new prompts; write report.json and report.png, print the table."""
     config = run.config
+    run.pin_what_is_read()  # π_ref is read again
     reference = models.reference(policy, config.init or run.folder / "sft")
     with run.stage("evaluation"):
         result, answers = compare(policy, reference, tokenizer, prompts, score=score, **setting_of(config))

@@ -19,6 +19,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from nanopref.running.flags import UserError
+from nanopref.running.terminal import line
 
 STEPS = 200_000  # how often a rendering may loop or call, and how many characters it may make, and ten for each given
 UNUSED = ("lipsum", "random", "urlize", "wordwrap")  # of Jinja's filters and functions: no dialogue needs them
@@ -59,21 +60,21 @@ class _Sandbox(ImmutableSandboxedEnvironment):
                 parts += part.values() if size <= self.most and isinstance(part, dict) else ()
             if size > self.most:
                 raise _Endless
-        self.step(seen // 100)
+        self.step(seen // 100 + size // 1000)  # whoever looks at it goes through all of it
         return value
 
     def foreseen(self, name: str, value: Any, args: Sequence[Any], named: Mapping[str, Any]) -> None:
         """Stop what would make too much of a text or a list: a method of it, or a filter."""
         args = [self.bounded(arg) for arg in (*args, *named.values())]
-        size = max((abs(arg) for arg in args if isinstance(arg, int)), default=0)  # a width
+        size = max((abs(arg) for arg in args if isinstance(arg, int) and name in WIDTHS), default=0)
         if name == "replace" and len(args) > 1:
             size = str(value).count(str(args[0])) * len(str(args[1]))
         elif name == "join":
             size = math.prod(len(x) for x in (value, *args[:1]) if hasattr(x, "__len__"))
         elif name in ("indent", "expandtabs", "tojson"):
             size = max([8, size, *(len(arg) for arg in args if isinstance(arg, str))]) * len(str(value))
-        elif name.startswith("format"):  # where a width may be an argument
-            size *= str(value).count("*") + str(value).count(":{")
+        elif name.startswith("format") and not re.search(r"\*|:{", str(value)):  # no width is an argument
+            size = 0
         if size > self.most or (name.startswith("format") and _WIDE.search(str(value))):
             raise _Endless
 
@@ -102,9 +103,16 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             name = "nodes" if isinstance(node, nodes.Concat) else "values"
             watched = [nodes.Filter(x, "bounded", [], [], None, None, lineno=node.lineno) for x in getattr(node, name)]
             setattr(node, name, watched)
+        for node in list(source.find_all((nodes.Operand, nodes.Getitem))):  # of `in`, ==, and what a slice is cut from
+            name = "expr" if isinstance(node, nodes.Operand) else "node"
+            if name == "expr" or isinstance(node.arg, nodes.Slice):
+                watched = nodes.Filter(getattr(node, name), "bounded", [], [], None, None, lineno=node.lineno)
+                setattr(node, name, watched)
         return super()._generate(source, *args, **kwargs)
 
 
+WIDTHS = ("ljust", "rjust", "center", "zfill", "indent", "expandtabs", "range", "batch", "slice", "tojson")
+WIDTHS += ("format", "format_map")  # filters and methods of which a number may say how much they make
 _WIDE = re.compile(r"(%[^a-zA-Z%]*|{[^{}]*:[^{}]*)\d{5}")  # a width of ten thousand and more in a format
 
 
@@ -183,14 +191,14 @@ def render(source: str, variables: Mapping[str, str], messages: Sequence[tuple[s
             if written > sandbox.most:
                 raise _Endless
     except jinja2.TemplateSyntaxError as error:
-        raise UserError(f"the model's chat template is none: line {error.lineno}: {_line(error)}") from None
+        raise UserError(f"the model's chat template is none: line {error.lineno}: {_reason(error)}") from None
     except (_Endless, RecursionError, MemoryError, OverflowError):
         raise UserError("the model's chat template does not come to an end, or writes too much") from None
     except Exception as error:  # which may be any, since the code is not ours
         roles = ", ".join(dict.fromkeys(role for role, _ in messages))
-        raise UserError(f"the model's chat template refuses messages of the roles {roles}: {_line(error)}") from None
+        raise UserError(f"the model's chat template refuses messages of the roles {roles}: {_reason(error)}") from None
     return "".join(pieces)
 
 
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+def _reason(error: Exception) -> str:
+    return line(" ".join(str(error).split()) or type(error).__name__, 300)

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 from operator import itemgetter
 from pathlib import Path
 
+from nanopref.running.terminal import line
+
 END_OF_TEXT = "<|endoftext|>"
 LONGEST = 512  # bytes of a token; the longest of those that are published has 128
 LARGEST = 2**24  # ids are smaller
@@ -87,9 +89,9 @@ def read(folder: Path) -> tuple[dict[bytes, int], Layout, Settings]:
         if not {*begin} <= {*layout.added.values()}:
             raise ValueError("its post_processor puts something else than added tokens before the text")
     except MALFORMED as error:
-        raise ValueError(f"{path} is not laid out as a byte-level BPE tokenizer: {sentence(repr(error))}") from error
+        raise ValueError(f"{path} is not laid out as a byte-level BPE tokenizer: {line(repr(error), 500)}") from error
     except ValueError as error:
-        raise ValueError(f"{path} is not a tokenizer that can be used here: {sentence(error)}") from error
+        raise ValueError(f"{path} is not a tokenizer that can be used here: {line(error, 500)}") from error
     settings, special = _read_settings(folder, ranks, layout.added, begin, files)
     return ranks, replace(layout, ordinary=layout.ordinary - special), settings
 
@@ -120,12 +122,6 @@ def contents(ranks: dict[bytes, int], end_of_text: int) -> dict[str, str]:
         "tokenizer_config.json": json.dumps(config, indent=2),
         "tokenizer.json": json.dumps(tokenizer, ensure_ascii=False, indent=1),
     }
-
-
-def sentence(error: object) -> str:
-    """What is said of a file, which may hold anything: printable, and short enough for a sentence."""
-    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(error))
-    return text if len(text) <= 500 else f"{text[:400]} … {text[-80:]}"
 
 
 def to_characters(token: bytes) -> str:
@@ -288,12 +284,12 @@ def _read_settings(
             templates = [{"name": "default", "template": templates}]
         template = {row["name"]: _text(row["template"]) for row in templates}.get("default")
     except MALFORMED as error:
-        raise ValueError(f"{path} is not laid out as a tokenizer's settings: {sentence(repr(error))}") from error
+        raise ValueError(f"{path} is not laid out as a tokenizer's settings: {line(repr(error), 500)}") from error
     # `transformers` would add a token for each name that is none, at an id of which the model knows nothing.
     for name in named:
         if name not in added:
             raise ValueError(
-                f"{path} names the token {sentence(repr(name))}, which is no added token of tokenizer.json"
+                f"{path} names the token {line(repr(name), 500)}, which is no added token of tokenizer.json"
             )
     if "chat_template.jinja" in files:  # which `transformers` takes first
         try:
@@ -315,7 +311,7 @@ def _read_ends(path: Path) -> list[int]:
     ids = _json(path, {}).get("eos_token_id")
     ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
     if not all(type(i) is int for i in ids):
-        raise ValueError(f"{path}: eos_token_id is {sentence(ids)}, not an id or a list of ids")
+        raise ValueError(f"{path}: eos_token_id is {line(ids, 500)}, not an id or a list of ids")
     return ids
 
 

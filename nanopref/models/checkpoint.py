@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from nanopref.data import chat
 from nanopref.data.tokenizer import Tokenizer
-from nanopref.data.tokenizer_files import MALFORMED, sentence
+from nanopref.data.tokenizer_files import MALFORMED
 from nanopref.models import gpt2, llama, lora
 from nanopref.models.frozen import frozen, twin
 from nanopref.models.language import LM
 from nanopref.models.scalar import ScalarModel
 from nanopref.running.files import write_atomic
 from nanopref.running.flags import ModelFlags, UserError, require
+from nanopref.running.terminal import line
 
 # by the model_type of their config.json
 FAMILIES: dict[str, ModuleType] = {"gpt2": gpt2, "llama": llama, "qwen2": llama, "qwen3": llama}
@@ -165,13 +166,13 @@ def configuration(folder: Path, dropout: float = 0.0) -> Any:
         require(kind in FAMILIES, f"{path}: model_type is {kind!r}, but only {', '.join(FAMILIES)} can be loaded")
         return FAMILIES[kind].from_settings(settings, str(path), dropout)
     except KeyError as error:
-        hint = "is it a run that has no model yet? --resume continues it"
-        raise UserError(f"{path}: not a model's configuration, it lacks {sentence(error)} ({hint})") from None
+        hint = "is it a run without a whole model? remove its report.json, and --resume makes it"
+        raise UserError(f"{path}: not a model's configuration, it lacks {line(error, 500)} ({hint})") from None
     except (OSError, ValueError, *MALFORMED) as error:
-        reason = sentence(f"{type(error).__name__}: {error}")
+        reason = line(f"{type(error).__name__}: {error}", 500)
         raise UserError(f"{path}: not a model's configuration ({reason})") from None
     except UserError as error:  # which may quote a setting of any length
-        raise UserError(f"{path}{sentence(str(error).removeprefix(str(path)))}") from None
+        raise UserError(f"{path}{line(str(error).removeprefix(str(path)), 500)}") from None
 
 
 def _read(folder: Path, dropout: float) -> tuple[LM, tuple[Tensor, Tensor | None] | None]:
@@ -200,18 +201,18 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
             names = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
             paths = [folder / Path(name).name for name in sorted(names)]  # beside it, whatever the index says
         except (OSError, ValueError, *MALFORMED) as error:
-            reason = sentence(f"{type(error).__name__}: {error}")
+            reason = line(f"{type(error).__name__}: {error}", 500)
             raise UserError(f"{folder / INDEX}: no index of shards ({reason})") from None
     found: dict[str, Tensor] = {}
     for path in paths:
         if path not in there:
             pickles = [p.name for p in folder.glob("*.bin")] + [p.name for p in folder.glob("*.pt")]
             hint = f"; {pickles[0]} is a pickle and is never loaded: convert it to safetensors" if pickles else ""
-            raise UserError(f"{folder}/{sentence(path.name)}: no such file{hint}")
+            raise UserError(f"{folder}/{line(path.name, 500)}: no such file{hint}")
         try:
             found |= load_file(path)
         except (OSError, SafetensorError, ValueError, RuntimeError, *MALFORMED) as error:
-            reason = sentence(error)
+            reason = line(error, 500)
             raise UserError(f"{path}: not a safetensors file (a pickle, or cut off?): {reason}") from None
     return found
 
@@ -244,7 +245,7 @@ def _fitted(path: Path, found: dict[str, Tensor], family: ModuleType, config: An
     if written_twice := UNEMBEDDING in found and UNEMBEDDING not in wanted:  # as some do with a tied unembedding
         wanted[UNEMBEDDING] = wanted[family.EMBEDDING]
     extra = [name for name in found if name not in wanted]
-    first = sentence("".join(extra[:1]))
+    first = line("".join(extra[:1]), 500)
     require(not extra, f"{path}: {len(extra)} tensors do not belong to the model, the first is {first}")
     if score is not None:
         fits = score.dim() == 2 and len(score) > 0 and score.shape[1] == config.n_embd
@@ -281,5 +282,5 @@ def _tokenizer(folder: Path, model: LM) -> Tokenizer:
     try:
         chat.check(tokenizer)
     except UserError as error:
-        raise UserError(f"{folder}: {sentence(error)}") from None
+        raise UserError(f"{folder}: {line(error, 500)}") from None
     return tokenizer

@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import re
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,6 +18,7 @@ except ImportError:  # a system without them does not notice two runs in one fol
     fcntl = None
 
 PARTIAL = ".partial"  # how the names of files end that are being written
+LEFT = re.compile(rf"\.[^/]*\.(\d+|next|gone){re.escape(PARTIAL)}")  # and what ours are like
 
 
 def write_atomic(path: str | Path, content: str | bytes | Callable[[Path], None]) -> None:
@@ -77,6 +80,13 @@ def append(path: Path, content: bytes) -> None:
         except OSError:
             f.truncate(end)
             raise
+
+
+def clean(folder: Path) -> None:
+    """Remove what processes that were killed while they wrote have left in a run's folder."""
+    for left in folder.rglob(f".*{PARTIAL}"):
+        if LEFT.fullmatch(left.name) and not left.is_symlink():
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink()
 
 
 _locks: dict[Path, int] = {}  # the folders that this process works in, and the open handles that lock them

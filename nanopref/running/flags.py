@@ -211,9 +211,11 @@ def execute(command: Callable[[Any], None], config: Any) -> None:
             where = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error
             resumes = error.errno in NO_ROOM and hasattr(config, "resume")
             words = f"{where}{'; make room, and --resume goes on' if resumes else ''}"
+        elif not alone and "onnection" in str(error):  # the first process has ended, and said why
+            words = ""
         else:
             raise
-        code, message = 2, f"error: {words}"
+        code, message = 2, f"error: {words}" if words else ""
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -21,7 +21,6 @@ import errno
 import json
 import math
 import platform
-import shutil
 import signal
 import sys
 import time
@@ -38,9 +37,9 @@ from torch.optim import Optimizer
 
 import kernels
 from nanopref.running import parallel, replace, states, tensorboard
-from nanopref.running.files import PARTIAL, lock, read_lines, read_object, seconds_of, write_atomic
+from nanopref.running.files import clean, lock, read_lines, read_object, seconds_of, write_atomic
 from nanopref.running.flags import RewardError, RunFlags, UserError, is_out_of_memory, require
-from nanopref.running.inputs import Inputs, digest, fingerprint, fingerprint_of_word, is_path, parts_of
+from nanopref.running.inputs import Inputs, digest, fingerprint, fingerprint_of_word, parts_of, paths_in
 from nanopref.running.logs import NOTHING, Logs
 from nanopref.running.optim import Both, batches
 from nanopref.running.parallel import barrier, progress, rank, say, sum_gradients, sum_processes, world_size
@@ -100,8 +99,7 @@ class Run:
         if self.config.overwrite:
             for name, words in self._read().items():
                 for parts in words:
-                    paths = [Path(part).resolve() for part in parts if is_path(part)]
-                    inside = any(path.is_relative_to(self.folder.resolve()) for path in paths)
+                    inside = any(p.resolve().is_relative_to(self.folder.resolve()) for p in paths_in(parts))
                     require(not inside, f"--overwrite would remove {''.join(parts)}, which {name} wants to read")
             if rank() == 0:
                 replace.check(self.folder)
@@ -127,18 +125,16 @@ class Run:
         """
         barrier()  # all processes have looked at the folder before one of them changes it
         if rank() == 0:
-            inputs = {name: digest(*map(fingerprint_of_word, words)) for name, words in self._read().items()}
             if self.config.resume and not (self.folder / "config.json").exists():
                 say(f"nothing to resume in {self.folder}: starting from the beginning")
             self.folder.mkdir(parents=True, exist_ok=True)
             lock(self.folder)
             if replace.contents(self.folder):
                 self._check_old_run()  # another process may have begun and ended since the first look
+                clean(self.folder)
                 if self.config.overwrite:
-                    replace.set_aside(self.folder)
                     atexit.register(self._give_back)
-            for left in self.folder.rglob(f".*{PARTIAL}"):  # by a process that was killed while it wrote
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
+                    replace.set_aside(self.folder)
             versions = {
                 name: parallel.version(name) for name in ("torch", "triton", "numpy", "tiktoken", "safetensors")
             }
@@ -150,9 +146,7 @@ class Run:
             if not (self.folder / "config.json").exists():
                 write_atomic(self.folder / "config.json", json.dumps(content, indent=2) + "\n")
             self._inputs = Inputs(self.folder)
-            for name, found in inputs.items():
-                hint = f"is not what the run in {self.folder} began with: put that back, or --overwrite"
-                self._inputs.pin(name, found, f"--resume: {name} {hint}")
+            self.pin_what_is_read()
         barrier()
         kept = read_object(self.folder / "seconds.json").items()  # a run goes on without them
         self.seconds = {name: x for name, x in kept if isinstance(x, int | float) and math.isfinite(x)}
@@ -165,6 +159,12 @@ class Run:
             say(f"{self.folder} holds the run again that --overwrite had set aside: the new one had come to no result")
 
     # ---- what the run depends on -------------------------------------------------------------------------------------
+
+    def pin_what_is_read(self) -> None:
+        """Raise UserError where a flag names something else, or what it names is something else, than at the start."""
+        for name, words in self._read().items() if rank() == 0 else ():
+            hint = f"is not what the run in {self.folder} began with: put that back, or --overwrite"
+            self._inputs.pin(name, digest(*map(fingerprint_of_word, words)), f"{name} {hint}")
 
     def pin(self, name: str, *parts: Any) -> None:
         """Remember what a stage learns from: data with a `digest()`, or lists of text.

@@ -55,9 +55,14 @@ def fingerprint(path: Path) -> str:
 
 
 def parts_of(word: str) -> list[str]:
-    """A word of --reward cut where a path in it may begin or end: it stands before or behind a colon, and a weight
-    behind it. Joined they are the word."""
-    return [word] if Path(word).exists() else re.split("([:*])", word)
+    """A word of --reward cut where a path in it begins and ends, each as long as there is one: it stands before or
+    behind a colon, and a weight behind it. Joined they are the word."""
+    pieces, parts = re.split("([:*])", word), []
+    while pieces:
+        n = next((n for n in range(len(pieces), 1, -1) if is_path("".join(pieces[:n]))), 1)
+        parts.append("".join(pieces[:n]))
+        pieces = pieces[n:]
+    return parts
 
 
 def is_path(part: str) -> bool:
@@ -65,10 +70,20 @@ def is_path(part: str) -> bool:
     return part not in {"", *NO_PATHS} and Path(part).exists()
 
 
+def paths_in(parts: list[str]) -> list[Path]:
+    """What is read of that: of a policy's implicit reward also the policy that it began as."""
+    found = [Path(part) for part in parts if is_path(part)]
+    for run in found if parts[0] == "implicit" else ():
+        start = (read_object(run / "config.json").get("flags") or {}).get("init") or run / "sft"
+        found = [*found, *([Path(start)] if Path(start).exists() else [])]
+    return found
+
+
 def fingerprint_of_word(parts: list[str]) -> str:
     """The parts of a flag's word, with the fingerprint of what is named in the place of its path: the same wherever
     that lies. Code keeps its name: a judge that failed may be mended. Of a policy's implicit reward β counts too."""
-    found = [fingerprint(Path(x)) if is_path(x) and not x.endswith(".py") else x for x in parts]
+    found = ["" if is_path(part) and not part.endswith(".py") else part for part in parts]
+    read = [path for path in paths_in(parts) if path.suffix != ".py"]
     if parts[0] == "implicit":
-        found += [fingerprint(file) for x in parts if (file := Path(x, "config.json")).is_file()]
-    return "".join(found)
+        read += [file for path in read if (file := path / "config.json").is_file()]
+    return "".join([*found, *map(fingerprint, read)])

@@ -65,9 +65,13 @@ def _files(folder: Path) -> Iterator[Path]:
 def set_aside(folder: Path) -> None:
     """Move the run in a folder, which must be ours alone (`check`), out of the way."""
     (folder / MOVING).mkdir(exist_ok=True)
-    for path in sorted(contents(folder), key=lambda path: path.name != "config.json"):
-        if path.name != MOVING:
-            path.rename(folder / MOVING / path.name)
+    try:
+        for path in sorted(contents(folder), key=lambda path: path.name != "config.json"):
+            if path.name != MOVING:
+                path.rename(folder / MOVING / path.name)
+    except OSError:  # a mount point, or somebody else's folder
+        put_back(folder)
+        raise
     (folder / MOVING).rename(folder / OLD)
     _aside.add(folder.resolve())
 
@@ -98,7 +102,7 @@ def put_back(folder: Path) -> None:
 def settle(folder: Path) -> None:
     """The new run, or a stage of it in a folder below, has something to show: the old one is removed."""
     for place in _aside & {folder.resolve(), folder.resolve().parent}:
-        gone = place / f"{OLD}{PARTIAL}"
+        gone = place / f"{OLD}.gone{PARTIAL}"
         (place / OLD).rename(gone)
-        shutil.rmtree(gone)
+        shutil.rmtree(gone, ignore_errors=True)  # what is somebody else's stays
         _aside.discard(place)

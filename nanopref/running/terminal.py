@@ -36,13 +36,13 @@ def shown(text: str) -> str:
     return _OBEYED.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
-def line(text: str, most: int = 1200) -> str:
-    """A text as a line: escapes in place of all that is not printable, and of a long one no more than both ends."""
+def line(said: object, most: int = 1200) -> str:
+    """What is said, as a line: escapes in place of all that is not printable, and of a long one both ends."""
 
     def cut(text: str) -> str:
         return text if len(text) <= most else f"{text[: most * 3 // 4]} … {text[-most // 4 :]}"
 
-    return cut("".join(c if c.isprintable() else ascii(c)[1:-1] for c in cut(text)))
+    return cut("".join(c if c.isprintable() else ascii(c)[1:-1] for c in cut(str(said))))
 
 
 def _in_its_place(error: UnicodeError) -> tuple[str, int]:

@@ -45,7 +45,28 @@ def test_a_template_that_would_fill_the_memory_is_refused(source):
         tracemalloc.stop()
 
 
+SLOW = {
+    "in": "{% if 'ac' in a %}{% endif %}",
+    "==": "{% if a == a ~ 'b' %}{% endif %}",
+    "filter": "{% set b = a|upper %}",
+    "slice": "{{ a[::-1]|length }}",
+}
+
+
+@pytest.mark.parametrize("source", SLOW.values(), ids=SLOW)
+def test_a_template_that_goes_through_much_again_and_again_is_refused(source):
+    loop = (
+        "{% set a = 'ab' * 95000 %}{% for i in range(300) %}{% for j in range(300) %}"
+        + source
+        + "{% endfor %}{% endfor %}"
+    )
+    with within(5), pytest.raises(UserError, match="does not come to an end, or writes too much"):
+        render(loop, {}, [("user", "?")], False)
+
+
 REAL = {
+    "{{ none|default(1000000000000000019884624838656) }}": "None",
+    "{{ x|default(1000000000000000019884624838656) }}": "1000000000000000019884624838656",
     "{{ messages[0].content.split('</think>')[-1].strip() }}": "b",
     "{{ '%s of %d' % ('one', 1722000000) }} {{ '{} {:>3}'.format('In 2024', 5) }}": "one of 1722000000 In 2024   5",
     "{{ messages|map(attribute='role')|join(', ') }}": "user",

@@ -204,3 +204,31 @@ def test_words_that_are_no_paths_are_none_of_the_runs_files(tmp_path, monkeypatc
     with pytest.raises(UserError, match=r"would remove sft\*0\.5, which --reward wants to read"):
         (tmp_path / "sft").mkdir()
         Run(Config(out=".", overwrite=True, reward=("sft*0.5",)))
+
+
+def test_what_is_not_ours_but_called_as_if_it_were_being_written(tmp_path):
+    (tmp_path / "run" / ".mine.partial").mkdir(parents=True)
+    (tmp_path / "run" / ".mine.partial" / "a").write_text("x")
+    (tmp_path / "run" / ".dl.iso.partial").write_text("y")
+    before = tree(tmp_path / "run")
+    a_run(tmp_path / "run").log({"loss": 1.0})
+    (tmp_path / "run" / ".state.pt.next.partial").write_text("of a process that was killed")
+    (tmp_path / "run" / ".metrics.jsonl.17.partial").write_text("of another")
+    a_run(tmp_path / "run", resume=True)
+    assert before.items() <= tree(tmp_path / "run").items()
+    assert len([name for name in tree(tmp_path / "run") if name.endswith(".partial")]) == 1
+
+
+def test_a_part_that_cannot_be_moved_leaves_the_run_as_it_was(tmp_path, monkeypatch):
+    """A mount point, or a folder of somebody else."""
+    before, ordinary = old_run(tmp_path / "run"), Path.rename
+
+    def rename(path, target):
+        if path.name == "model" and replace.MOVING in str(target):
+            raise OSError(16, "Device or resource busy", str(path))
+        return ordinary(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(OSError, match="busy"):
+        a_run(tmp_path / "run", overwrite=True)
+    assert tree(tmp_path / "run") == before and not replace.is_aside(tmp_path / "run")

@@ -6,6 +6,7 @@ import signal
 from dataclasses import dataclass
 from pathlib import Path
 
+import by_hand
 import pytest
 import small_runs
 import torch
@@ -255,3 +256,53 @@ def test_digests_that_are_spoilt_themselves_are_made_again(tmp_path, plain):
     config.resume = True
     small_runs.run(config)
     assert small_runs.alike(small_runs.outcome(tmp_path / "run"), expected) and path.read_text() == whole
+
+
+def test_what_an_implicit_reward_is_made_of(tmp_path, capsys, plain):
+    """The policy, what it began as, and β; in a folder whose name looks like a word of --reward."""
+    place = tmp_path / "a:b*2"
+    made = small_runs.config_of("dpo", tmp_path, place / "made", rounds=1)
+    small_runs.run(made)
+    given = {"reward": (f"implicit:{place}/made*0.5",), "rounds": 1, "prompts": 240}
+    config = small_runs.config_of("dpo", tmp_path, tmp_path / "run", **given)
+    other = by_hand.tiny_model(tmp_path / "other", seed=3)
+    config.init = other
+    small_runs.run(config)
+    expected = small_runs.outcome(tmp_path / "run")
+    config.resume = True
+    small_runs.run(config)
+    assert small_runs.alike(small_runs.outcome(tmp_path / "run"), expected)
+    for file in ("made/model/model.safetensors", "made/config.json", "../init/model.safetensors"):
+        path = place / file
+        content = path.read_bytes()
+        path.unlink()
+        spoilt = content.replace(b'"beta": 0.1', b'"beta": 0.7') if path.name == "config.json" else content[:-1] + b"\1"
+        assert spoilt != content
+        path.write_bytes(spoilt)
+        said = stopped(small_runs.COMMANDS["dpo"].train, config, capsys)
+        assert "--reward is not what the run in" in said, (file, said)
+        path.unlink()
+        path.write_bytes(content)
+    for read in (place / "made", tmp_path / "init"):
+        again = small_runs.config_of("dpo", tmp_path, read, **given, overwrite=True)
+        again.init = other
+        if read.name == "made":
+            said = stopped(small_runs.COMMANDS["dpo"].train, again, capsys)
+            assert "--overwrite would remove" in said and "which --reward wants to read" in said
+
+
+def test_a_model_that_is_replaced_while_a_run_goes_on_from_it(tmp_path, monkeypatch, capsys, plain):
+    """π_ref is read again for the report."""
+    config = small_runs.config_of("dpo", tmp_path, tmp_path / "run", rounds=1)
+    log = Run.log
+
+    def log_and_replace(run, metrics) -> None:
+        log(run, metrics)
+        path = Path(config.init) / "model.safetensors"
+        content = path.read_bytes()
+        path.unlink()
+        path.write_bytes(content[:-1] + b"\1")
+
+    monkeypatch.setattr(Run, "log", log_and_replace)
+    said = stopped(small_runs.COMMANDS["dpo"].train, config, capsys)
+    assert "--init is not what the run in" in said and not (tmp_path / "run" / "report.json").exists()

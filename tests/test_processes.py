@@ -1,0 +1,58 @@
+"""Two processes and one folder: --overwrite, a signal to one of them, inputs that have changed."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import small_runs
+from helpers import Fork, flags, two_processes
+
+from nanopref.running.files import read_lines
+
+ENDLESS = {"epochs": 2000, "save_seconds": 0.0}
+
+
+def words(root: Path, out: Path, **more) -> list[str]:
+    """A run of DPO on a file of pairs, from an SFT model of its own."""
+    data = small_runs.settings(root)["ppo"]["data"]
+    own = {"data": data, "sft_steps": 2, "block_size": 32, "epochs": 1, "eval_every": 2}
+    return flags(**small_runs.SMALL | small_runs.SAMPLING | own | {"out": out} | more)
+
+
+def ends(forks: list[Fork]) -> list[tuple[int, str]]:
+    return [fork.finish() for fork in forks]
+
+
+def test_overwrite_by_two_processes(tmp_path):
+    """Of a run with stages in folders of their own, which both look at."""
+    out = tmp_path / "run"
+    Fork(tmp_path / "log", "train_dpo.py", *words(tmp_path, out)).succeed()
+    found = ends(two_processes(tmp_path, "train_dpo.py", *words(tmp_path, out, overwrite=True, seed=7)))
+    assert [code for code, _ in found] == [0, 0], found
+    assert sorted(path.name for path in out.iterdir() if path.name.startswith(".")) == []
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_of_two_ends_both_and_is_no_success(rank, tmp_path):
+    out = tmp_path / "run"
+    forks = two_processes(tmp_path, "train_dpo.py", *words(tmp_path, out, **ENDLESS))
+    end = time.monotonic() + 120
+    while len(read_lines(out / "metrics.jsonl")) < 3 and time.monotonic() < end:
+        time.sleep(0.05)
+    os.kill(forks[rank].pid, signal.SIGTERM)
+    (code, said), (other, quiet) = ends(forks)
+    assert (code, other) == (130, 130) and "add --resume to the same command to continue" in said
+    assert "Traceback" not in said + quiet and not (out / "report.json").exists() and (out / "state.pt").exists()
+
+
+def test_an_input_that_has_changed_is_said_once(tmp_path):
+    out = tmp_path / "run"
+    given = words(tmp_path, out)
+    Fork(tmp_path / "log", "train_dpo.py", *given).succeed()
+    data = Path(small_runs.settings(tmp_path)["ppo"]["data"])
+    data.write_text(data.read_text().replace(" bad", " sad", 1))
+    (code, said), (other, quiet) = ends(two_processes(tmp_path, "train_dpo.py", *given, "--resume"))
+    assert code == 2 and other == 2
+    assert said.count("error: --data is not what the run in") == 1 and "Traceback" not in said + quiet
