@@ -260,12 +260,12 @@ def test_digests_that_are_spoilt_themselves_are_made_again(tmp_path, plain):
 
 def test_what_an_implicit_reward_is_made_of(tmp_path, capsys, plain):
     """The policy, what it began as, and β; in a folder whose name looks like a word of --reward."""
-    place = tmp_path / "a:b*2"
+    place = tmp_path / "a:b"
     made = small_runs.config_of("dpo", tmp_path, place / "made", rounds=1)
     small_runs.run(made)
     given = {"reward": (f"implicit:{place}/made*0.5",), "rounds": 1, "prompts": 240}
     config = small_runs.config_of("dpo", tmp_path, tmp_path / "run", **given)
-    other = by_hand.tiny_model(tmp_path / "other", seed=3)
+    other = by_hand.tiny_model(tmp_path / "other")
     config.init = other
     small_runs.run(config)
     expected = small_runs.outcome(tmp_path / "run")
