@@ -10,6 +10,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from nanopref.running.flags import UserError, is_out_of_memory
 
 try:
@@ -28,43 +30,32 @@ def write_atomic(path: str | Path, content: str | bytes | Callable[[Path], None]
     words of its own.
     """
     path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     with named(path):
-        _write_atomic(path, content)
+        try:
+            partial.touch()
+            mode = partial.stat().st_mode  # which follows the umask; safetensors makes files for their owner alone
+            if callable(content):
+                content(partial)
+            else:
+                partial.write_bytes(content.encode() if isinstance(content, str) else content)
+            partial.chmod(mode)
+            with partial.open("rb") as f:
+                os.fsync(f.fileno())
+            partial.replace(path)
+        finally:
+            with suppress(OSError):  # of a folder that has become read-only
+                partial.unlink(missing_ok=True)
 
 
 @contextmanager
 def named(path: Path) -> Iterator[None]:
-    """An OSError names this file, and not what it is called until it is whole."""
+    """What goes wrong while a file is written names it, and not what it is called until it is whole."""
     try:
         yield
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from None
-
-
-def _write_atomic(path: Path, content: str | bytes | Callable[[Path], None]) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
-    try:
-        partial.touch()
-        mode = partial.stat().st_mode  # which follows the umask; safetensors makes files for their owner alone
-        if callable(content):
-            _write(partial, content, path)
-        else:
-            partial.write_bytes(content.encode() if isinstance(content, str) else content)
-        partial.chmod(mode)
-        with partial.open("rb") as f:
-            os.fsync(f.fileno())
-        partial.replace(path)
-    finally:
-        with suppress(OSError):  # of a folder that has become read-only
-            partial.unlink(missing_ok=True)
-
-
-def _write(partial: Path, content: Callable[[Path], None], path: Path) -> None:
-    try:
-        content(partial)
-    except (OSError, UserError):
-        raise
-    except Exception as error:  # what torch and safetensors raise on a full disk is no OSError
+    except (RuntimeError, SafetensorError) as error:  # as which torch and safetensors tell of a full disk
         if is_out_of_memory(error):
             raise
         raise UserError(f"{path}: could not be written ({' '.join(str(error).split())})") from None

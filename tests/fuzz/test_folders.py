@@ -32,17 +32,9 @@ def test_a_run_that_is_killed_and_moved_goes_on(name, moment, root, whole):
 
 NESTED = b"[" * 100_000
 JSON = [
-    b"null",
-    b"0",
-    b'"x"',
-    b"[]",
-    b"{}",
-    b"[1, 2]",
-    b'{"a": {"b": [null]}}',
-    b'{"step": "x"}',
-    b'[{"step": 1}]',
+    b"null", b"0", b'"x"', b"[]", b"{}", b"[1, 2]", b'{"a": {"b": [null]}}', b'{"step": "x"}', b'[{"step": 1}]',
     NESTED,
-]
+]  # fmt: skip
 JSON += [b'{"flags": [], "versions": 0}', b'{"seconds": [1]}', b'{"seconds": {"a": "b"}}', b"1e999", b"-5"]
 SPOILT = st.one_of(
     st.just(("delete",)),
