@@ -64,7 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Look for inputs that end in a traceback, or as a false success.")
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--seed", type=int, default=int(time.time()), help="of the first pass; the next ones count on")
-    parser.add_argument("--scale", type=float, default=3.0, help="times as many examples a pass as the suite tries")
+    parser.add_argument("--scale", type=float, default=6.0, help="times as many examples a pass as the suite tries")
     parser.add_argument("pytest", nargs="*", help="more words for pytest, behind --, as -k folders")
     config = parser.parse_args()
     end, counts, broken = time.monotonic() + 60 * config.minutes, Counter(), []

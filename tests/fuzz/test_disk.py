@@ -34,7 +34,7 @@ def goes_on(name: str, root: Path, out: Path, whole: dict[str, tuple]) -> None:
     assert small_runs.alike(small_runs.outcome(out), whole[name])
 
 
-@examples(10)
+@examples(5)
 @given(name=NAMES, size=st.floats(0, 1).map(lambda x: int(10 ** (7 * x))))
 def test_a_disk_that_is_full(name, size, root, whole):
     out = root / "full"
@@ -48,7 +48,7 @@ def test_a_disk_that_is_full(name, size, root, whole):
         goes_on(name, root, out, whole)
 
 
-@examples(8)
+@examples(4)
 @given(name=NAMES, moment=st.floats(0, 1, exclude_max=True), reason=st.sampled_from(["EROFS", "EACCES", "EDQUOT"]))
 def test_a_folder_that_becomes_read_only(name, moment, reason, root, whole):
     out = root / "read-only"

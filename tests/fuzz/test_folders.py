@@ -20,7 +20,7 @@ def resumed(name: str, root: Path, out: Path) -> tuple[int, str]:
     return code, error
 
 
-@examples(12)
+@examples(6)
 @given(name=NAMES, moment=MOMENTS)
 def test_a_run_that_is_killed_and_moved_goes_on(name, moment, root, whole):
     out = root / "moved"
@@ -66,7 +66,7 @@ def spoil(path: Path, how: str, *more) -> None:
         path.write_bytes(content)
 
 
-@examples(40)
+@examples(24)
 @given(name=NAMES, moment=st.sampled_from([0.3, 0.6, 0.8, 0.95]), which=st.floats(0, 1, exclude_max=True), how=SPOILT)
 def test_any_file_of_a_run_may_be_spoilt(name, moment, which, how, root, whole):
     killed, out = root / f"{name} killed at {moment}", root / "spoilt"

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 _seconds: dict[str, float] = {}  # what each command takes in a process of its own
 
 
-@examples(6)
+@examples(3)
 @given(name=st.sampled_from(sorted(small_runs.COMMANDS)), moment=st.floats(0, 1))
 def test_a_process_that_is_killed(name, moment, root, whole):
     out = root / "killed for good"

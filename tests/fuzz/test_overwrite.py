@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from nanopref.running.replace import OLD
 
 
-@examples(8)
+@examples(4)
 @given(name=st.sampled_from(["dpo", "rm", "sft"]), moment=st.floats(0, 1, exclude_max=True), early=st.booleans())
 def test_of_two_runs_one_is_there(name, moment, early, root, whole):
     out, killed = root / f"{name} twice", root / "overwritten"
