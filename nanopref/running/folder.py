@@ -53,7 +53,7 @@ READ = ("init", "data", "judged", "reward", "chooser")
 
 
 class Run:
-    """The folder of one run. Nothing is touched before `begin`."""
+    """The folder of one run. Nothing is touched before `begin`, but for giving back an old run, see replace.py."""
 
     def __init__(self, config: RunFlags):
         """Raises UserError where `config.out` holds another run and neither --resume nor --overwrite was given."""
