@@ -55,8 +55,9 @@ def test_a_policy_none_of_whose_answers_ends_is_a_sentence_with_a_reward_model_t
 @pytest.mark.parametrize("flag", ["reward", "chooser"])
 def test_overwrite_spares_whoever_judges_or_chooses(flag, word, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"flags": {}, "versions": {}}))
+    (tmp_path / "x.toml").touch(), (tmp_path / "mine.py").touch(), (tmp_path / "rm").mkdir()
     more = {flag: (word.format(tmp_path),), "select": "rso"}
-    with pytest.raises(UserError, match="--overwrite would remove"):
+    with pytest.raises(UserError, match=f"--overwrite would remove .*, which --{flag} wants to read"):
         Run(train_dpo.Config(out=str(tmp_path), overwrite=True, **more))
 
 
