@@ -306,3 +306,16 @@ def test_a_model_that_is_replaced_while_a_run_goes_on_from_it(tmp_path, monkeypa
     monkeypatch.setattr(Run, "log", log_and_replace)
     said = stopped(small_runs.COMMANDS["dpo"].train, config, capsys)
     assert "--init is not what the run in" in said and not (tmp_path / "run" / "report.json").exists()
+
+
+def test_a_round_that_is_done_again_is_followed_by_the_others(tmp_path, plain):
+    """As whoever follows the advice to remove a damaged state has it: what came of the old one is made again."""
+    config = small_runs.config_of("dpo", tmp_path, tmp_path / "run")
+    small_runs.run(config)
+    expected = small_runs.outcome(tmp_path / "run")
+    (tmp_path / "run" / "state.pt").unlink()
+    made = (tmp_path / "run" / "feedback-2.jsonl").stat().st_mtime_ns
+    config.resume = True
+    small_runs.run(config)
+    assert small_runs.alike(small_runs.outcome(tmp_path / "run"), expected)
+    assert (tmp_path / "run" / "feedback-2.jsonl").stat().st_mtime_ns > made
