@@ -101,7 +101,7 @@ def put_back(folder: Path) -> None:
 
 def settle(folder: Path) -> None:
     """The new run, or a stage of it in a folder below, has something to show: the old one is removed."""
-    for place in _aside & {folder.resolve(), folder.resolve().parent}:
+    for place in _aside & {folder.resolve(), folder.resolve().parent} if _aside else ():
         gone = place / f"{OLD}.gone{PARTIAL}"
         (place / OLD).rename(gone)
         shutil.rmtree(gone, ignore_errors=True)  # what is somebody else's stays
