@@ -27,7 +27,6 @@ from nanopref.running import flags, optim, parallel
 from nanopref.running.flags import (
     FeedbackFlags, LearningFlags, ObjectiveFlags, RewardFlags, RunFlags, SamplingFlags, StartFlags, flag,
 )  # fmt: skip
-from nanopref.running.files import seconds_of
 from nanopref.running.folder import Run
 from nanopref.running.parallel import say
 from nanopref.sft import ensure_sft
@@ -164,13 +163,13 @@ def held_out_metrics(model: ScalarModel, data: Encoded, n: int, config: Config, 
 def ensure_reward_model(run: Run) -> str:
     """The reward model of a run of train_ppo.py without --reward, in OUT/rm: trained now if it is not there yet."""
     folder, config = run.folder / "rm", run.config
-    if new := seconds_of(folder) is None:
+    if made := not run.has_made(folder):
         say(f"no --reward: a reward model first, in {folder}")
         names = ("data", "prompts", "annotators", "noise", "voters", "votes", "seed", "device", "kernels", "resume")
         names += ("save_seconds", "tensorboard", "max_new_tokens", "sample_batch", "micro_batch", *flags.OF_MODELS)
         same = {name: getattr(config, name) for name in names}
         train(Config(out=str(folder), init=config.init or str(run.folder / "sft"), **same))
-    run.pin_file(folder / "model", made=new, remove=folder)
+    run.pin_file(folder / "model", made=made, remove=folder)
     run.add_seconds(folder, "reward model")
     return str(folder)
 

@@ -19,7 +19,6 @@ from nanopref.evaluation.samples import watch
 from nanopref.models.inference import evaluating
 from nanopref.models.language import LM
 from nanopref.running import flags, optim, parallel
-from nanopref.running.files import seconds_of
 from nanopref.running.flags import LearningFlags, ModelFlags, RunFlags, UserError, flag, require
 from nanopref.running.folder import Run
 from nanopref.running.parallel import say
@@ -156,7 +155,7 @@ def ensure_sft(run: Run) -> Path:
     The run's config has the flags data and sft_steps; the seconds that SFT took are added to those of the run.
     """
     config, folder = run.config, run.folder / "sft"
-    if new := seconds_of(folder) is None:
+    if made := not run.has_made(folder):
         say(f"no --init: supervised fine-tuning first, in {folder}")
         names = ("data", "seed", "device", "kernels", "resume", "save_seconds", "tensorboard", "micro_batch")
         names += tuple(
@@ -164,7 +163,7 @@ def ensure_sft(run: Run) -> Path:
         )  # which is for a model that has learnt something
         train(Config(out=str(folder), steps=config.sft_steps, **{name: getattr(config, name) for name in names}))
     parallel.barrier()
-    run.pin_file(folder / "model", made=new, remove=folder)
+    run.pin_file(folder / "model", made=made, remove=folder)
     run.add_seconds(folder, "sft")
     return folder
 

@@ -187,6 +187,11 @@ class Run:
         hint = f"remove {remove or path}, and --resume makes it again"
         self._inputs.pin(name, found, f"{path} is not as this run made it: {hint}")
 
+    def has_made(self, folder: Path) -> bool:
+        """Whether a stage with a folder of its own has come to its end, and it is known what its model was then."""
+        model = str((folder / "model").relative_to(self.folder))
+        return seconds_of(folder) is not None and model in self._inputs.digests
+
     def keep(self, make: Callable[[], Sequence[str | bytes]], *names: str) -> list[Path]:
         """Files of these names whose contents a stage makes once: now, unless they are there, in which case they must
         be as they were made, or UserError."""

@@ -17,6 +17,7 @@ from nanopref.evaluation import report
 from nanopref.running import optim
 from nanopref.running.flags import RunFlags, UserError
 from nanopref.running.folder import Run
+from nanopref.running.inputs import Inputs
 
 
 @dataclass
@@ -319,3 +320,22 @@ def test_a_round_that_is_done_again_is_followed_by_the_others(tmp_path, plain):
     small_runs.run(config)
     assert small_runs.alike(small_runs.outcome(tmp_path / "run"), expected)
     assert (tmp_path / "run" / "feedback-2.jsonl").stat().st_mtime_ns > made
+
+
+@pytest.mark.parametrize("stage", ["sft", "rm"])
+def test_a_stage_of_which_nobody_has_taken_note_ends_once_more(stage, tmp_path, plain):
+    """Killed between the end of a stage and the note of what its model was; and then the model is spoilt."""
+    config = small_runs.config_of("ppo", tmp_path, tmp_path / "run")
+    small_runs.run(config)
+    expected = small_runs.outcome(tmp_path / "run")
+    inputs = Inputs(tmp_path / "run")
+    for name in (f"{stage}/model", "rm/model", "prompts"):
+        inputs.remember(name, None)
+    (tmp_path / "run" / "state.pt").unlink()
+    path = tmp_path / "run" / stage / "model" / "model.safetensors"
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content[:-1] + b"\1")
+    config.resume = True
+    small_runs.run(config)
+    assert small_runs.alike(small_runs.outcome(tmp_path / "run"), expected)
