@@ -19,6 +19,7 @@ if not torch.cuda.is_available():
 
 from nanopref import sft
 from nanopref.evaluation import report
+from nanopref.running import replace
 
 settings.register_profile("patient", deadline=None)  # a busy machine is no error
 settings.load_profile("patient")
@@ -27,6 +28,13 @@ settings.load_profile("patient")
 def pytest_collection_modifyitems(items):
     """What waits for the compiler comes last."""
     items.sort(key=lambda item: "compiled" in item.fixturenames)
+
+
+@pytest.fixture(autouse=True)
+def no_run_comes_back_at_the_end():
+    """Of the old runs that tests leave set aside."""
+    yield
+    replace._aside.clear()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -16,7 +16,6 @@ Each file but metrics.jsonl, which grows by a line a step, is written under anot
 whole or absent whenever the process dies.
 """
 
-import atexit
 import errno
 import json
 import math
@@ -133,7 +132,6 @@ class Run:
                 self._check_old_run()  # another process may have begun and ended since the first look
                 clean(self.folder)
                 if self.config.overwrite:
-                    atexit.register(self._give_back)
                     replace.set_aside(self.folder)
             versions = {
                 name: parallel.version(name) for name in ("torch", "triton", "numpy", "tiktoken", "safetensors")
@@ -156,7 +154,6 @@ class Run:
         if rank() == 0 and self.folder.is_dir() and replace.is_aside(self.folder):
             lock(self.folder)
             replace.put_back(self.folder)
-            say(f"{self.folder} holds the run again that --overwrite had set aside: the new one had come to no result")
 
     # ---- what the run depends on -------------------------------------------------------------------------------------
 

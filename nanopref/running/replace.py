@@ -6,6 +6,7 @@ that becomes OUT/.overwritten-run: a process that was killed at any moment has l
 to look knows what to do.
 """
 
+import atexit
 import re
 import shutil
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from typing import Any
 
 from nanopref.running.files import PARTIAL, lock, read_object
 from nanopref.running.flags import require
+from nanopref.running.parallel import say
 
 OLD, MOVING = ".overwritten-run", ".overwritten-run.moving"
 # what a run writes, in its folder or, below sft/ or rm/, in that of a stage; see folder.py
@@ -97,6 +99,13 @@ def put_back(folder: Path) -> None:
         path.rename(there)
     (folder / MOVING).rmdir()
     _aside.discard(folder.resolve())
+    say(f"{folder} holds the run again that --overwrite had set aside: the new one had come to no result")
+
+
+@atexit.register
+def _put_back_at_the_end() -> None:
+    for folder in [*_aside]:
+        put_back(folder)
 
 
 def settle(folder: Path) -> None:
