@@ -146,6 +146,7 @@ class Run:
             self._inputs = Inputs(self.folder)
             self.pin_what_is_read()
         barrier()
+        self._inputs = Inputs(self.folder)  # the same for all processes, who go by it
         kept = read_object(self.folder / "seconds.json").items()  # a run goes on without them
         self.seconds = {name: x for name, x in kept if isinstance(x, int | float) and math.isfinite(x)}
 
