@@ -342,12 +342,13 @@ def test_a_stage_of_which_nobody_has_taken_note_ends_once_more(stage, tmp_path, 
 
 
 @pytest.mark.parametrize("name", sorted(small_runs.COMMANDS))
-def test_a_killed_run_whose_folder_has_moved_and_is_named_otherwise_goes_on(name, tmp_path, monkeypatch, plain):
-    """For PPO with the stages before it, which name one another by their paths."""
+@pytest.mark.parametrize("moment", [0.45, 0.8])
+def test_a_killed_run_whose_folder_has_moved_and_is_named_otherwise_goes_on(moment, name, tmp_path, monkeypatch, plain):
+    """For PPO with the stages before it, which name one another by their paths: it is in the second of them at first."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     small_runs.run(small_runs.config_of(name, tmp_path, tmp_path / "whole"))
-    small_runs.killed(name, tmp_path, 0.8, tmp_path / "elsewhere" / "moved")
+    small_runs.killed(name, tmp_path, moment, tmp_path / "elsewhere" / "moved")
     monkeypatch.chdir(tmp_path / "elsewhere")
     small_runs.run(small_runs.config_of(name, tmp_path, Path("moved"), resume=True))
     assert small_runs.alike(small_runs.outcome(Path("moved")), small_runs.outcome(tmp_path / "whole"))
