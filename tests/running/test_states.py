@@ -344,7 +344,7 @@ def test_a_stage_of_which_nobody_has_taken_note_ends_once_more(stage, tmp_path, 
 @pytest.mark.parametrize("name", sorted(small_runs.COMMANDS))
 @pytest.mark.parametrize("moment", [0.45, 0.8])
 def test_a_killed_run_whose_folder_has_moved_and_is_named_otherwise_goes_on(moment, name, tmp_path, monkeypatch, plain):
-    """For PPO with the stages before it, which name one another by their paths: it is in the second of them at first."""
+    """For PPO with the stages before it, which name one another by their paths: first in the second of them."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     small_runs.run(small_runs.config_of(name, tmp_path, tmp_path / "whole"))
