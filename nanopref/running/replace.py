@@ -93,13 +93,22 @@ def put_back(folder: Path) -> None:
             with suppress(OSError):  # which holds something else
                 place.rmdir()
         (folder / OLD).rename(folder / MOVING)
-    for path in sorted((folder / MOVING).iterdir(), key=lambda path: path.name == "config.json"):
-        there = folder / path.name
-        require(not there.exists(), f"{there} is in the place of {path}, which --overwrite had set aside: move it away")
-        path.rename(there)
-    (folder / MOVING).rmdir()
+    _move(folder / MOVING, folder)
     _aside.discard(folder.resolve())
     say(f"{folder} holds the run again that --overwrite had set aside: the new one had come to no result")
+
+
+def _move(source: Path, to: Path) -> None:
+    """All that is in one folder into another, where what is empty, or still being written, may be left of a new run;
+    config.json, by which a run is known, comes last."""
+    for path in sorted(source.iterdir(), key=lambda path: path.name == "config.json"):
+        there = to / path.name
+        if path.is_dir() and there.is_dir():
+            _move(path, there)
+            continue
+        require(not there.exists(), f"{there} is in the place of {path}, which --overwrite had set aside: move it away")
+        path.rename(there)
+    source.rmdir()
 
 
 @atexit.register

@@ -232,3 +232,13 @@ def test_a_part_that_cannot_be_moved_leaves_the_run_as_it_was(tmp_path, monkeypa
     with pytest.raises(OSError, match="busy"):
         a_run(tmp_path / "run", overwrite=True)
     assert tree(tmp_path / "run") == before and not replace.is_aside(tmp_path / "run")
+
+
+def test_a_folder_that_the_new_run_had_made_is_no_obstacle(tmp_path):
+    """It was killed while it wrote the first file of its model."""
+    before = old_run(tmp_path / "run")
+    a_run(tmp_path / "run", overwrite=True)
+    (tmp_path / "run" / "model").mkdir()
+    (tmp_path / "run" / "model" / ".tokenizer.json.17.partial").write_text("{")
+    a_run(tmp_path / "run", resume=True)
+    assert tree(tmp_path / "run") == before
