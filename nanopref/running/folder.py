@@ -36,7 +36,7 @@ from torch.optim import Optimizer
 
 import kernels
 from nanopref.running import parallel, replace, states, tensorboard
-from nanopref.running.files import clean, lock, read_lines, read_object, seconds_of, write_atomic
+from nanopref.running.files import lock, read_lines, read_object, seconds_of, write_atomic
 from nanopref.running.flags import RewardError, RunFlags, UserError, is_out_of_memory, require
 from nanopref.running.inputs import Inputs, digest, fingerprint, fingerprint_of_word, parts_of, paths_in
 from nanopref.running.logs import NOTHING, Logs
@@ -130,7 +130,7 @@ class Run:
             lock(self.folder)
             if replace.contents(self.folder):
                 self._check_old_run()  # another process may have begun and ended since the first look
-                clean(self.folder)
+                replace.tidy(self.folder)
                 if self.config.overwrite:
                     replace.set_aside(self.folder)
             versions = {

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from nanopref.running.files import PARTIAL, lock, read_object
+from nanopref.running.files import PARTIAL, clean, lock, read_object
 from nanopref.running.flags import require
 from nanopref.running.parallel import say
 
@@ -62,6 +62,13 @@ def _files(folder: Path) -> Iterator[Path]:
             yield from _files(path)
         else:
             yield path
+
+
+def tidy(folder: Path) -> None:
+    """Remove what processes that were killed have left in a run's folder."""
+    clean(folder)
+    with suppress(OSError):  # unless it is empty, as before the first file has moved or behind the last
+        (folder / MOVING).rmdir()
 
 
 def set_aside(folder: Path) -> None:

@@ -240,5 +240,9 @@ def test_a_folder_that_the_new_run_had_made_is_no_obstacle(tmp_path):
     a_run(tmp_path / "run", overwrite=True)
     (tmp_path / "run" / "model").mkdir()
     (tmp_path / "run" / "model" / ".tokenizer.json.17.partial").write_text("{")
+    (tmp_path / "run" / replace.MOVING).mkdir()
     a_run(tmp_path / "run", resume=True)
-    assert tree(tmp_path / "run") == before
+    assert tree(tmp_path / "run") == before and not (tmp_path / "run" / replace.MOVING).exists()
+    (tmp_path / "run" / replace.MOVING).mkdir()
+    a_run(tmp_path / "run", resume=True)
+    assert not (tmp_path / "run" / replace.MOVING).exists()
