@@ -130,9 +130,9 @@ class Run:
             lock(self.folder)
             if replace.contents(self.folder):
                 self._check_old_run()  # another process may have begun and ended since the first look
-                replace.tidy(self.folder)
                 if self.config.overwrite:
                     replace.set_aside(self.folder)
+            replace.tidy(self.folder)
             versions = {
                 name: parallel.version(name) for name in ("torch", "triton", "numpy", "tiktoken", "safetensors")
             }
