@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,17 @@ def sft_folder(tmp_path_factory) -> str:
 def no_picture(monkeypatch) -> None:
     """For runs of which only the numbers are looked at: matplotlib takes longer than so small a run."""
     monkeypatch.setattr(report, "plot", lambda panels, path: None)
+
+
+@pytest.fixture(scope="module")
+def small_and_plain() -> Iterator[None]:
+    """For runs of tiny models: one thread, since tensors this small wait for each other with more; and no pictures."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "plot", lambda panels, path: None)
+        yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 import train_dpo
 from nanopref import models
 from nanopref.data import formats, reviews
-from nanopref.evaluation import report
 from nanopref.feedback import collect as collecting
 from nanopref.feedback.collect import training_prompts
 from nanopref.learning import objectives
@@ -38,15 +37,10 @@ class Done(NamedTuple):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def small_and_plain():
-    """One thread, since tensors this small wait for each other with more; and no pictures."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def short_prompts(small_and_plain):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "plot", lambda panels, path: None)
         patch.setattr(reviews, "sample_prompt", lambda rng: by_hand.text(rng, 3, 6))  # which no context cuts
         yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -95,22 +95,22 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return self.bounded(super().call_binop(context, operator, left, right))
 
     def _generate(self, source: nodes.Template, *args, **kwargs) -> str:  # Jinja's hook between parsing and compiling
-        for node in list(source.find_all((nodes.For, nodes.Assign, nodes.AssignBlock))):
-            name = {nodes.For: "iter", nodes.Assign: "node", nodes.AssignBlock: "filter"}[type(node)]
-            watch = "counted" if name == "iter" else "bounded"
-            setattr(node, name, nodes.Filter(getattr(node, name), watch, [], [], None, None, lineno=node.lineno))
-        for node in list(source.find_all((nodes.Concat, nodes.With))):
-            name = "nodes" if isinstance(node, nodes.Concat) else "values"
-            watched = [nodes.Filter(x, "bounded", [], [], None, None, lineno=node.lineno) for x in getattr(node, name)]
-            setattr(node, name, watched)
-        for node in list(source.find_all((nodes.Operand, nodes.Getitem))):  # of `in`, ==, and what a slice is cut from
-            name = "expr" if isinstance(node, nodes.Operand) else "node"
-            if name == "expr" or isinstance(node.arg, nodes.Slice):
-                watched = nodes.Filter(getattr(node, name), "bounded", [], [], None, None, lineno=node.lineno)
-                setattr(node, name, watched)
+        for kind, field, watch in WATCHED:
+            for node in list(source.find_all(kind)):
+                if kind is nodes.Getitem and not isinstance(node.arg, nodes.Slice):
+                    continue
+                given = getattr(node, field)
+                some = given if isinstance(given, list) else [given]
+                watched = [nodes.Filter(x, watch, [], [], None, None, lineno=node.lineno) for x in some]
+                setattr(node, field, watched if isinstance(given, list) else watched[0])
         return super()._generate(source, *args, **kwargs)
 
 
+WATCHED = (  # where a template goes through much, or makes it: the node, what of it, and the filter that looks at that
+    (nodes.For, "iter", "counted"), (nodes.Assign, "node", "bounded"), (nodes.AssignBlock, "filter", "bounded"),
+    (nodes.Concat, "nodes", "bounded"), (nodes.With, "values", "bounded"), (nodes.Operand, "expr", "bounded"),
+    (nodes.Getitem, "node", "bounded"),
+)  # fmt: skip
 WIDTHS = ("ljust", "rjust", "center", "zfill", "indent", "expandtabs", "range", "batch", "slice", "tojson")
 WIDTHS += ("format", "format_map")  # filters and methods of which a number may say how much they make
 _WIDE = re.compile(r"(%[^a-zA-Z%]*|{[^{}]*:[^{}]*)\d{5}")  # a width of ten thousand and more in a format

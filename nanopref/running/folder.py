@@ -143,10 +143,9 @@ class Run:
             }
             if not (self.folder / "config.json").exists():
                 write_atomic(self.folder / "config.json", json.dumps(content, indent=2) + "\n")
-            self._inputs = Inputs(self.folder)
-            self.pin_what_is_read()
         barrier()
         self._inputs = Inputs(self.folder)  # the same for all processes, who go by it
+        self.pin_what_is_read()
         kept = read_object(self.folder / "seconds.json").items()  # a run goes on without them
         self.seconds = {name: x for name, x in kept if isinstance(x, int | float) and math.isfinite(x)}
 
@@ -194,15 +193,16 @@ class Run:
         """Files of these names whose contents a stage makes once: now, unless they are there, in which case they must
         be as they were made, or UserError."""
         paths, began = [self.path(name) for name in names], time.monotonic()
-        if rank() == 0 and not all(path.exists() for path in paths):
+        if all(path.exists() for path in paths):
+            for path in paths:
+                self.pin_file(path)
+        elif rank() == 0:
             for path, content in zip(paths, make(), strict=True):
                 self._inputs.remember(str(path.relative_to(self.folder)), digest(content))
                 path.parent.mkdir(exist_ok=True)
                 write_atomic(path, content)
             if time.monotonic() - began >= self.config.save_seconds:  # it would be lost with this run
                 replace.settle(self.folder)
-        for path in paths:
-            self.pin_file(path)
         barrier()
         return paths
 

@@ -4,20 +4,11 @@ from pathlib import Path
 
 import pytest
 import small_runs
-import torch
-
-from nanopref.evaluation import report
 
 
 @pytest.fixture(scope="module", autouse=True)
-def small_and_plain():
-    """One thread, since tensors this small wait for each other with more; and no pictures."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "plot", lambda panels, path: None)
-        yield
-    torch.set_num_threads(threads)
+def plain(small_and_plain) -> None:
+    """All runs here are small."""
 
 
 @pytest.fixture(scope="module")

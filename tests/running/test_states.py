@@ -13,7 +13,6 @@ import torch
 from helpers import stopped
 
 import train_ppo
-from nanopref.evaluation import report
 from nanopref.running import optim
 from nanopref.running.flags import RunFlags, UserError
 from nanopref.running.folder import Run
@@ -169,13 +168,8 @@ def test_a_log_that_is_not_what_the_state_has_seen(log, how, tmp_path):
 # ---- the scripts -----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def plain(monkeypatch) -> None:
-    monkeypatch.setattr(report, "plot", lambda panels, path: None)
-
-
 def test_ppo_that_breaks_in_the_middle_of_a_round_keeps_the_weights_from_before_it(
-    each_step, tmp_path, monkeypatch, capsys, plain
+    each_step, tmp_path, monkeypatch, capsys, no_picture
 ):
     """Of the third round the second minibatch; its first has moved the weights."""
     ordinary, calls, before = Run.update, [], []
@@ -200,7 +194,7 @@ def test_ppo_that_breaks_in_the_middle_of_a_round_keeps_the_weights_from_before_
 
 
 @pytest.mark.parametrize("name, what", [*((x, "data") for x in small_runs.COMMANDS), ("dpo", "init"), ("rm", "init")])
-def test_an_input_that_has_changed_is_refused_and_one_that_has_moved_is_not(name, what, tmp_path, capsys, plain):
+def test_an_input_that_has_changed_is_refused_and_one_that_has_moved_is_not(name, what, tmp_path, capsys, no_picture):
     config = small_runs.config_of(name, tmp_path, tmp_path / "run")
     small_runs.run(config)
     expected = small_runs.outcome(tmp_path / "run")
@@ -220,7 +214,7 @@ def test_an_input_that_has_changed_is_refused_and_one_that_has_moved_is_not(name
 
 
 @pytest.mark.parametrize("name", ["feedback.jsonl", "reference.safetensors", "round-2.json", "feedback-2.jsonl"])
-def test_what_a_stage_made_must_be_as_it_was_made_or_is_made_again(name, tmp_path, capsys, plain):
+def test_what_a_stage_made_must_be_as_it_was_made_or_is_made_again(name, tmp_path, capsys, no_picture):
     config = small_runs.config_of("dpo", tmp_path, tmp_path / "run")
     small_runs.run(config)
     expected, path = small_runs.outcome(tmp_path / "run"), tmp_path / "run" / name
@@ -235,7 +229,7 @@ def test_what_a_stage_made_must_be_as_it_was_made_or_is_made_again(name, tmp_pat
     assert small_runs.alike(small_runs.outcome(tmp_path / "run"), expected)
 
 
-def test_what_a_state_was_made_of_is_remembered_in_it_too(tmp_path, capsys, plain):
+def test_what_a_state_was_made_of_is_remembered_in_it_too(tmp_path, capsys, no_picture):
     """Without inputs.json: answers that are judged have lost a line."""
     config = small_runs.config_of("rm", tmp_path, tmp_path / "run")
     small_runs.run(config)
@@ -248,7 +242,7 @@ def test_what_a_state_was_made_of_is_remembered_in_it_too(tmp_path, capsys, plai
     assert f"{path}, rows: not as when state.pt was saved" in said
 
 
-def test_digests_that_are_spoilt_themselves_are_made_again(tmp_path, plain):
+def test_digests_that_are_spoilt_themselves_are_made_again(tmp_path, no_picture):
     config = small_runs.config_of("rm", tmp_path, tmp_path / "run")
     small_runs.run(config)
     expected, path = small_runs.outcome(tmp_path / "run"), tmp_path / "run" / "inputs.json"
@@ -259,7 +253,7 @@ def test_digests_that_are_spoilt_themselves_are_made_again(tmp_path, plain):
     assert small_runs.alike(small_runs.outcome(tmp_path / "run"), expected) and path.read_text() == whole
 
 
-def test_what_an_implicit_reward_is_made_of(tmp_path, capsys, plain):
+def test_what_an_implicit_reward_is_made_of(tmp_path, capsys, no_picture):
     """The policy, what it began as, and β; in a folder whose name looks like a word of --reward."""
     place = tmp_path / "a:b"
     made = small_runs.config_of("dpo", tmp_path, place / "made", rounds=1)
@@ -292,7 +286,7 @@ def test_what_an_implicit_reward_is_made_of(tmp_path, capsys, plain):
             assert "--overwrite would remove" in said and "which --reward wants to read" in said
 
 
-def test_a_model_that_is_replaced_while_a_run_goes_on_from_it(tmp_path, monkeypatch, capsys, plain):
+def test_a_model_that_is_replaced_while_a_run_goes_on_from_it(tmp_path, monkeypatch, capsys, no_picture):
     """π_ref is read again for the report."""
     config = small_runs.config_of("dpo", tmp_path, tmp_path / "run", rounds=1)
     log = Run.log
@@ -309,7 +303,7 @@ def test_a_model_that_is_replaced_while_a_run_goes_on_from_it(tmp_path, monkeypa
     assert "--init is not what the run in" in said and not (tmp_path / "run" / "report.json").exists()
 
 
-def test_a_round_that_is_done_again_is_followed_by_the_others(tmp_path, plain):
+def test_a_round_that_is_done_again_is_followed_by_the_others(tmp_path, no_picture):
     """As whoever follows the advice to remove a damaged state has it: what came of the old one is made again."""
     config = small_runs.config_of("dpo", tmp_path, tmp_path / "run")
     small_runs.run(config)
@@ -323,7 +317,7 @@ def test_a_round_that_is_done_again_is_followed_by_the_others(tmp_path, plain):
 
 
 @pytest.mark.parametrize("stage", ["sft", "rm"])
-def test_a_stage_of_which_nobody_has_taken_note_ends_once_more(stage, tmp_path, plain):
+def test_a_stage_of_which_nobody_has_taken_note_ends_once_more(stage, tmp_path, no_picture):
     """Killed between the end of a stage and the note of what its model was; and then the model is spoilt."""
     config = small_runs.config_of("ppo", tmp_path, tmp_path / "run")
     small_runs.run(config)
@@ -343,13 +337,12 @@ def test_a_stage_of_which_nobody_has_taken_note_ends_once_more(stage, tmp_path, 
 
 @pytest.mark.parametrize("name", sorted(small_runs.COMMANDS))
 @pytest.mark.parametrize("moment", [0.45, 0.8])
-def test_a_killed_run_whose_folder_has_moved_and_is_named_otherwise_goes_on(moment, name, tmp_path, monkeypatch, plain):
+def test_a_killed_run_whose_folder_has_moved_and_is_named_otherwise_goes_on(
+    moment, name, tmp_path, monkeypatch, small_and_plain
+):
     """For PPO with the stages before it, which name one another by their paths: first in the second of them."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     small_runs.run(small_runs.config_of(name, tmp_path, tmp_path / "whole"))
     small_runs.killed(name, tmp_path, moment, tmp_path / "elsewhere" / "moved")
     monkeypatch.chdir(tmp_path / "elsewhere")
     small_runs.run(small_runs.config_of(name, tmp_path, Path("moved"), resume=True))
     assert small_runs.alike(small_runs.outcome(Path("moved")), small_runs.outcome(tmp_path / "whole"))
-    torch.set_num_threads(threads)
