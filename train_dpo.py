@@ -33,6 +33,7 @@ from nanopref.running.flags import (
     FeedbackFlags, LearningFlags, ObjectiveFlags, RewardFlags, RunFlags, SamplingFlags, StartFlags, flag, require,
 )  # fmt: skip
 from nanopref.running.folder import Run
+from nanopref.running.sharding import accumulated
 from nanopref.sft import ensure_sft
 
 
@@ -65,7 +66,7 @@ class Part(NamedTuple):
 def train(config: Config) -> None:
     # What can be wrong is found before anything is written.
     flags.check(config)
-    device = parallel.start(config.device, config.seed, config.dtype)
+    device = parallel.start(config.device, config.seed, config.dtype, config.parallel)
     config.init = config.init or rewards.made_from([*(config.reward or ()), *(config.chooser or ())])
     policy, tokenizer, origin = models.load_init(config, device)
     config = objectives.resolve(flags.resolve(config, origin), OBJECTIVES[config.loss])
@@ -110,9 +111,8 @@ def train(config: Config) -> None:
         fit(run, policy, *map(Part, rows, baselines), objectives.knobs(config, groups), show_samples)
 
     # 5. What came of it.
-    if parallel.rank() == 0:
-        models.save(policy, tokenizer, run.folder / "model")
-        report(run, policy, tokenizer, prompts, held_out_groups, dict(notes), judge if config.reward else None)
+    models.save(policy, tokenizer, run.folder / "model")
+    report(run, policy, tokenizer, prompts, held_out_groups, dict(notes), judge if config.reward else None)
 
 
 def fit(
@@ -131,7 +131,7 @@ def fit(
             lr = optim.set_lr(optimizer, step, steps, config.warmup)
             z0 = reference_point(policy, strangers, batch, config)  # KTO's, of the whole batch; for others 0
             totals = torch.zeros(7, device=device)
-            for piece in micro_batches(batch, lengths, config.micro_batch, share=True):
+            for piece in accumulated(policy, micro_batches(batch, lengths, config.micro_batch, share=True)):
                 losses, sums = preference_losses(policy, data, z0, piece, config, knobs)
                 (losses.sum() / len(batch)).backward()  # a mean over the batch of all pieces and processes
                 totals += sums

@@ -38,6 +38,7 @@ from nanopref.running.flags import (
 )  # fmt: skip
 from nanopref.running.folder import Run
 from nanopref.running.parallel import say
+from nanopref.running.sharding import accumulated
 from train_rm import ensure_reward_model
 
 
@@ -86,8 +87,7 @@ class Config(SamplingFlags, StepFlags, FeedbackFlags, RewardFlags, StartFlags, R
 def train(config: Config) -> None:
     # What can be wrong is found before anything is written.
     flags.check(config)
-    device = parallel.start(config.device, config.seed, config.dtype)
-    require(parallel.world_size() == 1, "train_ppo.py runs as one process: start it without torchrun")
+    device = parallel.start(config.device, config.seed, config.dtype, config.parallel)
     config.init = config.init or rewards.made_from(config.reward or ())
     policy, tokenizer, origin = models.load_init(config, device)
     config = resolve(config, origin)
@@ -206,7 +206,8 @@ def ppo(
     totals, done, learned = torch.zeros(6 + len(parts), device=mask.device), 0, 0
     for minibatch in [m for epoch in order for m in epoch.split(config.minibatch)]:
         sums = torch.zeros(6, device=mask.device)
-        for at, batch in pieces(rollout.encoded, minibatch.tolist(), config.micro_batch, mask.device):
+        mine = pieces(rollout.encoded, minibatch.tolist(), config.micro_batch, mask.device)
+        for at, batch in accumulated(learner, mine):  # this process's share
             logprobs, entropies, values = learner(batch, config.temperature)
             policy_loss, policy_stats = kernels.ppo_clip_loss(  # eq. 7: -min(ρA, clip(ρ, 1 ± ε) A), ρ = π_θ/π_old
                 logprobs, rollout.logprobs[at], advantages[at], batch.mask, clip=config.clip
@@ -221,6 +222,7 @@ def ppo(
             stats = [policy_loss, value_loss, entropy, policy_stats["approx_kl"]]
             stats += [policy_stats["clip_fraction"], value_stats["clip_fraction"]]
             sums += share * torch.stack(stats).detach()
+        parallel.sum_processes(sums)
         if step < config.value_warmup or not policy_learns:  # a bad critic would undo it (Zheng et al. 2023)
             learner.policy.zero_grad()
         norms = run.update(sums[0] + sums[1], config.grad_clip, *parts)  # Huang et al. 2022, detail 11
@@ -295,6 +297,7 @@ def resolve(config: Config, origin: str) -> Config:
         (not useless, f"--{''.join(useless[:1]).replace('_', '-')} has no use with --update {config.update}"),
         (not trpo or config.critic != "head", "--critic head: its steps would leave the trust region of --update trpo"),
         (not (trpo and config.lora) or config.dtype == "float32", "--update trpo with --lora: give --dtype float32"),
+        (not trpo or config.parallel == "ddp", "--update trpo: second derivatives need whole models: --parallel ddp"),
         (config.beta > 0 or not config.kl_target, "--kl-target multiplies --beta, which must not be 0 then"),
     ):
         require(holds, message)

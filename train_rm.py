@@ -29,6 +29,7 @@ from nanopref.running.flags import (
 )  # fmt: skip
 from nanopref.running.folder import Run
 from nanopref.running.parallel import say
+from nanopref.running.sharding import accumulated
 from nanopref.sft import ensure_sft
 
 
@@ -58,7 +59,7 @@ class Config(SamplingFlags, LearningFlags, ObjectiveFlags, FeedbackFlags, Reward
 def train(config: Config) -> None:
     # What can be wrong is found before anything is written.
     flags.check(config)
-    device = parallel.start(config.device, config.seed, config.dtype)
+    device = parallel.start(config.device, config.seed, config.dtype, config.parallel)
     config.init = config.init or rewards.made_from([*(config.reward or ()), *(config.chooser or ())])
     reference, tokenizer, origin = models.load_init(config, device)
     config = objectives.resolve(flags.resolve(config, origin), SCORES[config.loss])
@@ -89,7 +90,7 @@ def train(config: Config) -> None:
 
     # 4. Descend the objective, as Bradley and Terry's -log σ(r(x, y_w) - r(x, y_l) - m).
     torch.manual_seed(config.seed)
-    model = ScalarModel(reference, config.heads).to(device)  # from here on the reference's weights are the model's
+    model = models.placed(ScalarModel(reference, config.heads), device)  # from here on it has the reference's weights
     # Each head counts each pair 0, 1, 2 … times, as often as a resampling of all pairs would (Osband et al. 2016).
     counts = torch.ones(len(data), config.heads, device=device)
     if config.heads > 1:
@@ -101,7 +102,7 @@ def train(config: Config) -> None:
         for step, batch in run.steps("reward model", len(data), size, steps, model, optimizer):
             lr = optim.set_lr(optimizer, step, steps, config.warmup)
             totals = torch.zeros(7, device=device)
-            for piece in micro_batches(batch, lengths, config.micro_batch, share=True):
+            for piece in accumulated(model, micro_batches(batch, lengths, config.micro_batch, share=True)):
                 scores, there, margins, said = group_scores(model, data, piece)  # [G, K, heads], the others [G, K]
                 losses = by_head(scores, config.margin * margins, there, said, config.loss, knobs) * counts[piece]
                 (losses.mean(1).sum() / len(batch)).backward()  # a mean over the batch of all pieces and processes
@@ -117,17 +118,16 @@ def train(config: Config) -> None:
             run.log(metrics)
 
     # 5. What came of it; then the scale, folded into the weights so that whoever opens the folder has it too.
-    if parallel.rank() == 0:
-        scores = response_scores(model, baseline, "scores of the reference", 4 * config.micro_batch)
-        shift = scores.mean(0)  # of each head; but one scale for all, that of their mean, which is the score
-        spread = scores.mean(1).std(correction=0)
-        scale = torch.where(spread > 1e-6, spread, 1.0).expand_as(shift)  # responses that all score alike have no scale
-        model.rescale(shift.to(device), scale.to(device))
-        result = {"score_shift": shift.tolist(), "score_scale": scale.tolist()}
-        models.save(model, tokenizer, run.folder / "model", **result)
-        with run.stage("evaluation"):
-            scores = response_scores(model, held_out, "scores of held-out answers", 4 * config.micro_batch)
-        conclude(run, scores, held_out_groups, held_out, result | {"data": dict(notes)})
+    scores = response_scores(model, baseline, "scores of the reference", 4 * config.micro_batch)
+    shift = scores.mean(0)  # of each head; but one scale for all, that of their mean, which is the score
+    spread = scores.mean(1).std(correction=0)
+    scale = torch.where(spread > 1e-6, spread, 1.0).expand_as(shift)  # responses that all score alike have no scale
+    model.rescale(shift.to(device), scale.to(device))
+    result = {"score_shift": shift.tolist(), "score_scale": scale.tolist()}
+    models.save(model, tokenizer, run.folder / "model", **result)
+    with run.stage("evaluation"):
+        scores = response_scores(model, held_out, "scores of held-out answers", 4 * config.micro_batch)
+    conclude(run, scores, held_out_groups, held_out, result | {"data": dict(notes)})
 
 
 def group_scores(model: ScalarModel, data: Encoded, groups: list[int]) -> list[Tensor]:

@@ -151,6 +151,7 @@ def prepared(
     """What a script holds, the bytes of AdamW's state, and a step."""
     policy = new(shape)
     models.set_up(policy, config)
+    models.placed(policy, "cpu")
     whole = torch.zeros(rows, tokens + 1, dtype=torch.long)
     batch = Batch(whole, torch.ones(rows, tokens), torch.zeros(rows, dtype=torch.long), *whole.T[:2], [rows])
     modules, loss = STEPS[script](policy, batch, config)

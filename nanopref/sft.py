@@ -22,6 +22,7 @@ from nanopref.running import flags, optim, parallel
 from nanopref.running.flags import LearningFlags, ModelFlags, RunFlags, UserError, flag, require
 from nanopref.running.folder import Run
 from nanopref.running.parallel import say
+from nanopref.running.sharding import accumulated
 
 
 @dataclass
@@ -60,7 +61,7 @@ def train(config: Config) -> None:
     require(
         bool(config.init) or not config.lora, "--lora: adapters are for a model that has learnt something; name --init"
     )
-    device = parallel.start(config.device, config.seed, config.dtype)
+    device = parallel.start(config.device, config.seed, config.dtype, config.parallel)
     model, tokenizer, origin = models.load_init(config, device)
     given = config.vocab_size, config.block_size
     config = flags.resolve(config, origin)
@@ -76,8 +77,9 @@ def train(config: Config) -> None:
             tokenizer = ensure_tokenizer(run, train_groups, config.vocab_size)
         torch.manual_seed(config.seed)
         sizes = {"vocab_size": tokenizer.vocab_size, "block_size": config.block_size, "dropout": config.dropout}
-        model = models.new(config.preset, **sizes).to(device)
+        model = models.new(config.preset, **sizes)
         models.set_up(model, config)
+        models.placed(model, device)
     data, cut = encode(train_groups, tokenizer, model.context)
     held_out, cut_held_out = encode(held_out_groups, tokenizer, model.context)
     notes += cut + cut_held_out
@@ -95,7 +97,7 @@ def train(config: Config) -> None:
         for step, rows in run.steps("SFT", len(data), size, config.steps, model, optimizer, lengths):
             lr = optim.set_lr(optimizer, step, config.steps, config.warmup)
             count, loss = data.response_lengths[rows].sum(), torch.zeros((), device=device)
-            for piece in micro_batches(rows, lengths, config.micro_batch, share=True):
+            for piece in accumulated(model, micro_batches(rows, lengths, config.micro_batch, share=True)):
                 micro_loss = -summed_logprobs(model, data, piece) / count  # a mean over the whole batch's tokens
                 micro_loss.backward()
                 loss += micro_loss.detach()
@@ -111,8 +113,8 @@ def train(config: Config) -> None:
             if "held_out_loss" in metrics:
                 show_samples()
 
+    models.save(model, tokenizer, run.folder / "model")
     if parallel.rank() == 0:
-        models.save(model, tokenizer, run.folder / "model")
         conclude(run, notes)
 
 

@@ -237,14 +237,17 @@ class Encoded:
 
 def pad(sequences: Sequence[Tensor | list[int]]) -> Tensor:
     """Sequences of tokens -> int64 [B, T], padded on the right with 0."""
+    if not sequences:  # as one process of several may have, for which a model must do something too
+        return torch.zeros(0, 2, dtype=torch.long)
     return pad_sequence([torch.as_tensor(x, dtype=torch.long) for x in sequences], batch_first=True)
 
 
 def grouped(x: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
     """One number (or vector) a row [B, …], and the rows of each group [G] -> [G, K, …] with 0 where a group has fewer
     rows, and a mask [G, K] of where it has one."""
-    there = (torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]).to(x.device)
-    alike = min(sizes) == max(sizes)
+    most = max(sizes, default=2)  # no groups at all are no pairs
+    there = (torch.arange(most) < torch.tensor(sizes)[:, None]).to(x.device)
+    alike = min(sizes, default=2) == most
     return x.view(*there.shape, *x.shape[1:]) if alike else pad_sequence(x.split(sizes), batch_first=True), there
 
 
@@ -252,18 +255,19 @@ def micro_batches(groups: Sequence[int], lengths: Sequence[int], size: int, shar
     """Cut a batch into pieces of at most `size` groups, alike in length so that little of them is padding, and of fewer
     where these are longer than USUAL, so that what a piece takes in memory is bounded.
 
-    With `share` each process takes its part of them; together they cover the batch once.
+    With `share` each process takes its part of them; together they cover the batch once, in equally many pieces each,
+    of which some may be empty, since processes that exchange weights or gradients must do so equally often.
     """
-    ordered = sorted(groups, key=lambda i: lengths[i])
-    if share:
-        ordered = ordered[parallel.rank() :: parallel.world_size()]
-    pieces: list[list[int]] = []
-    for i in ordered:
-        most = max(1, size * USUAL // max(USUAL, int(lengths[i])))
-        if not pieces or len(pieces[-1]) >= most:
-            pieces.append([])
-        pieces[-1].append(i)
-    return pieces
+    ordered, n = sorted(groups, key=lambda i: lengths[i]), parallel.world_size() if share else 1
+    parts: list[list[list[int]]] = [[] for _ in range(n)]
+    for pieces, part in zip(parts, (ordered[k::n] for k in range(n)), strict=True):
+        for i in part:
+            most = max(1, size * USUAL // max(USUAL, int(lengths[i])))
+            if not pieces or len(pieces[-1]) >= most:
+                pieces.append([])
+            pieces[-1].append(i)
+    mine = parts[parallel.rank() if share else 0]
+    return mine + [[]] * (max(map(len, parts)) - len(mine))
 
 
 # ---- from text to tokens ---------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from nanopref.data.dialogues import Dialogue
 from nanopref.evaluation.metrics import rank_correlation
 from nanopref.running.files import write_atomic
 from nanopref.running.folder import Run
-from nanopref.running.parallel import say
+from nanopref.running.parallel import rank, say
 
 matplotlib.use("agg")  # a picture needs no screen
 import matplotlib.pyplot as plt
@@ -161,6 +161,8 @@ def shows_something(panel: Panel) -> bool:
 def plot(panels: Sequence[Panel], path: Path) -> None:
     """Draw each panel that shows something, or else the first, on axes of its own in a PNG that appears whole: four in
     a square, more in rows of three or four, whichever leaves fewer places empty."""
+    if rank() > 0:
+        return
     panels = [panel for panel in panels if shows_something(panel)] or panels[:1]
     n = len(panels)
     columns = min(n, 3) if n < 4 else 2 if n == 4 else min((4, 3), key=lambda columns: -n % columns)

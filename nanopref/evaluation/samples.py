@@ -27,17 +27,16 @@ def watch(
         respond, policy, tokenizer, prompts, max_new_tokens=max_new_tokens or config.max_new_tokens, seed=config.seed,
         stream="samples", temperature=getattr(config, "temperature", 1.0),
     )  # fmt: skip
-    first = {"reference": answers()} if beside_first and rank() == 0 else {}
+    first = {"reference": answers()} if beside_first else {}
 
     def show_samples() -> None:
-        if rank() > 0:
-            return
         step, found = run.step + 1, first | {"policy": answers()}
         rows = [
             {"step": step, "prompt": prompt} | {name: found[name][i].text for name in found}
             for i, prompt in enumerate(prompts)
         ]
-        run.logs.add("samples.jsonl", rows)
+        if rank() == 0:
+            run.logs.add("samples.jsonl", rows)
         say(f"\n{samples_table(rows)}")
 
     return show_samples

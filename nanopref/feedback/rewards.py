@@ -35,6 +35,7 @@ from nanopref.models.inference import response_logprobs, response_scores
 from nanopref.models.language import LM
 from nanopref.models.sampling import Answer, pack, response_text
 from nanopref.models.scalar import ScalarModel
+from nanopref.running import parallel
 from nanopref.running.flags import RewardError, UserError, require
 
 Reward = Callable[[Sequence[Answer]], Tensor]  # N answers -> [N] float32
@@ -83,6 +84,11 @@ def rule_reward(rule: rules.Rule, answers: Sequence[Answer]) -> Tensor:
 def function_reward(name: str, function: Callable, tokenizer: Tokenizer, batch_size: int, answers) -> Tensor:
     """What a user's function says. It is called with a prompt and a response; or, if it names its arguments `prompts`
     and `responses`, with lists of them, for which it gives a list. UserError, with what was asked, where it fails."""
+    say = partial(_numbers, name, function, tokenizer, batch_size)
+    return torch.tensor(parallel.shared(say, answers), dtype=torch.float32)
+
+
+def _numbers(name: str, function: Callable, tokenizer: Tokenizer, batch_size: int, answers) -> list[float]:
     together = {"prompts", "responses"} <= _parameters(function)
     asked = [(answer.asked or response_text(answer.prompt, tokenizer), answer.text) for answer in answers]
     found: list[float] = []
@@ -96,13 +102,13 @@ def function_reward(name: str, function: Callable, tokenizer: Tokenizer, batch_s
         except (Exception, SystemExit) as error:  # which may be any, since the code is not ours
             if len(prompts) > 1:  # one of them did it: the first that does so alone
                 for answer in answers[i : i + size]:
-                    function_reward(name, function, tokenizer, 1, [answer])
+                    _numbers(name, function, tokenizer, 1, [answer])
             raise UserError(f"--reward {name}: {_in_a_line(error)}; {_asked(prompts[0], responses[0])}") from None
         require(
             len(numbers) == len(prompts), f"--reward {name}: gives {len(numbers)} numbers for {len(prompts)} answers"
         )
         found += numbers
-    return torch.tensor(found, dtype=torch.float32)
+    return found
 
 
 def _parameters(function: Callable) -> set[str]:

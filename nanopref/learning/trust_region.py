@@ -1,6 +1,7 @@
 """A step of natural gradient inside a trust region (TRPO, Schulman et al. 2015): max L(θ) with mean KL(π_old, π_θ) ≤ δ.
 
-L and the KL are closures that give a mean in pieces, whose sum it is: a micro-batch each, so that one graph is held.
+L and the KL are closures that give a mean in pieces, whose sum over all processes it is: a micro-batch each, so that
+one graph is held.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -8,6 +9,8 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from nanopref.running import parallel
 
 Pieces = Callable[[], Iterable[Tensor]]  # of a mean at the parameters as they are
 
@@ -20,19 +23,24 @@ def flat(tensors: Iterable[Tensor]) -> Tensor:
     return torch.cat([x.reshape(-1) for x in tensors])
 
 
+def total(mean: Pieces) -> Tensor:
+    """A mean, from its pieces in all processes, 0-dim."""
+    return parallel.sum_processes(sum(piece.detach() for piece in mean()))
+
+
 def gradient(mean: Pieces, parameters: Sequence[nn.Parameter]) -> Tensor:
     """∇ of a mean, flat [P]."""
-    return sum(flat(torch.autograd.grad(piece, parameters)) for piece in mean())
+    return parallel.sum_processes(sum(flat(torch.autograd.grad(piece, parameters)) for piece in mean()))
 
 
 def fisher_product(kl: Pieces, parameters: Sequence[nn.Parameter], v: Tensor) -> Tensor:
     """F v [P], where F is the Hessian of the mean KL at θ_old, which is Fisher's matrix: ∇(vᵀ∇KL) (appendix C.1)."""
-    total = torch.zeros_like(v)
+    product = torch.zeros_like(v)
     with sdpa_kernel(SDPBackend.MATH):  # the other forms of attention have no second derivative
         for piece in kl():
             slope = flat(torch.autograd.grad(piece, parameters, create_graph=True)) @ v
-            total += flat(torch.autograd.grad(slope, parameters))
-    return total
+            product += flat(torch.autograd.grad(slope, parameters))
+    return parallel.sum_processes(product)
 
 
 def conjugate_gradient(product: Callable[[Tensor], Tensor], b: Tensor, steps: int) -> Tensor:
@@ -57,7 +65,7 @@ def line_search(
 ) -> dict[str, float]:
     """The first of θ + step, θ + step/2, θ + step/4 … where the surrogate is higher and the KL at most δ; after so many
     halvings θ, as it was. What changed: `improvement` of the surrogate, `approx_kl` as measured, and the `halvings`."""
-    old, before = flat(parameters), sum(surrogate())
+    old, before = flat(parameters), total(surrogate)
 
     def go_to(weights: Tensor) -> None:
         for p, new in zip(parameters, weights.split([p.numel() for p in parameters]), strict=True):
@@ -65,7 +73,7 @@ def line_search(
 
     for halvings in range(HALVINGS + 1):
         go_to(old + 0.5**halvings * step)
-        improvement, distance = (sum(surrogate()) - before).item(), sum(kl()).item()
+        improvement, distance = (total(surrogate) - before).item(), total(kl).item()
         if improvement > 0 and distance <= delta:
             return {"improvement": improvement, "approx_kl": distance, "halvings": halvings}
     go_to(old)

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from nanopref.data.groups import Batch
-from nanopref.models.checkpoint import set_up
-from nanopref.models.frozen import thawed, twin
+from nanopref.models.checkpoint import load, load_scalar, set_up
+from nanopref.models.frozen import placed, thawed, twin
 from nanopref.models.language import LM
 from nanopref.models.scalar import ScalarModel
-from nanopref.running import parallel
+from nanopref.running import parallel, sharding
 
 
 class Learner(nn.Module):
@@ -60,14 +60,18 @@ def new_critic(kind: str, policy: LM, reward_models: Sequence[ScalarModel], conf
     With --lora a network has adapters of its own, on the memory of what it starts from. The config has ModelFlags.
     """
     if kind == "network" and reward_models:
-        judge = reward_models[0]
-        critic = twin(judge) if config.lora else thawed(judge)
+        judge, copied = reward_models[0], twin if config.lora else thawed
+        critic = load_scalar(judge.name)[0] if sharding.spread(judge) else copied(judge)
         critic.score = nn.Linear(critic.config.n_embd, 1, bias=False)
-        critic.score.weight = nn.Parameter(judge.score.weight.detach().mean(0, keepdim=True))
+        critic.score.weight = nn.Parameter(sharding.full(judge.score.weight.detach()).mean(0, keepdim=True))
         critic.bias = judge.bias.mean(0, keepdim=True)
+    elif kind == "network":
+        read = sharding.spread(policy)
+        critic = ScalarModel(load(policy.name, context=policy.context)[0] if read else twin(policy))
+        nn.init.zeros_(critic.score.weight)
     else:
-        critic = ScalarModel(twin(policy) if kind == "network" else policy)
+        critic = ScalarModel(policy, writes=True)
         nn.init.zeros_(critic.score.weight)
     if kind == "network":
         set_up(critic.transformer, config)
-    return critic
+    return placed(critic, policy.device)

@@ -17,9 +17,10 @@ from nanopref.data import chat
 from nanopref.data.tokenizer import Tokenizer
 from nanopref.data.tokenizer_files import MALFORMED
 from nanopref.models import gpt2, llama, lora
-from nanopref.models.frozen import frozen, twin
+from nanopref.models.frozen import frozen, placed
 from nanopref.models.language import LM
 from nanopref.models.scalar import ScalarModel
+from nanopref.running import parallel, sharding
 from nanopref.running.files import write_atomic
 from nanopref.running.flags import ModelFlags, UserError, require
 from nanopref.running.terminal import line
@@ -84,15 +85,14 @@ def load_init(
         return None, None, ""
     model, tokenizer = load(name, dropout=getattr(config, "dropout", 0.0), context=config.block_size)
     model.context = min(model.context, config.block_size or LONGEST)
-    set_up(model, config, device)
-    return model.to(device), tokenizer, "" if model.config.from_scratch else "pretrained"
+    set_up(model, config)
+    return placed(model, device), tokenizer, "" if model.config.from_scratch else "pretrained"
 
 
-def set_up(model: LM, config: ModelFlags, device: torch.device | str | None = None) -> None:
-    """Adapters where it should have some and has none, how activations are held, and compiling: as the flags say.
-    `device`: where the model will be, if it is not there yet."""
+def set_up(model: LM, config: ModelFlags) -> None:
+    """Adapters where it should have some and has none, how activations are held, and compiling: as the flags say."""
     if config.lora and not any(lora.adapters(model)):
-        lora.adapt(model, config.lora, config.seed, device)
+        lora.adapt(model, config.lora, config.seed)
     model.checkpoint_activations = config.checkpoint_activations
     if config.compile:
         for block in model.blocks:
@@ -102,9 +102,9 @@ def set_up(model: LM, config: ModelFlags, device: torch.device | str | None = No
 def reference(policy: LM, start: str | Path = "") -> LM:
     """π_ref, frozen: what the policy began as. A policy with adapters lends it its trunk; else it is read again from
     `start`, or copied from a policy that has learnt nothing yet."""
-    if any(lora.adapters(policy)):
+    if not sharding.spread(policy) and (not start or any(lora.adapters(policy))):
         return frozen(lora.bare(policy))
-    return frozen(load(start, context=policy.context)[0], policy.device) if start else frozen(twin(policy))
+    return frozen(load(start or policy.name, context=policy.context)[0], policy.device)
 
 
 def load_scalar(name: str | Path) -> tuple[ScalarModel, Tokenizer]:
@@ -114,6 +114,7 @@ def load_scalar(name: str | Path) -> tuple[ScalarModel, Tokenizer]:
     require(head is not None, f"{folder}: has no scalar head, so it is no reward model; train_rm.py makes one")
     weight, bias = head
     model = ScalarModel(transformer, len(weight))
+    model.name = str(folder)
     model.score.weight = nn.Parameter(weight)
     model.bias = model.bias if bias is None else bias
     return model, _tokenizer(folder, transformer)
@@ -260,7 +261,8 @@ def _fitted(path: Path, found: dict[str, Tensor], family: ModuleType, config: An
     for name, x in found.items():
         finite = bool(x.isfinite().all())
         require(finite, f"{path}: {name} holds numbers that are not finite, as after a run that diverged")
-        found[name] = x.float().contiguous()
+        # to be shared out it stays as it is on the disk, until a process takes its share
+        found[name] = x if parallel.shards() and name != "score.weight" else x.float().contiguous()
     if written_twice:
         tied = torch.equal(found.pop(UNEMBEDDING), found[family.EMBEDDING])
         require(tied, f"{path}: {UNEMBEDDING} is not tied to the embedding, as config.json says")

@@ -10,7 +10,7 @@ from torch import nn
 
 from nanopref.models.language import LM
 from nanopref.models.scalar import ScalarModel
-from nanopref.running import parallel
+from nanopref.running import parallel, sharding
 
 Model = TypeVar("Model", LM, ScalarModel)
 
@@ -23,18 +23,23 @@ def frozen(model: Model, device: torch.device | str | None = None) -> Model:
     model says stays the same to the last bit. Embeddings (and an unembedding tied to one) are looked up and not
     multiplied; they, norms and a scalar head stay as they are. It can then be asked under `parallel.autocast` alone.
     """
-    hold(model.eval(), device)
-    return model.to(device) if device else model
+    return placed(model.eval().requires_grad_(False), device or model.device)
 
 
-def hold(model: LM | ScalarModel, device: torch.device | str | None = None) -> None:
-    """The weights as `frozen` has them. `device`: where they will be, which need not take them in as they are now."""
-    model.requires_grad_(False)
-    if parallel.precision(model, device) == torch.bfloat16:
-        body = model.transformer if isinstance(model, ScalarModel) else model
-        for layer in body.modules():
-            if isinstance(layer, nn.Linear) and layer.weight.dtype != torch.bfloat16:
-                layer.weight = nn.Parameter(layer.weight.bfloat16(), requires_grad=False)
+def placed(model: Model, device: torch.device | str) -> Model:
+    """The same model on a device, or shared out over processes, see `sharding.put`: what learns is float32, what is
+    frozen as `frozen` has it."""
+    rounds = parallel.precision(model, device) == torch.bfloat16
+
+    def prepare(part: nn.Module) -> None:
+        for layer in part.modules():
+            for name, p in layer.named_parameters(recurse=False):
+                held = rounds and not p.requires_grad and name == "weight" and p.dim() == 2
+                dtype = torch.bfloat16 if held and not isinstance(layer, nn.Embedding) else torch.float32
+                if p.dtype != dtype:
+                    setattr(layer, name, nn.Parameter(p.detach().to(dtype).contiguous(), requires_grad=p.requires_grad))
+
+    return sharding.put(model, device, prepare)
 
 
 @contextmanager

@@ -13,7 +13,8 @@ from nanopref.data.packing import PAYS
 from nanopref.models.language import LM
 from nanopref.models.scalar import ScalarModel
 from nanopref.running.folder import Run
-from nanopref.running.parallel import autocast, progress
+from nanopref.running.parallel import autocast, gathered, progress, world_size
+from nanopref.running.sharding import gather_again
 
 
 def response_logprobs(
@@ -68,26 +69,30 @@ def _by_batches(
     model: nn.Module, encoded: Encoded, description: str, batch_size: int, say: Callable[[Batch], Tensor]
 ) -> Tensor:
     """`say` of all rows. Those alike in length share a batch, so that little of it is padding, whatever their groups,
-    unless these share much."""
+    unless these share much. Each process does its share."""
     results, order = [], []
     parts = encoded if encoded.repeated > 1 - PAYS else encoded.single_rows()
     size = max(1, batch_size * len(parts) // max(1, len(encoded.row_lengths)))
     with evaluating(model), progress(description, len(encoded.row_lengths)) as bar:
-        for groups in micro_batches(range(len(parts)), parts.lengths(), size):
+        for groups in micro_batches(range(len(parts)), parts.lengths(), size, share=True):
             rows = parts.rows(groups)
             with autocast(model):
                 results.append(say(parts.collate(groups).to(model.device)).float().cpu())
             order += rows
-            bar.update(len(rows))
-    return torch.cat(results)[torch.tensor(order).argsort()] if results else torch.empty(0)
+            bar.update(len(rows) * world_size())
+    if not len(parts):
+        return torch.empty(0)
+    found = gathered(lambda: (torch.cat(results), order))
+    return torch.cat([x for x, _ in found])[torch.tensor([row for _, rows in found for row in rows]).argsort()]
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout is off inside."""
+    """Dropout is off inside. After that no process holds more than its share of the model."""
     training = model.training
     model.eval()
     try:
         yield
     finally:
         model.train(training)
+        gather_again(model)

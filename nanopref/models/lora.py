@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from nanopref.models.frozen import hold, twin
+from nanopref.models.frozen import twin
 from nanopref.models.language import LM
 from nanopref.running.files import write_atomic
 from nanopref.running.parallel import generator
@@ -44,9 +44,9 @@ class Adapted(nn.Module):
         return self.weight.detach().float() + ALPHA / len(self.lora_A) * (self.lora_B @ self.lora_A).detach()
 
 
-def adapt(model: LM, rank: int, seed: int, device: torch.device | str | None = None) -> None:
-    """Freeze a model, and put an adapter on every linear map of its blocks. `device`: as of `frozen.hold`."""
-    hold(model, device)
+def adapt(model: LM, rank: int, seed: int) -> None:
+    """Freeze a model, and put an adapter on every linear map of its blocks."""
+    model.requires_grad_(False)
     random = generator(seed, "adapters")
     for module in list(model.blocks.modules()):
         for name, layer in list(module.named_children()):

@@ -25,6 +25,7 @@ from nanopref.models.inference import evaluating
 from nanopref.models.language import LM
 from nanopref.running import parallel
 from nanopref.running.flags import require
+from nanopref.running.sharding import whole
 
 CHUNK = 64  # columns by which a static step's view of the cache grows; each time a CUDA graph is recorded anew
 
@@ -251,24 +252,28 @@ def respond(
     """An answer to each prompt, `batch_size` at once, with a progress bar; dropout is off.
 
     `stream` names the random stream: the same seed and stream give the same answers. A prompt that is longer than
-    `room_for_prompt` is shortened, see `encode_prompt`.
+    `room_for_prompt` is shortened, see `encode_prompt`. Each process samples the answers to its share of the prompts,
+    and all of them know all answers.
     """
     room = room_for_prompt(model, max_new_tokens)
     encoded = [encode_prompt(tokenizer, prompt, room) for prompt in prompts]
     ends = chat.ends(tokenizer)
     generator = parallel.generator(seed, stream)  # of the CPU, whose draws go on from batch to batch
-    samples: list[Sample] = []
+    mine, size = parallel.share(len(prompts)), max(1, min(batch_size, -(-len(prompts) // parallel.world_size())))
+    setting, found = {"ends": ends, "temperature": temperature, "generator": generator}, []
+    for i in range(0, mine.start, size):  # what is drawn for the prompts before
+        torch.rand(min(size, mine.start - i), max_new_tokens, generator=generator, dtype=torch.float64)
     with (
         evaluating(model),
         parallel.autocast(model),
+        whole(model),
         rounded(model),
         parallel.progress("sampling", len(prompts), "response") as bar,
     ):
-        for i in range(0, len(prompts), batch_size):
-            part = encoded[i : i + batch_size]
-            setting = {"ends": ends, "temperature": temperature, "generator": generator}
-            samples += generate(model, part, max_new_tokens, **setting)
-            bar.update(len(part))
+        for part in (encoded[i : min(i + size, mine.stop)] for i in mine[::size]):
+            found += generate(model, part, max_new_tokens, **setting)
+            bar.update(len(part) * parallel.world_size())
+    samples = [sample for part in parallel.gathered(lambda: found) for sample in part]
     return [as_answer(x, sample, tokenizer, asked) for x, sample, asked in zip(encoded, samples, prompts, strict=True)]
 
 

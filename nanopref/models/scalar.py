@@ -3,11 +3,11 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanopref.data.packing import Packed
 from nanopref.models.language import LM
+from nanopref.running import sharding
 
 
 class ScalarModel(nn.Module):
@@ -18,9 +18,14 @@ class ScalarModel(nn.Module):
     of the text up to it. The head computes in float32, under autocast too: 8 bits would leave a few hundred scores.
     """
 
-    def __init__(self, transformer: LM, heads: int = 1):
+    name = ""  # the folder that it was loaded from
+
+    def __init__(self, transformer: LM, heads: int = 1, *, writes: bool = False):
+        """Unless the transformer also `writes` text, it loses an unembedding of its own."""
         super().__init__()
         self.transformer = transformer
+        if not writes and getattr(transformer, "lm_head", None) is not None:
+            transformer.lm_head = None
         self.score = nn.Linear(transformer.config.n_embd, heads, bias=False)
         self.register_buffer("bias", torch.zeros(heads))
         # of unit variance at first: the last norm makes D numbers of variance 1 (Stiennon et al. 2020, appendix B)
@@ -54,10 +59,10 @@ class ScalarModel(nn.Module):
     def read(self, hidden: Tensor) -> Tensor:
         """Hidden states [..., D] -> [..., heads], float32."""
         with torch.autocast(hidden.device.type, enabled=False):
-            return F.linear(hidden.to(self.score.weight.dtype), self.score.weight, self.bias)
+            return self.score(hidden.to(self.score.weight.dtype)) + self.bias
 
     @torch.no_grad()
     def rescale(self, shift: Tensor, scale: Tensor) -> None:
         """From now on say (what was said - shift) / scale, for shift and scale [heads]."""
         self.bias.sub_(shift).div_(scale)
-        self.score.weight /= scale[:, None]
+        sharding.assign(self.score.weight, sharding.full(self.score.weight) / scale[:, None])

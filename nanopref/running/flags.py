@@ -194,16 +194,15 @@ def main(command: Callable[[Any], None], Config: type, words: Sequence[str] | No
 
 def execute(command: Callable[[Any], None], config: Any) -> None:
     """Run a command: what the user can mend becomes one line and exit code 2, Ctrl-C exit code 130."""
-    code, message = 0, ""
-    alone = (terminal.place() or (0, 0))[0] == 0  # or the first of those who all say the same
+    code, message, alike = 0, "", True
     again = f"{'add --resume to' if hasattr(config, 'resume') else 'start'} the same command to continue"
     try:
         with terminal.interrupts(again):
             command(config)
     except UserError as error:
-        code, message = 2, f"error: {error}" if alone else ""
+        code, message = 2, f"error: {error}"
     except KeyboardInterrupt as stop:
-        code, message = 130, f"stopped: {str(stop) or again}" if alone else ""
+        code, message = 130, f"stopped: {str(stop) or again}"
     except Exception as error:
         if is_out_of_memory(error):
             words = f"out of memory{_less_memory(config)}"
@@ -211,18 +210,21 @@ def execute(command: Callable[[Any], None], config: Any) -> None:
             where = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error
             resumes = error.errno in NO_ROOM and hasattr(config, "resume")
             words = f"{where}{'; make room, and --resume goes on' if resumes else ''}"
-        elif not alone and "onnection" in str(error):  # the first process has ended, and said why
-            words = ""
+        elif dist.is_initialized() and isinstance(error, RuntimeError) and LOST.search(str(error)):
+            goes_on = ": start it again with --resume to go on" if hasattr(config, "resume") else ""
+            words = f"another process of this run has ended, so this one cannot go on{goes_on}"
         else:
             raise
-        code, message = 2, f"error: {words}" if words else ""
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        code, message, alike = 2, f"error: {words}", False
     if code:
-        if message:
-            print("\n" * (code == 130) + terminal.line(message), file=sys.stderr)
+        if terminal.is_first_to_say(message, alike):
+            print("\n" * (code == 130) + terminal.line(message), file=sys.stderr, flush=True)
         sys.exit(code)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+LOST = re.compile("[Cc]onnection|[Tt]imed out|[Tt]imeout|gloo|NCCL|peer|Broken pipe")  # what is said of lost processes
 
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -279,6 +281,10 @@ class ModelFlags:
         False, "hold each block's input alone and compute the rest again: less memory, up to a third slower"
     )
     compile: bool = flag(False, "compile the blocks (torch.compile), for a GPU; a CPU gains little")
+    parallel: str = flag(
+        "ddp", "under torchrun: each process holds the model, and gradients are summed (ddp), or a share of it (fsdp)",
+        among=("ddp", "fsdp"),
+    )  # fmt: skip
 
 
 OF_MODELS = tuple(ModelFlags.__dataclass_fields__)  # their names

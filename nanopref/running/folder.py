@@ -41,12 +41,13 @@ from nanopref.running.flags import RewardError, RunFlags, UserError, is_out_of_m
 from nanopref.running.inputs import Inputs, digest, fingerprint, fingerprint_of_word, parts_of, paths_in
 from nanopref.running.logs import NOTHING, Logs
 from nanopref.running.optim import Both, batches
-from nanopref.running.parallel import barrier, progress, rank, say, sum_gradients, sum_processes, world_size
+from nanopref.running.parallel import barrier, by_first, progress, rank, say, sum_processes
+from nanopref.running.sharding import full, sum_gradients_of
 from nanopref.running.states import States
 
 # flags that may change between the start of a run and its --resume
 FREE = {"resume", "overwrite", "out", "device", "kernels", "save_seconds", "tensorboard", "micro_batch", "sample_batch"}
-FREE |= {"checkpoint_activations", "compile"}
+FREE |= {"checkpoint_activations", "compile", "parallel"}
 # flags that name what is read: on --resume what they name must be the same, wherever it lies by then
 READ = ("init", "data", "judged", "reward", "chooser")
 
@@ -77,8 +78,13 @@ class Run:
             not (config.resume and config.overwrite),
             "--resume continues a run and --overwrite removes it: give one of them",
         )
-        self._give_back()
-        barrier()
+        by_first(self._look)
+
+    def _look(self) -> None:
+        """Give back an old run that was set aside for one that has nothing to show; check what is there."""
+        if self.folder.is_dir() and replace.is_aside(self.folder):
+            lock(self.folder)
+            replace.put_back(self.folder)
         if self.folder.is_dir() and replace.contents(self.folder):
             self._check_old_run()
 
@@ -100,8 +106,7 @@ class Run:
                 for parts in words:
                     inside = any(p.resolve().is_relative_to(self.folder.resolve()) for p in paths_in(parts))
                     require(not inside, f"--overwrite would remove {''.join(parts)}, which {name} wants to read")
-            if rank() == 0:
-                replace.check(self.folder)
+            replace.check(self.folder)
         else:
             differ = {k: flags[k] != before[k] for k in flags if k not in FREE and k in before}
             differ |= {k: bool(flags[k]) != bool(before[k]) for k in differ if k in READ}  # else its digest tells
@@ -122,53 +127,44 @@ class Run:
 
         Raises UserError where another process works in the folder, or where it was begun with other inputs.
         """
-        barrier()  # all processes have looked at the folder before one of them changes it
-        if rank() == 0:
-            if self.config.resume and not (self.folder / "config.json").exists():
-                say(f"nothing to resume in {self.folder}: starting from the beginning")
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock(self.folder)
-            if replace.contents(self.folder):
-                self._check_old_run()  # another process may have begun and ended since the first look
-                if self.config.overwrite:
-                    replace.set_aside(self.folder)
-            replace.tidy(self.folder)
-            versions = {
-                name: parallel.version(name) for name in ("torch", "triton", "numpy", "tiktoken", "safetensors")
-            }
-            content = {
-                "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-                "flags": {**asdict(self.config), "resume": False, "overwrite": False},
-                "versions": {"python": platform.python_version(), **versions},
-            }
-            if not (self.folder / "config.json").exists():
-                write_atomic(self.folder / "config.json", json.dumps(content, indent=2) + "\n")
-        barrier()
+        by_first(self._make)
         self._inputs = Inputs(self.folder)  # the same for all processes, who go by it
         self.pin_what_is_read()
         kept = read_object(self.folder / "seconds.json").items()  # a run goes on without them
         self.seconds = {name: x for name, x in kept if isinstance(x, int | float) and math.isfinite(x)}
 
-    def _give_back(self) -> None:
-        """An old run that was set aside, where the one in its place has nothing to show."""
-        if rank() == 0 and self.folder.is_dir() and replace.is_aside(self.folder):
-            lock(self.folder)
-            replace.put_back(self.folder)
+    def _make(self) -> None:
+        if self.config.resume and not (self.folder / "config.json").exists():
+            say(f"nothing to resume in {self.folder}: starting from the beginning")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock(self.folder)
+        if replace.contents(self.folder):
+            self._check_old_run()  # another process may have begun and ended since the first look
+            if self.config.overwrite:
+                replace.set_aside(self.folder)
+        replace.tidy(self.folder)
+        versions = {name: parallel.version(name) for name in ("torch", "triton", "numpy", "tiktoken", "safetensors")}
+        content = {
+            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+            "flags": {**asdict(self.config), "resume": False, "overwrite": False},
+            "versions": {"python": platform.python_version(), **versions},
+        }
+        if not (self.folder / "config.json").exists():
+            write_atomic(self.folder / "config.json", json.dumps(content, indent=2) + "\n")
 
     # ---- what the run depends on -------------------------------------------------------------------------------------
 
     def pin_what_is_read(self) -> None:
         """Raise UserError where a flag names something else, or what it names is something else, than at the start."""
-        for name, words in self._read().items() if rank() == 0 else ():
+        for name, words in self._read().items():
             hint = f"is not what the run in {self.folder} began with: put that back, or --overwrite"
-            self._inputs.pin(name, digest(*map(fingerprint_of_word, words)), f"{name} {hint}")
+            found = by_first(lambda words=words: digest(*map(fingerprint_of_word, words)))
+            self._inputs.pin(name, found, f"{name} {hint}")
 
     def pin(self, name: str, *parts: Any) -> None:
         """Remember what a stage learns from: data with a `digest()`, or lists of text.
 
         Raises UserError where a resumed run has begun with something else."""
-        if rank() > 0:
-            return
         found = [part.digest() if hasattr(part, "digest") else json.dumps(part) for part in parts]
         hint = "the data, or what was made of them, have changed; start again with --overwrite"
         self._inputs.pin(self.path(name).name, digest(*found), f"--resume: not the same {name}: {hint}")
@@ -176,9 +172,8 @@ class Run:
     def pin_file(self, path: Path, made: bool = False, remove: Path | None = None) -> None:
         """The same of a file, or a model's folder, that a stage has made, just now or before. `remove`: what to remove
         to have it made anew."""
-        if rank() > 0:
-            return
-        name, found = str(path.relative_to(self.folder)), fingerprint(path) if path.exists() else "nothing"
+        name = str(path.relative_to(self.folder))
+        found = by_first(lambda: fingerprint(path) if path.exists() else "nothing")
         if made:
             self._inputs.remember(name, found)
         hint = f"remove {remove or path}, and --resume makes it again"
@@ -187,24 +182,27 @@ class Run:
     def has_made(self, folder: Path) -> bool:
         """Whether a stage with a folder of its own has come to its end, and it is known what its model was then."""
         model = str((folder / "model").relative_to(self.folder))
-        return seconds_of(folder) is not None and model in self._inputs.digests
+        return by_first(lambda: seconds_of(folder) is not None) and model in self._inputs.digests
 
     def keep(self, make: Callable[[], Sequence[str | bytes]], *names: str) -> list[Path]:
         """Files of these names whose contents a stage makes once: now, unless they are there, in which case they must
-        be as they were made, or UserError."""
+        be as they were made, or UserError. All processes make them, each its share, and the first writes."""
         paths, began = [self.path(name) for name in names], time.monotonic()
-        if all(path.exists() for path in paths):
+        if by_first(lambda: all(path.exists() for path in paths)):
             for path in paths:
                 self.pin_file(path)
-        elif rank() == 0:
-            for path, content in zip(paths, make(), strict=True):
-                self._inputs.remember(str(path.relative_to(self.folder)), digest(content))
-                path.parent.mkdir(exist_ok=True)
-                write_atomic(path, content)
-            if time.monotonic() - began >= self.config.save_seconds:  # it would be lost with this run
-                replace.settle(self.folder)
-        barrier()
+            return paths
+        contents = make()
+        for path, content in zip(paths, contents, strict=True):
+            self._inputs.remember(str(path.relative_to(self.folder)), digest(content))
+            by_first(lambda path=path, content=content: self._write(path, content))
+        if rank() == 0 and time.monotonic() - began >= self.config.save_seconds:  # it would be lost with this run
+            replace.settle(self.folder)
         return paths
+
+    def _write(self, path: Path, content: str | bytes) -> None:
+        path.parent.mkdir(exist_ok=True)
+        write_atomic(path, content)
 
     # ---- stages and what they log ------------------------------------------------------------------------------------
 
@@ -305,8 +303,9 @@ class Run:
         """
         self._model, self._optimizer = model, optimizer
         start = self._step = self.load(total)
+        sum_gradients_of(model)
         self._bar = progress(name, total, "step", start)
-        interrupted, stop, how = [], 0, "add --resume to the same command to continue"
+        interrupted, stop, due, how = [], 0, 0, "add --resume to the same command to continue"
 
         def interrupt(*_) -> None:
             interrupted.append(True)
@@ -317,15 +316,15 @@ class Run:
         device = next(model.parameters()).device
         try:
             for step, rows in batches(n, size, total, self.config.seed, start, lengths):
-                if step > start and self.save_is_due():
+                if due:
                     self.save()
                 self._clean = True
                 yield step, rows
                 self._step, self._clean = step + 1, False
                 self._bar.update()
-                # all processes must agree to stop, or some would wait for the others' gradients for ever
-                stop = len(interrupted)
-                stop = sum_processes(torch.tensor(stop, device=device)).item() if world_size() > 1 else stop
+                # what all processes must do together, or some would wait for the others for ever
+                agreed = torch.tensor([len(interrupted), rank() == 0 and self.save_is_due()], device=device)
+                stop, due = sum_processes(agreed).tolist()
                 if stop:
                     break
             self.save(accept=True)
@@ -341,8 +340,8 @@ class Run:
                 signal.signal(number, handler)
 
     def update(self, loss: float | Tensor, clip: float, *parts: list[nn.Parameter]) -> list[float]:
-        """One step of the optimiser. The gradients of each part are summed over the processes and clipped to norm
-        `clip`; returns their norms before that.
+        """One step of the optimiser. The gradients of each part are clipped to norm `clip`; returns their norms before
+        that.
 
         Where the loss or a norm is not finite nothing may reach the weights, nor may what led there replace the last
         good state: UserError says which that is. (Asking costs the step's one wait for the GPU.)
@@ -350,8 +349,7 @@ class Run:
         self._clean = False
         figures = [torch.as_tensor(loss)]
         for part in parts:
-            sum_gradients(part)
-            figures.append(nn.utils.clip_grad_norm_(part, clip))
+            figures.append(full(nn.utils.clip_grad_norm_(part, clip)))
         loss, *norms = torch.stack([x.to(parts[0][0].device) for x in figures]).tolist()
         if not math.isfinite(loss + sum(norms)):
             self._optimizer.zero_grad()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from nanopref.running.files import read_object, write_atomic
 from nanopref.running.flags import require
+from nanopref.running.parallel import rank
 
 OF_A_MODEL = re.compile(r".*\.(safetensors|jinja)|(.*config|tokenizer|.*map|.*index)\.json")
 NO_PATHS = {"true", "specificity", "rules", "asks", "rates", "implicit"}  # in the notation of --reward
@@ -32,6 +33,8 @@ class Inputs:
             return
         self.digests = {k: x for k, x in (self.digests | {name: found}).items() if x is not None}
         content = self.digests | {"digest": digest(json.dumps(self.digests))}
+        if rank() > 0:  # they know the same
+            return
         write_atomic(self._path, json.dumps(content, indent=2) + "\n")
 
 

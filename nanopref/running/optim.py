@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nanopref.running.parallel import generator, say
+from nanopref.running.sharding import full, one_by_one
 
 BUCKET = 8  # batches whose rows are sorted by length together, where batches of rows alike are wanted
 
@@ -49,7 +50,7 @@ class Muon(torch.optim.Optimizer):
                 momentum.lerp_(p.grad, 1 - group["mu"])
                 updates.append(p.grad.lerp(momentum, group["mu"]))  # Nesterov's
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-            directions = orthogonalised(torch.stack(updates)).unbind()
+            directions = one_by_one(orthogonalised, torch.stack(updates)).unbind()
             torch._foreach_add_(same, directions, alpha=-0.2 * max(shape) ** 0.5 * group["lr"])
 
 
@@ -113,7 +114,7 @@ def adafactor(model: nn.Module, lr: float, weight_decay: float = 0.0, betas=(0.9
     """
     groups = []
     for p in learning(model):
-        size = 3 * max(1e-3, p.detach().square().mean().sqrt().item())
+        size = 3 * max(1e-3, full(p.detach().square().mean()).sqrt().item())
         groups.append({"params": [p], "peak": lr / size, "weight_decay": size * weight_decay if p.dim() >= 2 else 0.0})
     return torch.optim.Adafactor(groups, lr=lr)
 

@@ -2,14 +2,15 @@
 
 import sys
 import time
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from importlib import metadata
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from nanopref.running import terminal
@@ -31,15 +32,19 @@ def world_size() -> int:
 
 WIDE = 512  # the least width of a model that a CPU multiplies in bfloat16, see `precision`
 _dtype = "auto"  # what --dtype says
+_shards = False  # whether --parallel shares models out
+
+T = TypeVar("T")
 
 
-def start(device: str, seed: int, dtype: str = "auto") -> torch.device:
+def start(device: str, seed: int, dtype: str = "auto", engine: str = "ddp") -> torch.device:
     """Choose the device ("auto": CUDA where there is one), join the other processes under torchrun, seed everything;
-    and remember the `dtype` of products ("auto", "float32" or "bfloat16") for `autocast`.
+    and remember the `dtype` of products ("auto", "float32" or "bfloat16") for `autocast`, and for `shards` whether the
+    `engine` (--parallel) is "ddp" or "fsdp".
 
     Raises UserError for a device that is unknown or not there.
     """
-    global _dtype
+    global _dtype, _shards
     _dtype, place = dtype, terminal.place()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -55,8 +60,10 @@ def start(device: str, seed: int, dtype: str = "auto") -> torch.device:
         torch.cuda.set_device(chosen)
         torch.set_float32_matmul_precision("high")
     if place and not dist.is_initialized():
-        # the others wait while the first process samples the pairs, which may take hours
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(days=1))
+        # beside NCCL what is no tensor on a GPU goes by gloo; a network that says nothing for so long is gone
+        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    _shards = engine == "fsdp" and world_size() > 1
     torch.manual_seed(seed)
     return chosen
 
@@ -91,22 +98,17 @@ def generator(seed: int, purpose: str, device: torch.device | str = "cpu") -> to
     return torch.Generator(device).manual_seed(int(entropy[0]) << 31 | int(entropy[1]) >> 1)
 
 
+# ---- several processes that do the same, each its share of the work --------------------------------------------------
+
+
 def barrier() -> None:
     if dist.is_initialized():
         dist.barrier()
 
 
-def sum_gradients(parameters: list[nn.Parameter]) -> None:
-    """Add the gradients of all processes, in one message. The loss must already be divided by the whole batch."""
-    if world_size() == 1:
-        return
-    for p in parameters:
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    gradients = [p.grad for p in parameters]
-    flat = torch.cat([g.flatten() for g in gradients])
-    dist.all_reduce(flat)
-    for g, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        g.copy_(summed.view_as(g))
+def shards() -> bool:
+    """Whether each process holds a share of each model only."""
+    return _shards
 
 
 def sum_processes(x: Tensor) -> Tensor:
@@ -114,6 +116,37 @@ def sum_processes(x: Tensor) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(x)
     return x
+
+
+def share(n: int) -> range:
+    """Which of n things this process does: those of the first process come first."""
+    return range(rank() * n // world_size(), (rank() + 1) * n // world_size())
+
+
+def gathered(act: Callable[[], T]) -> list[T]:
+    """What `act` gives in each process. A UserError of one is raised in all of them, who would wait for it else."""
+    try:
+        found: list[tuple[T | None, UserError | None]] = [(act(), None)]
+    except UserError as error:
+        found = [(None, error)]
+    if world_size() > 1:
+        mine, found = found[0], [(None, None)] * world_size()
+        dist.all_gather_object(found, mine)
+    for _, error in found:
+        if error is not None:
+            raise error
+    return [value for value, _ in found]
+
+
+def shared(act: Callable[[Sequence[Any]], Sequence[T]], things: Sequence[Any]) -> list[T]:
+    """What `act`, which gives something for each of some things, gives for all, each process asking about its share."""
+    mine = share(len(things))
+    return [x for part in gathered(lambda: act(things[mine.start : mine.stop]) if mine else []) for x in part]
+
+
+def by_first(act: Callable[[], T]) -> T:
+    """What `act` gives in the first process, which alone carries it out."""
+    return gathered(lambda: act() if rank() == 0 else None)[0]
 
 
 def most_memory() -> int:

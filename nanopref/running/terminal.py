@@ -1,13 +1,16 @@
 """What a process is to those around it: alone or one of several, what it may print, and how Ctrl-C ends it."""
 
 import codecs
+import hashlib
 import os
 import re
 import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+
+import torch.distributed as dist
 
 from nanopref import stop_at_once
 
@@ -20,6 +23,15 @@ def place() -> tuple[int, int] | None:
         return None
     rank, local_rank, size, _ = map(int, numbers)
     return (rank, local_rank) if rank < size else None
+
+
+def is_first_to_say(message: str, alike: bool) -> bool:
+    """Whether no other process of this run has said so before. Of processes that never met the first is to speak where
+    all of them would say it (`alike`), and each where not."""
+    with suppress(RuntimeError, ValueError):
+        key = f"said {hashlib.sha256(message.encode()).hexdigest()}"
+        return dist.distributed_c10d._get_default_store().add(key, 1) == 1
+    return not alike or (place() or (0, 0))[0] == 0
 
 
 # ---- text that is printed --------------------------------------------------------------------------------------------

@@ -93,6 +93,7 @@ def test_all_of_ppo_holds_one_trunk_and_a_reward_model_another(judged, dtype, mo
     policy = new("gpt2")
     judge = models.frozen(randomise(ScalarModel(new("gpt2"), 2))) if judged else None
     lora.adapt(policy, 3, 0)
+    models.placed(policy, "cpu")
     reference = models.reference(policy)
     critic = new_critic("network", policy, [judge] if judged else [], FLAGS)
     learner = Learner(policy, critic, 0.1)
