@@ -100,7 +100,7 @@ class LM(nn.Module):
             if seen.streams is not None:
                 layer = seen._replace(streams=dropout.fork(seen.streams, i + 1))
             if self.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint(block, x, layer, *told, use_reentrant=False)
+                x = checkpoint(block, x, layer, *told, use_reentrant=False, preserve_rng_state=False)  # none draws
             else:
                 x = block(x, layer, *told)
         x = self.final_norm(x)
