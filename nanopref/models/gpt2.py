@@ -175,10 +175,9 @@ def from_settings(settings: dict[str, Any], where: str, dropout: float) -> GPTCo
     return GPTConfig(*sizes, dropout=dropout, from_scratch=settings.get("nanopref_from_scratch") is True)
 
 
-def to_tensors(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A model's weights by their names and in their layout there."""
-    tensors = {name: p.t() if _is_conv1d(name) else p for name, p in weights.items()}
-    return {PREFIX + name: p.contiguous() for name, p in tensors.items()}
+def to_tensor(name: str, x: Tensor) -> tuple[str, Tensor]:
+    """A weight of a model by its name and in its layout there."""
+    return PREFIX + name, (x.t() if _is_conv1d(name) else x).contiguous()
 
 
 def from_tensors(found: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -283,9 +283,9 @@ def _rope(settings: dict[str, Any], where: str) -> tuple[tuple[float, float, flo
     return scaling, factor, theta
 
 
-def to_tensors(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A model's weights by their names and in their layout there."""
-    return {name if name.startswith("lm_head.") else PREFIX + name: p.contiguous() for name, p in weights.items()}
+def to_tensor(name: str, x: Tensor) -> tuple[str, Tensor]:
+    """A weight of a model by its name and in its layout there."""
+    return name if name.startswith("lm_head.") else PREFIX + name, x.contiguous()
 
 
 def from_tensors(found: dict[str, Tensor]) -> dict[str, Tensor]:
