@@ -63,7 +63,7 @@ def new_critic(kind: str, policy: LM, reward_models: Sequence[ScalarModel], conf
         judge, copied = reward_models[0], twin if config.lora else thawed
         critic = load_scalar(judge.name)[0] if sharding.spread(judge) else copied(judge)
         critic.score = nn.Linear(critic.config.n_embd, 1, bias=False)
-        critic.score.weight = nn.Parameter(sharding.full(judge.score.weight.detach()).mean(0, keepdim=True))
+        critic.score.weight = nn.Parameter(parallel.full(judge.score.weight.detach()).mean(0, keepdim=True))
         critic.bias = judge.bias.mean(0, keepdim=True)
     elif kind == "network":
         read = sharding.spread(policy)

@@ -1,8 +1,11 @@
 """Find, load and save: run folders, Hugging Face folders and names on the hub. A pickle is never opened."""
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
@@ -21,8 +24,9 @@ from nanopref.models.frozen import frozen, placed
 from nanopref.models.language import LM
 from nanopref.models.scalar import ScalarModel
 from nanopref.running import parallel, sharding
-from nanopref.running.files import write_atomic
+from nanopref.running.files import named, prepared, write_atomic
 from nanopref.running.flags import ModelFlags, UserError, require
+from nanopref.running.parallel import rank
 from nanopref.running.terminal import line
 
 # by the model_type of their config.json
@@ -120,37 +124,95 @@ def load_scalar(name: str | Path) -> tuple[ScalarModel, Tokenizer]:
     return model, _tokenizer(folder, transformer)
 
 
+SHARD = 4 * 10**9  # bytes of weights that a file holds at most, if it holds more than one
+INDEX = "model.safetensors.index.json"
+OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+
+
 def save(model: LM | ScalarModel, tokenizer: Tokenizer, folder: str | Path, **settings) -> None:
     """Write model and tokenizer as `transformers` reads them, with `settings` in config.json; each file appears whole.
-    Adapters are added to the weights, and are written alone too, in PEFT's format, to folder/adapter.
+    Adapters are added to the weights, and are written alone too, in PEFT's format, to folder/adapter. All processes
+    must call this together where weights are sharded among them; the first writes, and holds one file's at a time.
 
-    config.json, which makes it a model folder, comes last.
+    config.json, which makes it a model folder, comes last. Unless one file of weights replaces one, it is taken away
+    before the first file of weights is put in its place: at no moment are files of two models read as one.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(folder)
     scalar = isinstance(model, ScalarModel)
     body = model.transformer if scalar else model
     family = family_of(body.config)
-    tensors = {name: x.cpu() for name, x in family.to_tensors(lora.merged(body)).items()}
     first = tokenizer.added.get(tokenizer.variables.get("bos_token", ""))
     ends = sorted(chat.ends(tokenizer), key=lambda token: (token != tokenizer.end_of_text, token))
     ids = {"bos_token_id": first, "eos_token_id": ends if len(ends) > 1 else ends[0]}
     settings = family.to_settings(body.config, scalar) | ids | settings
     if scalar:
-        tensors.pop("lm_head.weight", None)  # which says nothing here
-        tensors["score.weight"] = model.score.weight.detach().cpu()
-        if model.bias.any():  # `transformers` says that it leaves it out: all scores differ by it there
-            tensors["score.bias"] = model.bias.cpu()
         labels = {str(i): f"LABEL_{i}" for i in range(model.heads)}
         settings |= {"id2label": labels, "label2id": {label: int(i) for i, label in labels.items()}}
         # `transformers` reads a score at the last token that is no padding, which no text holds
         settings["pad_token_id"] = tokenizer.padding
-    write_atomic(folder / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    (folder / INDEX).unlink(missing_ok=True)  # of a model in shards that was here before
+    if rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        index, files = _prepare(folder, _weights(model, family), stack)
+        if rank() == 0:
+            if len(files) > 1 or (folder / INDEX).exists():
+                (folder / "config.json").unlink(missing_ok=True)
+            tokenizer.save(folder)
+            _put(folder, index, files)
     if any(lora.adapters(body)):
         lora.save(body, model.score.weight if scalar else None, folder / "adapter", family.PREFIX, family is gpt2)
-    write_atomic(folder / "config.json", json.dumps(settings, indent=2) + "\n")
+    if rank() == 0:
+        write_atomic(folder / "config.json", json.dumps(settings, indent=2) + "\n")
+
+
+def _weights(model: LM | ScalarModel, family: ModuleType) -> Iterator[tuple[int, Callable[[], tuple[str, Tensor]]]]:
+    """Of each tensor that is saved how many numbers it has, and what gives its name there and all of it."""
+    scalar = isinstance(model, ScalarModel)
+    for name, n, give in lora.merged(model.transformer if scalar else model):
+        if not (scalar and name == UNEMBEDDING):  # which says nothing there
+            yield n, lambda name=name, give=give: family.to_tensor(name, give())
+    if scalar:
+        yield model.score.weight.numel(), lambda: ("score.weight", parallel.full(model.score.weight.detach()))
+        if model.bias.any():  # `transformers` says that it leaves it out: all scores differ by it there
+            yield model.bias.numel(), lambda: ("score.bias", model.bias)
+
+
+def _prepare(folder: Path, weights: Iterable, stack: ExitStack) -> tuple[dict[str, Any], dict[Path, Path]]:
+    """Write the weights under other names, which the stack takes away again. Returns the index of the files, and what
+    they are called now, by what they will be; in other processes than the first, nothing."""
+    shards, room = [[]], SHARD
+    for n, give in weights:
+        if shards[-1] and 4 * n > room:
+            shards, room = [*shards, []], SHARD
+        shards[-1].append(give)
+        room -= 4 * n
+    tensors: dict[str, Tensor] = {}
+    files, places, total = {}, {}, 0
+    for i, shard in enumerate(shards, 1):
+        name = f"model-{i:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
+        for give in shard:
+            key, x = give()
+            if rank() == 0:
+                tensors[key], places[key], total = x.cpu(), name, total + x.nbytes
+        if rank() == 0:
+            write = partial(save_file, tensors, metadata={"format": "pt"})
+            files[folder / name] = stack.enter_context(prepared(folder / name, write))
+        tensors.clear()  # which what is prepared would keep
+    return {"metadata": {"total_size": total}, "weight_map": places}, files
+
+
+def _put(folder: Path, index: dict[str, Any], files: dict[Path, Path]) -> None:
+    """Put the files of weights where they belong, and take away those of a model that was here before."""
+    for path, there in files.items():
+        with named(path):
+            there.replace(path)
+    if len(files) > 1:
+        write_atomic(folder / INDEX, json.dumps(index, indent=2) + "\n")
+    else:
+        (folder / INDEX).unlink(missing_ok=True)
+    for path in list(folder.iterdir()):
+        if OURS.fullmatch(path.name) and path not in files:
+            path.unlink()
 
 
 def family_of(config: Any) -> ModuleType:
@@ -187,9 +249,6 @@ def _read(folder: Path, dropout: float) -> tuple[LM, tuple[Tensor, Tensor | None
         model.lm_head = None
     model.load_state_dict(weights, assign=True)
     return model, head
-
-
-INDEX = "model.safetensors.index.json"
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanopref.models import dropout
 from nanopref.models.language import LARGEST, LM, Seen, attend
 from nanopref.running.flags import require
 
@@ -62,8 +63,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, seen: Seen) -> Tensor:
         B, T, D = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, D // self.n_head).permute(2, 0, 3, 1, 4)
-        y = attend(q, k, v, seen, self.dropout if self.training else 0.0)
-        return F.dropout(self.c_proj(y), self.dropout, self.training)
+        y = attend(q, k, v, seen, self.dropout)
+        return dropout.drop(self.c_proj(y), self.dropout, seen.streams, dropout.ATTENDED)
 
 
 class MLP(nn.Module):
@@ -73,9 +74,9 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, seen: Seen) -> Tensor:
         x = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
-        return F.dropout(x, self.dropout, self.training)
+        return dropout.drop(x, self.dropout, seen.streams, dropout.MLP)
 
 
 class Block(nn.Module):
@@ -88,7 +89,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, seen: Seen) -> Tensor:
         x = x + self.attn(self.ln_1(x), seen)
-        return x + self.mlp(self.ln_2(x))
+        return x + self.mlp(self.ln_2(x), seen)
 
 
 class GPT(LM):
@@ -119,7 +120,7 @@ class GPT(LM):
         return self.h
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        return F.dropout(self.wte(tokens) + self.wpe(positions), self.config.dropout, self.training)
+        return self.wte(tokens) + self.wpe(positions)
 
     def final_norm(self, x: Tensor) -> Tensor:
         return self.ln_f(x)
@@ -174,10 +175,9 @@ def from_settings(settings: dict[str, Any], where: str, dropout: float) -> GPTCo
     return GPTConfig(*sizes, dropout=dropout, from_scratch=settings.get("nanopref_from_scratch") is True)
 
 
-def to_tensors(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A model's weights by their names and in their layout there."""
-    tensors = {name: p.t() if _is_conv1d(name) else p for name, p in weights.items()}
-    return {PREFIX + name: p.contiguous() for name, p in tensors.items()}
+def to_tensor(name: str, x: Tensor) -> tuple[str, Tensor]:
+    """A weight of a model by its name and in its layout there."""
+    return PREFIX + name, (x.t() if _is_conv1d(name) else x).contiguous()
 
 
 def from_tensors(found: dict[str, Tensor]) -> dict[str, Tensor]:

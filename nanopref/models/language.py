@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import kernels
 from kernels.reference import IGNORE
 from nanopref.data.packing import Packed
+from nanopref.models import dropout
 from nanopref.models.cache import KVCache
 
 LARGEST = 2**24  # no size of a model is larger
@@ -26,12 +27,13 @@ class Seen(NamedTuple):
     values: Tensor | None = None
     rows: Tensor | None = None  # [B, 1] and
     positions: Tensor | None = None  # [B, T]: where the new keys and values go
+    streams: Tensor | None = None  # [B, T], where there is dropout: see dropout.py
 
 
 class LM(nn.Module):
     """A family adds its blocks, called with (x, seen, *positional), and what the methods below ask for.
 
-    `config` has vocab_size, block_size, n_layer, n_head, n_kv_head, head_dim, n_embd and from_scratch.
+    `config` has vocab_size, block_size, n_layer, n_head, n_kv_head, head_dim, n_embd, dropout and from_scratch.
     """
 
     config: Any
@@ -77,6 +79,9 @@ class LM(nn.Module):
             positions, seen = torch.arange(T, device=tokens.device), Seen()
             if packed is not None:
                 tokens, positions, seen = packed.tokens, packed.positions, Seen(packed.mask())
+            if self.training and self.config.dropout > 0:
+                looks = None if packed is None else seen.mask[:, 0]
+                seen = seen._replace(streams=dropout.streams(tokens, positions, looks))
         else:
             positions = cache.lengths[:, None] + torch.arange(T, device=tokens.device)
             columns = cache.seen or int(positions.max()) + 1
@@ -88,11 +93,14 @@ class LM(nn.Module):
             seen = Seen(mask, rows=torch.arange(len(tokens), device=tokens.device)[:, None], positions=positions)
             cache.lengths += T
         x, told = self.embed(tokens, positions), self.positional(positions)
+        x = dropout.drop(x, self.config.dropout, seen.streams)
         for i, block in enumerate(self.blocks):
             block = block if cache is None else block.forward  # compiled for whole sequences alone
             layer = seen if cache is None else seen._replace(keys=cache.keys[i], values=cache.values[i])
+            if seen.streams is not None:
+                layer = seen._replace(streams=dropout.fork(seen.streams, i + 1))
             if self.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint(block, x, layer, *told, use_reentrant=False)
+                x = checkpoint(block, x, layer, *told, use_reentrant=False, preserve_rng_state=False)  # none draws
             else:
                 x = block(x, layer, *told)
         x = self.final_norm(x)
@@ -126,13 +134,27 @@ class LM(nn.Module):
         return KVCache(c.n_layer, c.n_kv_head, c.head_dim, batch, length, device=self.device, dtype=dtype)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, seen: Seen, dropout: float = 0.0) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, seen: Seen, p: float = 0.0) -> Tensor:
     """Attention of queries [B, H, T, width] to keys and values of as many heads, or of fewer, each for some queries
-    (Ainslie et al. 2023) -> [B, T, H·width]. With a cache the new keys and values are written to it first."""
+    (Ainslie et al. 2023) -> [B, T, H·width]. With a cache the new keys and values are written to it first; with streams
+    a share p of the probabilities is dropped."""
+    if seen.streams is not None:
+        return _attend_to_some(q, k, v, seen, p).transpose(1, 2).flatten(2)
     if seen.keys is not None:
         seen.keys[seen.rows, :, seen.positions] = k.transpose(1, 2).to(seen.keys.dtype)
         seen.values[seen.rows, :, seen.positions] = v.transpose(1, 2).to(seen.values.dtype)
         k, v = (x[:, :, : seen.mask.shape[-1]] for x in (seen.keys, seen.values))  # no row has reached the others
     grouped = q.shape[1] != k.shape[1]
-    how = {"attn_mask": seen.mask, "is_causal": seen.mask is None, "dropout_p": dropout, "enable_gqa": grouped}
+    how = {"attn_mask": seen.mask, "is_causal": seen.mask is None, "enable_gqa": grouped}
     return F.scaled_dot_product_attention(q.to(k.dtype), k, v, **how).transpose(1, 2).flatten(2)
+
+
+def _attend_to_some(q: Tensor, k: Tensor, v: Tensor, seen: Seen, p: float) -> Tensor:
+    """What SDPA does, [B, H, T, width], written out: it drops by a generator alone."""
+    H, T, width = q.shape[1:]
+    k, v = (x.repeat_interleave(H // x.shape[1], 1) for x in (k, v))
+    unseen = ~torch.ones(T, T, dtype=torch.bool, device=q.device).tril() if seen.mask is None else ~seen.mask
+    scores = q @ k.mT
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * width**-0.5
+    probabilities = scores.masked_fill(unseen, -torch.inf).softmax(-1)
+    return dropout.drop_pairs(probabilities, p, seen.streams).to(v.dtype) @ v

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanopref.models import dropout
 from nanopref.models.language import LARGEST, LM, Seen, attend
 from nanopref.running.flags import require
 
@@ -70,8 +71,8 @@ class Attention(nn.Module):
             proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )  # [B, T, heads, width]
         q, k = rotated(self.q_norm(q), cos, sin).to(v.dtype), rotated(self.k_norm(k), cos, sin).to(v.dtype)
-        y = attend(*(z.transpose(1, 2) for z in (q, k, v)), seen, self.dropout if self.training else 0.0)
-        return F.dropout(self.o_proj(y), self.dropout, self.training)
+        y = attend(*(z.transpose(1, 2) for z in (q, k, v)), seen, self.dropout)
+        return dropout.drop(self.o_proj(y), self.dropout, seen.streams, dropout.ATTENDED)
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -89,9 +90,9 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(c.n_embd, c.n_inner, bias=c.mlp_bias)
         self.down_proj = nn.Linear(c.n_inner, c.n_embd, bias=c.mlp_bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, seen: Seen) -> Tensor:
         x = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-        return F.dropout(x, self.dropout, self.training)
+        return dropout.drop(x, self.dropout, seen.streams, dropout.MLP)
 
 
 class Block(nn.Module):
@@ -104,7 +105,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, seen: Seen, cos: Tensor, sin: Tensor) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), seen, cos, sin)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        return x + self.mlp(self.post_attention_layernorm(x), seen)
 
 
 class Llama(LM):
@@ -133,7 +134,7 @@ class Llama(LM):
         return self.layers
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        return F.dropout(self.embed_tokens(tokens), self.config.dropout, self.training)
+        return self.embed_tokens(tokens)
 
     def positional(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine of the angles by which queries and keys are turned, [B or 1, T, 1, width/2], float32."""
@@ -282,9 +283,9 @@ def _rope(settings: dict[str, Any], where: str) -> tuple[tuple[float, float, flo
     return scaling, factor, theta
 
 
-def to_tensors(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A model's weights by their names and in their layout there."""
-    return {name if name.startswith("lm_head.") else PREFIX + name: p.contiguous() for name, p in weights.items()}
+def to_tensor(name: str, x: Tensor) -> tuple[str, Tensor]:
+    """A weight of a model by its name and in its layout there."""
+    return name if name.startswith("lm_head.") else PREFIX + name, x.contiguous()
 
 
 def from_tensors(found: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ default, and with the 1/r a good learning rate is about the same at every rank, 
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from nanopref.models.frozen import twin
 from nanopref.models.language import LM
 from nanopref.running.files import write_atomic
-from nanopref.running.parallel import generator
+from nanopref.running.parallel import full, generator, rank
 
 ALPHA = 32
 
@@ -40,8 +40,9 @@ class Adapted(nn.Module):
         return y + F.linear(ALPHA / len(self.lora_A) * F.linear(x, self.lora_A), self.lora_B)
 
     def merged(self) -> Tensor:
-        """W + α/r·BA, float32."""
-        return self.weight.detach().float() + ALPHA / len(self.lora_A) * (self.lora_B @ self.lora_A).detach()
+        """W + α/r·BA, float32, whole."""
+        A, B = full(self.lora_A.detach()), full(self.lora_B.detach())
+        return full(self.weight.detach()).float() + ALPHA / len(A) * (B @ A)
 
 
 def adapt(model: LM, rank: int, seed: int) -> None:
@@ -69,16 +70,19 @@ def bare(model: LM) -> LM:
     return model
 
 
-def merged(model: LM) -> dict[str, Tensor]:
-    """The weights of a model, float32, with each adapter added to its map: the same names, as if there were none."""
-    tensors = {name: x.float() for name, x in model.state_dict().items() if ".lora_" not in name}
-    return tensors | {f"{name}.weight": layer.merged() for name, layer in adapters(model)}
+def merged(model: LM) -> Iterator[tuple[str, int, Callable[[], Tensor]]]:
+    """Of each weight of a model the name, how many numbers it has, and what gives it: whole, float32, with its map's
+    adapter added, as if there were none. A weight that is sharded must be asked for by all processes together."""
+    adapted = {f"{name}.weight": layer.merged for name, layer in adapters(model)}
+    for name, x in model.state_dict().items():
+        if ".lora_" not in name:
+            yield name, x.numel(), adapted.get(name, lambda x=x: full(x).float())
 
 
 def save(model: LM, score: Tensor | None, folder: Path, prefix: str, conv1d: bool) -> None:
-    """Write the adapters as PEFT does, and the scalar head's weight, if there is one, which has learnt beside them.
-    `prefix` stands before the model's names in Hugging Face's format; `conv1d`: there the weights of linear maps are
-    stored transposed."""
+    """Write the adapters as PEFT does, and the scalar head's weight, if there is one, which has learnt beside them; all
+    processes together, as of `merged`. `prefix` stands before the model's names in Hugging Face's format; `conv1d`:
+    there the weights of linear maps are stored transposed."""
     there = dict(adapters(model))
     settings = {
         "peft_type": "LORA",
@@ -93,10 +97,12 @@ def save(model: LM, score: Tensor | None, folder: Path, prefix: str, conv1d: boo
         "bias": "none",
         "inference_mode": True,
     }
-    tensors = {} if score is None else {"base_model.model.score.weight": score.detach().cpu()}
+    tensors = {} if score is None else {"base_model.model.score.weight": full(score.detach()).cpu()}
     for name, layer in there.items():
-        tensors[f"base_model.model.{prefix}{name}.lora_A.weight"] = layer.lora_A.detach().cpu()
-        tensors[f"base_model.model.{prefix}{name}.lora_B.weight"] = layer.lora_B.detach().cpu()
+        tensors[f"base_model.model.{prefix}{name}.lora_A.weight"] = full(layer.lora_A.detach()).cpu()
+        tensors[f"base_model.model.{prefix}{name}.lora_B.weight"] = full(layer.lora_B.detach()).cpu()
+    if rank() > 0:
+        return
     folder.mkdir(exist_ok=True)
     write_atomic(folder / "adapter_model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     write_atomic(folder / "adapter_config.json", json.dumps(settings, indent=2) + "\n")

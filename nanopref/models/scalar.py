@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from nanopref.data.packing import Packed
 from nanopref.models.language import LM
-from nanopref.running import sharding
+from nanopref.running import parallel, sharding
 
 
 class ScalarModel(nn.Module):
@@ -65,4 +65,4 @@ class ScalarModel(nn.Module):
     def rescale(self, shift: Tensor, scale: Tensor) -> None:
         """From now on say (what was said - shift) / scale, for shift and scale [heads]."""
         self.bias.sub_(shift).div_(scale)
-        sharding.assign(self.score.weight, sharding.full(self.score.weight) / scale[:, None])
+        sharding.assign(self.score.weight, parallel.full(self.score.weight) / scale[:, None])

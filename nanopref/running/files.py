@@ -23,16 +23,25 @@ PARTIAL = ".partial"  # how the names of files end that are being written
 LEFT = re.compile(rf"\.[^/]*\.(\d+|next|gone){re.escape(PARTIAL)}")  # and what ours are like
 
 
-def write_atomic(path: str | Path, content: str | bytes | Callable[[Path], None]) -> None:
-    """Write a file whole or not at all. `content` is text, bytes, or a function that writes to the path it is given.
+Content = str | bytes | Callable[[Path], None]  # of a file: text, bytes, or a function that writes to a path
+
+
+def write_atomic(path: str | Path, content: Content) -> None:
+    """Write a file whole or not at all.
 
     OSError, which names the file, where the disk is full or the folder read-only; UserError where a library says so in
     words of its own.
     """
-    path = Path(path)
+    with prepared(Path(path), content) as partial, named(Path(path)):
+        partial.replace(path)
+
+
+@contextmanager
+def prepared(path: Path, content: Content) -> Iterator[Path]:
+    """What will be the file, on the disk under another name: inside it may be renamed, or else it is gone after."""
     partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
-    with named(path):
-        try:
+    try:
+        with named(path):
             partial.touch()
             mode = partial.stat().st_mode  # which follows the umask; safetensors makes files for their owner alone
             if callable(content):
@@ -42,10 +51,10 @@ def write_atomic(path: str | Path, content: str | bytes | Callable[[Path], None]
             partial.chmod(mode)
             with partial.open("rb") as f:
                 os.fsync(f.fileno())
-            partial.replace(path)
-        finally:
-            with suppress(OSError):  # of a folder that has become read-only
-                partial.unlink(missing_ok=True)
+        yield partial
+    finally:
+        with suppress(OSError):  # of a folder that has become read-only
+            partial.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -41,8 +41,8 @@ from nanopref.running.flags import RewardError, RunFlags, UserError, is_out_of_m
 from nanopref.running.inputs import Inputs, digest, fingerprint, fingerprint_of_word, parts_of, paths_in
 from nanopref.running.logs import NOTHING, Logs
 from nanopref.running.optim import Both, batches
-from nanopref.running.parallel import barrier, by_first, progress, rank, say, sum_processes
-from nanopref.running.sharding import full, sum_gradients_of
+from nanopref.running.parallel import barrier, by_first, full, progress, rank, say, sum_processes
+from nanopref.running.sharding import sum_gradients_of
 from nanopref.running.states import States
 
 # flags that may change between the start of a run and its --resume

@@ -7,8 +7,8 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from nanopref.running.parallel import generator, say
-from nanopref.running.sharding import full, one_by_one
+from nanopref.running.parallel import full, generator, say
+from nanopref.running.sharding import one_by_one
 
 BUCKET = 8  # batches whose rows are sorted by length together, where batches of rows alike are wanted
 

@@ -2,6 +2,7 @@
 share of each weight in each, gathered a block at a time while it is needed (FSDP2; ZeRO-3: Rajbhandari et al. 2020).
 
 A model's file knows nothing of it. Losses are divided by the whole batch, so gradients are added and not averaged.
+What takes half a second to import is imported where it is used, and known by what it can.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -12,10 +13,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed._composable.replicate import replicate as with_ddp
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from nanopref.running import parallel
 
@@ -37,8 +34,10 @@ def put(model: Model, device: torch.device | str, prepare: Callable[[nn.Module],
         prepare(body)
         there = all(x.device == device for x in [*model.parameters(), *model.buffers()])
         return model if there else model.to(device)
+    from torch.distributed.fsdp import MixedPrecisionPolicy, register_fsdp_forward_method
+
     rounded = MixedPrecisionPolicy(parallel.precision(model, device), torch.float32, cast_forward_inputs=False)
-    if not isinstance(body, FSDPModule):
+    if not sharded(body):
         for block in body.blocks:
             prepare(block)
             norms = [part for part in block.modules() if isinstance(part, nn.LayerNorm | nn.RMSNorm)]
@@ -48,13 +47,15 @@ def put(model: Model, device: torch.device | str, prepare: Callable[[nn.Module],
         _shard(body, device)
         for name in AS_MODULE:
             register_fsdp_forward_method(body, name)
-    if body is not model and not isinstance(model.score, FSDPModule):
+    if body is not model and not sharded(model.score):
         _shard(model.score, device)
         model.bias = model.bias.to(device)
     return model
 
 
-def _shard(part: nn.Module | list[nn.Module], device: torch.device, policy: MixedPrecisionPolicy | None = None) -> None:
+def _shard(part: nn.Module | list[nn.Module], device: torch.device, policy: Any = None) -> None:
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     usual = MixedPrecisionPolicy(cast_forward_inputs=False)
     fully_shard(part, mesh=_mesh(device.type), mp_policy=policy or usual)
     module = part[0] if isinstance(part, list) else part
@@ -63,13 +64,15 @@ def _shard(part: nn.Module | list[nn.Module], device: torch.device, policy: Mixe
 
 
 @lru_cache(maxsize=1)
-def _mesh(kind: str) -> DeviceMesh:
+def _mesh(kind: str) -> Any:
+    from torch.distributed.device_mesh import init_device_mesh
+
     return init_device_mesh(kind, (parallel.world_size(),))
 
 
-def sharded(model: nn.Module) -> list[FSDPModule]:
+def sharded(model: nn.Module) -> list[Any]:
     """The parts of a model that are shared out, each by itself."""
-    return [part for part in model.modules() if isinstance(part, FSDPModule)]
+    return [part for part in model.modules() if hasattr(part, "unshard")]
 
 
 def spread(model: nn.Module) -> bool:
@@ -99,7 +102,9 @@ def sum_gradients_of(model: nn.Module) -> None:
     """From now on each backward pass through a call of this module sums gradients over the processes, while it goes on
     for the layers before: unless `accumulated` says that another follows. (Those of shares are always summed.)"""
     if parallel.world_size() > 1 and not sharded(model) and not hasattr(model, "set_requires_gradient_sync"):
-        with_ddp(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        from torch.distributed._composable.replicate import replicate  # DDP without a wrapper
+
+        replicate(model, broadcast_buffers=False, gradient_as_bucket_view=True)
         model.register_comm_hook(None, _added)
 
 
@@ -122,22 +127,23 @@ def accumulated(model: nn.Module, pieces: Iterable[T]) -> Iterator[T]:
 # ---- tensors of which each process may hold a share ------------------------------------------------------------------
 
 
-def full(x: Tensor) -> Tensor:
-    """The whole of a tensor; all processes must ask for it."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
-
-
 @torch.no_grad()
 def assign(x: Tensor, values: Tensor) -> None:
     """Let a tensor hold the same values in all processes, or each its share of them."""
-    x.copy_(distribute_tensor(values, x.device_mesh, x.placements) if isinstance(x, DTensor) else values)
+    if hasattr(x, "device_mesh"):
+        from torch.distributed.tensor import distribute_tensor
+
+        values = distribute_tensor(values, x.device_mesh, x.placements)
+    x.copy_(values)
 
 
 def one_by_one(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """f, which takes a stack of matrices [n, …] and gives as many, one by one; of sharded ones each process has whole
     matrices to do, its share of the n."""
-    if not isinstance(x, DTensor):
+    if not hasattr(x, "device_mesh"):
         return f(x)
+    from torch.distributed.tensor import DTensor, Shard
+
     mine = x.redistribute(placements=[Shard(0)])
     done = DTensor.from_local(f(mine.to_local()), x.device_mesh, [Shard(0)], shape=x.shape, stride=x.stride())
     return done.redistribute(placements=x.placements)

@@ -149,35 +149,3 @@ def test_presets_by_name():
     assert preset("tiny", vocab_size=5, block_size=7, dropout=0.5) == GPTConfig(5, 7, *PRESETS["tiny"], 0.5)
     assert preset("gpt2", vocab_size=50257, block_size=1024) == GPTConfig()
     assert "gpt2-xl" in message_of(lambda: models.new("huge", vocab_size=5, block_size=7))
-
-
-def test_dropout_only_in_training():
-    tokens = random_tokens(SMALL.vocab_size, 2, 12)
-    model = randomise(GPT(GPTConfig(**{**vars(SMALL), "dropout": 0.5})))
-    plain = GPT(SMALL)
-    plain.load_state_dict(model.state_dict())
-    assert torch.equal(model.eval().logits(tokens), plain.eval().logits(tokens))
-    assert not torch.equal(model.train().logits(tokens), model.logits(tokens))
-    assert torch.equal(plain.train().logits(tokens), plain.eval().logits(tokens))
-
-
-def test_dropout_stands_where_gpt2_has_it(monkeypatch):
-    """On the embedding, on each attention and each branch: in training only."""
-    model = GPT(GPTConfig(**{**vars(SMALL), "dropout": 0.5}))
-    functional, calls = torch.nn.functional, []
-    dropout, attention = functional.dropout, functional.scaled_dot_product_attention
-
-    def see_dropout(x, p, training):
-        calls.append(p if training else 0)
-        return dropout(x, p, training)
-
-    def see_attention(*args, dropout_p=0.0, **kwargs):
-        calls.append(dropout_p)
-        return attention(*args, dropout_p=dropout_p, **kwargs)
-
-    monkeypatch.setattr(functional, "dropout", see_dropout)
-    monkeypatch.setattr(functional, "scaled_dot_product_attention", see_attention)
-    for training, p in [(True, 0.5), (False, 0)]:
-        calls.clear()
-        model.train(training).logits(random_tokens(SMALL.vocab_size, 1, 3))
-        assert calls == [p] * (1 + 3 * SMALL.n_layer)
