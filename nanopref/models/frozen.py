@@ -36,7 +36,7 @@ def placed(model: Model, device: torch.device | str) -> Model:
             for name, p in layer.named_parameters(recurse=False):
                 held = rounds and not p.requires_grad and name == "weight" and p.dim() == 2
                 dtype = torch.bfloat16 if held and not isinstance(layer, nn.Embedding) else torch.float32
-                if p.dtype != dtype:
+                if p.dtype != dtype or not p.is_contiguous():
                     setattr(layer, name, nn.Parameter(p.detach().to(dtype).contiguous(), requires_grad=p.requires_grad))
 
     return sharding.put(model, device, prepare)

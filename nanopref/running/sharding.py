@@ -56,8 +56,9 @@ def put(model: Model, device: torch.device | str, prepare: Callable[[nn.Module],
 def _shard(part: nn.Module | list[nn.Module], device: torch.device, policy: Any = None) -> None:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    usual = MixedPrecisionPolicy(cast_forward_inputs=False)
-    fully_shard(part, mesh=_mesh(device.type), mp_policy=policy or usual)
+    usual, blocks = MixedPrecisionPolicy(cast_forward_inputs=False), policy is not None
+    # what is not a block is little, or needed again at once
+    fully_shard(part, mesh=_mesh(device.type), mp_policy=policy or usual, reshard_after_forward=blocks)
     module = part[0] if isinstance(part, list) else part
     module.set_gradient_divide_factor(1.0)
     module.set_force_sum_reduction_for_comms(True)  # gloo has no other
@@ -104,7 +105,7 @@ def sum_gradients_of(model: nn.Module) -> None:
     if parallel.world_size() > 1 and not sharded(model) and not hasattr(model, "set_requires_gradient_sync"):
         from torch.distributed._composable.replicate import replicate  # DDP without a wrapper
 
-        replicate(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        replicate(model, gradient_as_bucket_view=True)
         model.register_comm_hook(None, _added)
 
 
