@@ -22,7 +22,8 @@ ROOT = Path(__file__).parent.parent
 
 # a server that has imported what the scripts need, of which each forked process is a copy that has done nothing yet
 forks = multiprocessing.get_context("forkserver")
-forks.set_forkserver_preload(["train_dpo", "train_rm", "train_ppo", "nanopref.people", "torch._dynamo", "pytest"])
+NEEDED = ["train_dpo", "train_rm", "train_ppo", "nanopref.people", "torch._dynamo", "torch.distributed.fsdp", "pytest"]
+forks.set_forkserver_preload(NEEDED)
 
 
 def flags(**settings) -> list[str]:

@@ -1,5 +1,6 @@
 """Which state is kept: the last whose loss, gradient and held-out look were finite, and only where it is whole."""
 
+import contextlib
 import json
 import math
 import os
@@ -112,6 +113,33 @@ def test_at_its_end_a_run_has_one_state(tmp_path):
     training = Training(tmp_path / "run")
     training.steps(5)
     assert training.there() == ["5"]
+
+
+def test_a_run_that_is_over_does_not_write_its_state_again(tmp_path):
+    Training(tmp_path / "run").steps(5)
+    before = {path: path.stat().st_ino for path in (tmp_path / "run" / "state").rglob("*")}
+    Training(tmp_path / "run", resume=True).steps(5)
+    assert {path: path.stat().st_ino for path in (tmp_path / "run" / "state").rglob("*")} == before and len(before) == 3
+
+
+def test_what_is_drawn_in_a_step_depends_on_the_step_alone(each_step, tmp_path):
+    """Not on what was drawn before, as at a look, nor on where the run was resumed."""
+
+    def draws(folder: Path, more: int, stop: int) -> list[float]:
+        found = []
+
+        def act(step: int) -> None:
+            found.append(torch.rand(()).item())
+            torch.rand(more * step)
+            if step == stop:
+                raise KeyError("killed")
+
+        with contextlib.suppress(KeyError):
+            Training(folder, resume=folder.exists()).steps(6, act=act)
+        return found
+
+    whole, first, last = (draws(tmp_path / name, *how) for name, *how in (("a", 0, 9), ("b", 5, 4), ("b", 7, 9)))
+    assert len({*whole}) == 6 and first == whole[:4] and last == whole[2:]
 
 
 def test_before_the_first_state_none_is_named(tmp_path):
