@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from nanopref.running import flags as command_flags
 from nanopref.running.files import read_lines
@@ -21,7 +22,8 @@ ROOT = Path(__file__).parent.parent
 
 # a server that has imported what the scripts need, of which each forked process is a copy that has done nothing yet
 forks = multiprocessing.get_context("forkserver")
-forks.set_forkserver_preload(["train_dpo", "train_rm", "train_ppo", "nanopref.people", "torch._dynamo", "pytest"])
+NEEDED = ["train_dpo", "train_rm", "train_ppo", "nanopref.people", "torch._dynamo", "torch.distributed.fsdp", "pytest"]
+forks.set_forkserver_preload(NEEDED)
 
 
 def flags(**settings) -> list[str]:
@@ -108,6 +110,16 @@ def results(folder: Path) -> tuple[list[dict], dict]:
     report["on the way"] = read_lines(folder / "samples.jsonl")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if not k.endswith("per_second")} for row in rows], report
+
+
+def saved_state(folder: Path, round: int = 1) -> dict:
+    """What the newest state of a run of one process holds: `model`, `optimizer`, and what is in run.json."""
+    place = folder / ("state" if round == 1 else f"state-{round}")
+    newest = max((path for path in place.iterdir() if path.name.isdecimal()), key=lambda path: int(path.name))
+    tensors = {name: x for path in newest.glob("*.safetensors") for name, x in load_file(path).items()}
+    model = {name: x for name, x in tensors.items() if not name.startswith("optimizer.")}
+    optimizer = {name.removeprefix("optimizer."): x for name, x in tensors.items() if name not in model}
+    return json.loads((newest / "run.json").read_text()) | {"model": model, "optimizer": optimizer}
 
 
 def board(folder: Path, reader=None) -> dict[str, list[tuple[int, float]]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import by_hand
 import pytest
 import torch
-from helpers import results
+from helpers import results, saved_state
 
 import train_dpo
 import train_ppo
@@ -75,9 +75,10 @@ def test_a_run_with_adapters_that_was_stopped_ends_the_same(name, dtype, start, 
     monkeypatch.setattr(folder.Run, "log", log_and_stop)
     with pytest.raises(KeyboardInterrupt):
         run(name, tmp_path / "run", start, **flags)
-    state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)["model"]
-    beside = {"score.weight", "bias", "beta", "baseline", "_extra_state", "critic.score.weight", "critic.bias"}
-    assert any(".lora_" in key for key in state) and all(".lora_" in key or key in beside for key in state)
+    state = saved_state(tmp_path / "run")
+    beside = {"score.weight", "bias", "beta", "baseline", "critic.score.weight", "critic.bias"}
+    for held in (state["model"], {key.rpartition(".")[0] for key in state["optimizer"]}):
+        assert any(".lora_" in key for key in held) and all(".lora_" in key or key in beside for key in held)
     again, other_report = run(name, tmp_path / "run", start, resume=True, **flags)
     assert figures(again) == figures(rows)
     for figure in {"kl", "held_out_loss", "win_rate"} & report.keys():
@@ -95,8 +96,7 @@ def test_a_reward_model_and_a_critic_learn_their_heads_beside_the_adapters(start
     run("rm", tmp_path / "rm", start, lora=2)
     judge, critic = (models.load_scalar(path)[0].score.weight for path in (start["judge"], tmp_path / "ppo" / "critic"))
     assert not torch.equal(judge, critic)
-    state = torch.load(tmp_path / "rm" / "state.pt", weights_only=True)["model"]
-    assert state["score.weight"].shape == (1, 16)
+    assert saved_state(tmp_path / "rm")["model"]["score.weight"].shape == (1, 16)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -7,7 +7,7 @@ import pytest
 import test_train_ppo as ordinary
 import torch
 import torch.nn.functional as F
-from helpers import results
+from helpers import results, saved_state
 
 import train_ppo
 from nanopref import models
@@ -201,8 +201,8 @@ def test_interrupted_and_resumed_it_ends_the_same(tiny, tmp_path, monkeypatch, n
     train_ppo.train(train_ppo.Config(out=str(tmp_path / "cut"), resume=True, **options))
     assert results(tmp_path / "cut") == results(tmp_path / "whole")
     assert asked[:3] == [16, 32, 48]
-    state = torch.load(tmp_path / "cut" / "state.pt", weights_only=True)["model"]
-    assert len(state["_extra_state"]) == 32 and state["baseline"] != 0
+    state = saved_state(tmp_path / "cut")
+    assert len(state["extra"][""]) == 32 and state["model"]["baseline"] != 0
 
 
 REPLAY = {"replay": 2, "iterations": 40, "lr": 5e-3}

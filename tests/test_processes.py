@@ -44,7 +44,7 @@ def test_a_signal_to_one_of_two_ends_both_and_is_no_success(rank, tmp_path):
     os.kill(forks[rank].pid, signal.SIGTERM)
     (code, said), (other, quiet) = ends(forks)
     assert (code, other) == (130, 130) and "add --resume to the same command to continue" in said
-    assert "Traceback" not in said + quiet and not (out / "report.json").exists() and (out / "state.pt").exists()
+    assert "Traceback" not in said + quiet and not (out / "report.json").exists() and [*out.glob("state/*/run.json")]
 
 
 def test_an_input_that_has_changed_is_said_once(tmp_path):

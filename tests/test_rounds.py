@@ -10,7 +10,7 @@ from typing import NamedTuple
 import by_hand
 import pytest
 import torch
-from helpers import lines, refused, results, stopped
+from helpers import lines, refused, results, saved_state, stopped
 from safetensors.torch import load_file
 
 import train_dpo
@@ -76,7 +76,7 @@ def fresh(started, tmp_path_factory) -> Done:
 
 def state(folder: Path, round: int) -> dict:
     """The weights at the end of a round."""
-    return torch.load(folder / ("state.pt" if round == 1 else f"state-{round}.pt"), weights_only=True)["model"]
+    return saved_state(folder, round)["model"]
 
 
 def notes(folder: Path) -> list[dict]:
@@ -124,14 +124,13 @@ def test_the_first_round_is_a_run_of_one(started, left_alone, tmp_path):
     one, all_of_them = results(tmp_path / "run")[0], results(left_alone.folder)[0]
     assert 3 < len(one) < len(all_of_them) / 2 and all_of_them[: len(one)] == one
     assert same(state(left_alone.folder, 1), models.load(tmp_path / "run")[0].state_dict())
-    assert not (tmp_path / "run" / "state-2.pt").exists() and len(notes(tmp_path / "run")) == 1
+    assert not (tmp_path / "run" / "state-2").exists() and len(notes(tmp_path / "run")) == 1
 
 
 def test_steps_count_on_and_each_round_has_a_learning_rate_of_its_own(left_alone):
     rows, report = results(left_alone.folder)
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
-    done = [torch.load(path, weights_only=True)["step"] for path in sorted(left_alone.folder.glob("state*.pt"))]
-    done = [done[-1], *done[:-1]]  # state-2.pt, state-3.pt, state.pt
+    done = [saved_state(left_alone.folder, round)["step"] for round in range(1, ROUNDS + 1)]
     assert len(done) == ROUNDS and sum(done) == len(rows) and min(done) > 3
     for first, n in zip((0, done[0], done[0] + done[1]), done, strict=True):
         lrs = [row["lr"] for row in rows[first : first + n]]

@@ -12,7 +12,7 @@ from pathlib import Path
 import by_hand
 import pytest
 import torch
-from helpers import Fork, flags, lines, refused, results, stopped, two_processes
+from helpers import Fork, flags, lines, refused, results, saved_state, stopped, two_processes
 
 import train_dpo
 from nanopref import models
@@ -43,7 +43,7 @@ def left_alone(started, tmp_path_factory) -> Path:
 
 def test_the_run_folder_holds_what_the_design_promises(left_alone):
     names = {path.name for path in left_alone.iterdir()}
-    assert {"config.json", "metrics.jsonl", "report.json", "report.png", "model", "state.pt", "feedback.jsonl"} <= names
+    assert {"config.json", "metrics.jsonl", "report.json", "report.png", "model", "state", "feedback.jsonl"} <= names
     assert not [name for name in names if "partial" in name]
     config = json.loads((left_alone / "config.json").read_text())
     assert config["flags"]["beta"] == 0.5 and config["flags"]["seed"] == 0
@@ -93,7 +93,7 @@ def test_ctrl_c_saves_and_says_how_to_continue(started, left_alone, tmp_path):
     os.kill(script.pid, signal.SIGINT)
     code, errors = script.finish()
     assert code == 130 and "--resume" in errors and "Traceback" not in errors
-    done = torch.load(tmp_path / "run" / "state.pt", weights_only=True)["step"]
+    done = saved_state(tmp_path / "run")["step"]
     assert 3 <= done and f"{done} of" in errors
     Fork(tmp_path / "log", "train_dpo.py", *words, "--resume").succeed()
     assert results(tmp_path / "run") == results(left_alone)

@@ -118,7 +118,7 @@ def test_ppo_finds_the_closed_form_optimum_of_a_bandit(bandit, settings, tmp_pat
 
 def test_the_run_folder_holds_what_the_design_promises(left_alone):
     names = {path.name for path in left_alone.iterdir()}
-    assert {"config.json", "metrics.jsonl", "report.json", "report.png", "model", "critic", "state.pt"} <= names
+    assert {"config.json", "metrics.jsonl", "report.json", "report.png", "model", "critic", "state"} <= names
     metrics, report = results(left_alone)
     assert [row["step"] for row in metrics] == list(range(1, 10))
     expected = {"score", "true_reward", "kl", "kl_k3", "entropy", "clip_fraction", "value_clip_fraction", "value_loss"}

@@ -35,7 +35,7 @@ def left_alone(started, tmp_path_factory) -> Path:
 
 def test_the_run_folder_holds_what_a_reader_expects(left_alone):
     names = {path.name for path in left_alone.iterdir()}
-    assert {"config.json", "metrics.jsonl", "report.json", "report.png", "model", "state.pt", "feedback.jsonl"} <= names
+    assert {"config.json", "metrics.jsonl", "report.json", "report.png", "model", "state", "feedback.jsonl"} <= names
     _, report = results(left_alone)
     assert {"accuracy", "loss", "best_accuracy", "groups"} <= report["held_out"].keys()
     assert {"calibration", "rank_correlation", "length", "score_shift", "score_scale"} <= report.keys()

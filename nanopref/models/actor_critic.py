@@ -27,14 +27,14 @@ class Learner(nn.Module):
     @torch.no_grad()
     def remember(self, answers: Sequence[tuple], returns: Tensor) -> None:
         """Answers to learn from again, and a round's returns [B], whose mean the baseline goes half the way to."""
-        self.replayed = [tuple(answer) for answer in answers]  # plain, as a state.pt without code in it needs them
+        self.replayed = [tuple(answer) for answer in answers]  # plain, as a state, which is JSON, needs them
         self.baseline.lerp_(returns.mean().double(), 0.5)
 
     def get_extra_state(self) -> list[tuple]:
         return self.replayed
 
     def set_extra_state(self, state: list[tuple]) -> None:
-        self.replayed = state
+        self.replayed = [tuple(answer) for answer in state]
 
     def forward(self, batch: Batch, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
         """log π_θ of the targets, entropy, and V before each target: each [B, T], float32."""

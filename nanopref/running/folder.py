@@ -8,12 +8,12 @@
     samples.jsonl   answers to the same prompts, at each look on the way
     feedback.jsonl, round.json, reference.safetensors   of each round: what was said of sampled answers, what was
                     thought of all of them, log π_ref
-    state.pt        what `--resume` continues from: weights, optimiser, random state, step; and, where no held-out look
-                    has found it sound yet, state.before.pt, the last that one did
+    state/          what `--resume` continues from, called by its step: weights, optimiser, what was read and logged;
+                    and, where no held-out look has found the newest sound yet, the last that one did
     model/          the trained model, a Hugging Face folder, with its tokenizer
     report.json, report.png
-Each file but metrics.jsonl, which grows by a line a step, is written under another name and then renamed, so it is
-whole or absent whenever the process dies.
+Each file but metrics.jsonl, which grows by a line a step, is written under another name and then renamed, and so is
+the folder of a state: it is whole or absent whenever the process dies.
 """
 
 import errno
@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import kernels
-from nanopref.running import parallel, replace, states, tensorboard
+from nanopref.running import parallel, replace, tensorboard
 from nanopref.running.files import lock, read_lines, read_object, seconds_of, write_atomic
 from nanopref.running.flags import RewardError, RunFlags, UserError, is_out_of_memory, require
 from nanopref.running.inputs import Inputs, digest, fingerprint, fingerprint_of_word, parts_of, paths_in
@@ -43,7 +43,7 @@ from nanopref.running.logs import NOTHING, Logs
 from nanopref.running.optim import Both, batches
 from nanopref.running.parallel import barrier, by_first, full, progress, rank, say, sum_processes
 from nanopref.running.sharding import sum_gradients_of
-from nanopref.running.states import States
+from nanopref.running.states import States, remove
 
 # flags that may change between the start of a run and its --resume
 FREE = {"resume", "overwrite", "out", "device", "kernels", "save_seconds", "tensorboard", "micro_batch", "sample_batch"}
@@ -277,7 +277,7 @@ class Run:
 
     def _made_in(self, round: int) -> list[Path]:
         """The files of a round."""
-        names = ("state.pt", "state.before.pt", "feedback.jsonl", "round.json", "reference.safetensors")
+        names = ("state", "feedback.jsonl", "round.json", "reference.safetensors")
         return [path for name in names if (path := self.path(name, round)).exists()]
 
     def path(self, name: str, round: int | None = None) -> Path:
@@ -318,6 +318,8 @@ class Run:
             for step, rows in batches(n, size, total, self.config.seed, start, lengths):
                 if due:
                     self.save()
+                # what is drawn in a step, as by dropout, depends on nothing before it, nor on the number of processes
+                torch.manual_seed(parallel.generator(self.config.seed, f"{name} {self._round} {step}").initial_seed())
                 self._clean = True
                 yield step, rows
                 self._step, self._clean = step + 1, False
@@ -369,72 +371,54 @@ class Run:
         return time.monotonic() >= self._next_save
 
     def save(self, accept: bool = False) -> None:
-        """Write everything that the following steps depend on and that changes: the next state.pt, when `update` has
-        found its loss finite, or at once."""
-        if rank() == 0:
-            began = time.monotonic()
-            state = {
-                "step": self._step,
-                "model": {name: x for name, x in self._model.state_dict().items() if name not in self._frozen()},
-                "optimizer": self._optimizer.state_dict(),
-                "random": torch.get_rng_state(),
-                "cuda_random": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-                "inputs": dict(self._inputs.digests),
-                "logged": self.logs.seen(),
-            }
-            self._states.write(state)
-            if accept:
-                self._states.accept()
-            now, self.last_saved = time.monotonic(), self._step
-            self._next_save = now + max(self.config.save_seconds, 20 * (now - began))
+        """Write everything that the following steps depend on and that changes: the newest state, when `update` has
+        found its loss finite, or at once. All processes must call it."""
+        began = time.monotonic()
+        if self._states.at != self._step:
+            seen = {"inputs": dict(self._inputs.digests), "logged": self.logs.seen()} if rank() == 0 else {}
+            self._states.write(self._step, self._model, self._optimizer, seen)
+        if accept:
+            self._states.accept()
+        now, self.last_saved = time.monotonic(), self._step
+        self._next_save = now + max(self.config.save_seconds, 20 * (now - began))
         if self._stage:
             self._remember_seconds()
 
-    def _frozen(self) -> set[str]:
-        """The weights that do not learn, which need not be saved: they are again what they were."""
-        return {name for name, p in self._model.named_parameters(remove_duplicate=False) if not p.requires_grad}
-
     def load(self, total: int) -> int:
-        """Continue from state.pt where there is one; forget what was logged after it. Returns the steps done of
-        `total`.
+        """Continue from the newest state where there is one; forget what was logged after it. Returns the steps done of
+        `total`. All processes must call it.
 
         Raises UserError where it is damaged or of another run, or where its inputs or its logs have changed.
         """
-        self._states = States(self.path("state.pt"), looks=hasattr(self.config, "eval_every"))
+        self._states = States(self.path("state"), looks=hasattr(self.config, "eval_every"))
         step, logged = 0, self._logged
         if path := self._states.newest():
             try:
-                state = states.read(path)
-                weights = self._model.state_dict()
-                self._model.load_state_dict({name: weights[name] for name in self._frozen()} | state["model"])
-                self._optimizer.load_state_dict(state["optimizer"])
-                torch.set_rng_state(state["random"])
-                if state["cuda_random"] is not None and torch.cuda.is_available():
-                    torch.cuda.set_rng_state(state["cuda_random"])
+                state = self._states.load(self._model, self._optimizer, total)
                 step, inputs, logged = state["step"], state["inputs"], state["logged"]
-                if type(step) is not int or not 0 <= step <= total:
-                    raise ValueError(step)
                 changed = [name for name, x in inputs.items() if self._inputs.digests.get(name, x) != x]
                 changed += self.logs.changed(logged)
-            except Exception as error:  # torch and pickle raise many kinds, and nearly all mean the same here
+            except Exception as error:  # many kinds are raised, and nearly all mean the same here
                 if is_out_of_memory(error) or getattr(error, "errno", None) in (errno.EIO, errno.EACCES, errno.EPERM):
                     raise
                 reason = f"{path}: no state of this run can be read from it ({type(error).__name__})"
-                raise UserError(f"{reason}; remove it and --resume {self._states.without(path)}") from None
+                raise UserError(f"{reason}; remove it and --resume {self._states.without_newest()}") from None
             where = [str(self.folder / name) if (self.folder / name).exists() else name for name in changed]
             require(
-                not changed or rank() > 0,
-                f"--resume: {', '.join(where)}: not as when {path.name} was saved; put it back, or start again with "
-                "--overwrite",
+                not changed,
+                f"--resume: {', '.join(where)}: not as when {path.relative_to(self.folder)} was saved; put it back, or "
+                "start again with --overwrite",
             )
-        if rank() == 0:
-            later = [round for round in range(self._round + 1, self._rounds) if self._made_in(round)]
-            if step < total:  # what was made of this round's policy is not what will be made of it
-                for path in (path for round in later for path in self._made_in(round)):
-                    path.unlink()
-                    self._inputs.remember(path.name, None)
-            if step < total or not later:
-                self.logs.cut(logged)
+        later = by_first(lambda: [path for i in range(self._round + 1, self._rounds) for path in self._made_in(i)])
+        for path in (
+            later if step < total else ()
+        ):  # what was made of this round's policy is not what will be made of it
+            self._inputs.remember(path.name, None)
+        if rank() == 0 and step < total:
+            for path in later:
+                remove(path) if path.is_dir() else path.unlink()
+        if rank() == 0 and (step < total or not later):
+            self.logs.cut(logged)
         self._logged = logged
         barrier()
         self._next_save, self.last_saved = time.monotonic() + self.config.save_seconds, step

@@ -90,13 +90,6 @@ class Both:
         for optimizer in self.optimizers:
             optimizer.zero_grad()
 
-    def state_dict(self) -> list[dict]:
-        return [optimizer.state_dict() for optimizer in self.optimizers]
-
-    def load_state_dict(self, states: list[dict]) -> None:
-        for optimizer, state in zip(self.optimizers, states, strict=True):
-            optimizer.load_state_dict(state)
-
 
 def muon(model: nn.Module, lr: float, weight_decay: float = 0.0, betas=(0.9, 0.95)) -> Both:
     """Muon at twice `lr` for the matrices of the blocks, and AdamW for all else."""

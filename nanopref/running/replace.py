@@ -23,7 +23,7 @@ OLD, MOVING = ".overwritten-run", ".overwritten-run.moving"
 OURS = re.compile(
     r"((sft|rm)/)*("
     r"(config|inputs|seconds|report|round(-\d+)?)\.json|report\.png|(metrics|samples|rounds|feedback(-\d+)?)\.jsonl"
-    r"|state(-\d+)?(\.before)?\.pt|reference(-\d+)?\.safetensors|tensorboard/events\.[^/]*"
+    r"|state(-\d+)?/\d+/(run\.json|[^/]*\.safetensors)|reference(-\d+)?\.safetensors|tensorboard/events\.[^/]*"
     r"|(model|critic)/(adapter/)?[^/]*\.(json|safetensors|jinja)"
     r"|(.*/)?\.[^/]*\.partial)"
 )

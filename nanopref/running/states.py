@@ -1,73 +1,168 @@
-"""The states from which a run goes on: which of them is known to be good, and what is read of one."""
+"""The states from which a run goes on: which of them is known to be good, and which are kept. What one holds and how it
+is written is in storage.py."""
 
-import os
-import zipfile
+import re
+import shutil
+from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
+import torch.distributed as dist
+from torch import nn
+from torch.optim import Optimizer
 
-from nanopref.running.files import PARTIAL, write_atomic
+from nanopref.running.files import PARTIAL
+from nanopref.running.optim import Both
+from nanopref.running.parallel import barrier, rank
 
 
 class States:
-    """state.pt, whose loss and gradient were finite where the run went on from it; and state.before.pt, the last state
-    that a held-out look found sound, for as long as no look has followed state.pt."""
+    """A folder of states, each called by the number of steps that led to it: the newest, whose loss and gradient were
+    finite where the run went on from it; and the one before, the last that a held-out look found sound, for as long as
+    no look has followed the newest.
 
-    def __init__(self, path: Path, looks: bool):
+    All processes have one and must `write` and `load` together; the first alone moves and removes.
+    """
+
+    background: bool | None = None  # whether the run goes on while a state is written; None: where there is a GPU
+
+    def __init__(self, folder: Path, looks: bool):
         """`looks`: whether the run looks at held-out data on its way."""
-        self.path, self.before = path, path.with_suffix(".before.pt")
-        self._waiting = path.with_name(f".{path.name}.next{PARTIAL}")
-        self._written = False  # whether one waits to be accepted
-        self._sound = looks and not self.before.exists()  # whether a look has followed state.pt
+        self.folder, self._waiting = folder, folder / f".state.next{PARTIAL}"
+        if rank() == 0:
+            self._tidy(looks)
+        barrier()
+        self._steps = [int(path.name) for path in _states(folder)]
+        self.at = self._steps[-1] if self._steps else None  # after how many steps there is a state
+        self._waits = False  # whether one waits to be accepted
+        self._sound = looks and len(self._steps) < 2  # whether a look has followed the newest
+        self._writing: Any = None  # what the background is at
+        self._group: Any = None
 
-    def write(self, state: dict[str, Any]) -> None:
-        """Write a state, of which nobody knows yet whether it is good."""
-        write_atomic(self._waiting, lambda path: torch.save(state, path))
-        self._written = True
+    def _tidy(self, looks: bool) -> None:
+        """Remove what a process that was killed has not come to remove."""
+        there = _states(self.folder)
+        keep = [*there[:1], *there[1:][-1:]] if looks else there[-1:]
+        for path in _numbered(self.folder):
+            if path not in keep:
+                remove(path)
+
+    def _path(self, step: int) -> Path:
+        return self.folder / str(step)
+
+    def write(self, step: int, model: nn.Module, optimizer: Optimizer | Both, run: dict[str, Any]) -> None:
+        """Write a state, of which nobody knows yet whether it is good. `run` is what else of it the first process is to
+        remember, as JSON."""
+        from nanopref.running import storage  # which takes half a second that not every command has to spend
+
+        self._wait()
+        if rank() == 0 and self._waiting.exists():
+            shutil.rmtree(self._waiting)
+        background = self.background
+        if background is None:
+            background = any(p.is_cuda for p in model.parameters())
+        if background and dist.is_initialized() and self._group is None:
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+        barrier()
+        try:
+            run = {"step": step, **run}
+            self._writing = storage.write(self._waiting, model, optimizer, run, self._group, background)
+        except BaseException:
+            self._give_up()
+            raise
+        self.at, self._waits = step, True
+
+    def _wait(self) -> None:
+        """Until what is written in the background is there; raises what went wrong."""
+        from nanopref.running import storage
+
+        if self._writing is not None:
+            try:
+                storage.wait(self._writing)
+            except BaseException:
+                self._give_up()
+                raise
+            finally:
+                self._writing = None
+
+    def _give_up(self) -> None:
+        """What is not written to its end."""
+        self._waits = False
+        if rank() == 0:
+            shutil.rmtree(self._waiting, ignore_errors=True)  # of a folder that has become read-only
 
     def accept(self) -> None:
-        """The state that was written last becomes state.pt."""
-        if not self._written:
+        """The state that was written last becomes the newest."""
+        if not self._waits:
             return
-        if self._sound and self.path.exists():
-            self.before.unlink(missing_ok=True)
-            try:
-                os.link(self.path, self.before)
-            except OSError:  # a file system without links
-                self.path.replace(self.before)
-        self._waiting.replace(self.path)
-        self._written = self._sound = False
+        self._wait()
+        self._waits = False
+        if rank() > 0:
+            return
+        if self._path(self.at).exists():  # and is none
+            remove(self._path(self.at))
+        self._waiting.rename(self._path(self.at))
+        kept = self._steps if self._sound else self._steps[:-1]
+        for step in self._steps[len(kept) :]:
+            remove(self._path(step))
+        self._steps, self._sound = [*kept, self.at], False
 
     def found_sound(self) -> None:
         """A held-out look was finite."""
         self._sound = True
-        self.before.unlink(missing_ok=True)
+        for step in self._steps[:-1]:
+            remove(self._path(step))
+        self._steps = self._steps[-1:]
 
     def fall_back(self) -> str:
         """Keep the last good state, and say which."""
-        self._waiting.unlink(missing_ok=True)
-        self._written = False
-        if not self._sound and self.before.exists():
-            self.before.replace(self.path)
-        if not self.path.exists():
+        with suppress(Exception):  # there is worse to tell
+            self._wait()
+        self._give_up()
+        if not self._sound and len(self._steps) > 1:
+            remove(self._path(self._steps.pop()))
+        if not self._steps:
             return "no state had been saved before"
-        step = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)["step"]
-        return f"the last good weights, those after {step} steps, are in {self.path}"
+        step = self._steps[-1]
+        return f"the last good weights, those after {step} steps, are in {self._path(step)}"
 
     def newest(self) -> Path | None:
-        """The file to go on from."""
-        return next((path for path in (self.path, self.before) if path.is_file()), None)
+        """The state to go on from."""
+        return self._path(self._steps[-1]) if self._steps else None
 
-    def without(self, path: Path) -> str:
-        """What a run does once that file is removed."""
-        another = path == self.path and self.before.exists()
-        return f"goes on from {self.before.name}" if another else "starts this stage from its beginning"
+    def load(self, model: nn.Module, optimizer: Optimizer | Both, total: int) -> dict[str, Any]:
+        """Go on from the newest state, with `total` steps at most behind it; what was remembered of the run.
+
+        An error of some kind, the same in all processes, where it is damaged or of something else."""
+        from nanopref.running import storage
+
+        run = storage.load(self._path(self.at), model, optimizer)
+        if run["step"] != self.at or not 0 <= self.at <= total:
+            raise ValueError(run["step"])
+        return run
+
+    def without_newest(self) -> str:
+        """What a run does once the newest is removed."""
+        if len(self._steps) > 1:
+            return f"goes on from {self.folder.name}/{self._steps[0]}"
+        return "starts this stage from its beginning"
 
 
-def read(path: Path) -> dict[str, Any]:
-    """What a state holds. An error of some kind where it is damaged, which torch does not notice of a weight."""
-    with zipfile.ZipFile(path) as file:
-        if spoilt := file.testzip():
-            raise zipfile.BadZipFile(spoilt)
-    return torch.load(path, map_location="cpu", weights_only=True)
+def _numbered(folder: Path) -> list[Path]:
+    """What is called like a state, by number."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted((path for path in found if re.fullmatch("0|[1-9][0-9]*", path.name)), key=lambda path: int(path.name))
+
+
+def _states(folder: Path) -> list[Path]:
+    """And is one: run.json comes last."""
+    return [path for path in _numbered(folder) if (path / "run.json").is_file()]
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder, which is at once no longer there: a kill leaves no half of it."""
+    gone = folder.with_name(f".{folder.name}.gone{PARTIAL}")
+    shutil.rmtree(gone, ignore_errors=True)
+    folder.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)

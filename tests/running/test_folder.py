@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import pickle
 import resource
 import stat
 import time
@@ -12,7 +13,7 @@ import torch
 from helpers import forks
 
 from nanopref.running import folder as folder_module
-from nanopref.running import optim, parallel, states
+from nanopref.running import optim, parallel, storage
 from nanopref.running.files import append, write_atomic
 from nanopref.running.flags import RunFlags, UserError
 from nanopref.running.folder import Run
@@ -96,13 +97,12 @@ def test_states_are_saved_by_the_clock_and_at_most_a_twentieth_of_the_time(tmp_p
     now, saved = [0.0], []
     monkeypatch.setattr(folder_module.time, "monotonic", lambda: now[0])
 
-    def write(path, content):
-        if path.name.startswith(".state.pt"):
-            path.touch()
-            saved.append(now[0])
-            now[0] += cost
+    def write(folder, *_):
+        folder.mkdir(parents=True)
+        saved.append(now[0])
+        now[0] += cost
 
-    monkeypatch.setattr(states, "write_atomic", write)
+    monkeypatch.setattr(storage, "write", write)
     for cost, expected in ((0.0, [11.0, 22.0]), (1.0, [11.0, 32.0])):
         now[0], _ = 0.0, saved.clear()
         model, optimizer = new_model()
@@ -117,10 +117,18 @@ def test_a_state_that_is_a_pickle_of_code_is_refused(tmp_path):
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "pwned"),)
 
-    this = a_run(tmp_path / "run")
-    torch.save({"step": 1, "model": Evil()}, tmp_path / "run" / "state.pt")
+    steps_of(a_run(tmp_path / "run"), *new_model(), 3)
+    state = tmp_path / "run" / "state" / "3"
+    with (state / ".metadata").open("wb") as file:  # where torch.distributed.checkpoint itself would look for one
+        pickle.dump(Evil(), file)
+    assert list(a_run(tmp_path / "run", resume=True).steps("test", 8, 4, 3, *new_model())) == []
+    (path,) = state.glob("*.safetensors")
+    torch.save({"weight": Evil()}, path)
+    run = json.loads((state / "run.json").read_text()) | {"files": {path.name: storage._sum_of(path)}}
+    run.pop("digest")
+    (state / "run.json").write_text(storage._as_text(run))
     with pytest.raises(UserError, match="no state of this run"):
-        next(this.steps("test", 8, 4, 2, *new_model()))
+        next(a_run(tmp_path / "run", resume=True).steps("test", 8, 4, 3, *new_model()))
     assert not (tmp_path / "pwned").exists()
 
 

@@ -29,7 +29,8 @@ def old_run(folder: Path) -> dict[str, bytes]:
     run = a_run(folder)
     run.log({"loss": 1.0})
     run.keep(lambda: ["x\n"], "feedback.jsonl")
-    for name in ("model/config.json", "sft/model/model.safetensors", "state.pt", "state-2.before.pt", "report.png"):
+    states = ("state/7/run.json", "state/7/shard-00001-model-00001-of-00001.safetensors", "state-2/12/run.json")
+    for name in ("model/config.json", "sft/model/model.safetensors", *states, "report.png"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(name)
     return tree(folder)
@@ -84,7 +85,7 @@ def test_at_its_end_the_process_gives_it_back_itself(tmp_path):
     assert tree(tmp_path / "run") == before
 
 
-@pytest.mark.parametrize("name", ["thesis.txt", ".git/HEAD", "model/notes.md", "sft/thesis.txt", "data/pairs.jsonl"])
+@pytest.mark.parametrize("name", ["thesis.txt", ".git/HEAD", "model/notes.md", "sft/thesis.txt", "state/7/x.bin"])
 def test_a_folder_with_other_files_is_left_as_it_is(name, tmp_path):
     old_run(tmp_path / "run")
     (tmp_path / "run" / name).parent.mkdir(exist_ok=True)
@@ -101,8 +102,9 @@ def test_a_link_to_the_folder_stays_and_one_inside_it_is_not_ours(tmp_path):
     a_run(tmp_path / "link", overwrite=True, seed=7).log({"loss": 2.0})
     assert (tmp_path / "link").is_symlink() and (tmp_path / "run" / "metrics.jsonl").exists()
     (tmp_path / "elsewhere.pt").write_text("x")
-    (tmp_path / "run" / "state.pt").symlink_to(tmp_path / "elsewhere.pt")
-    with pytest.raises(UserError, match=r"state\.pt, which is of no run"):
+    (tmp_path / "run" / "state" / "7").mkdir(parents=True)
+    (tmp_path / "run" / "state" / "7" / "a.safetensors").symlink_to(tmp_path / "elsewhere.pt")
+    with pytest.raises(UserError, match=r"a\.safetensors, which is of no run"):
         Run(RunFlags(out=str(tmp_path / "run"), overwrite=True))
 
 
@@ -214,11 +216,12 @@ def test_what_is_not_ours_but_called_as_if_it_were_being_written(tmp_path):
     (tmp_path / "run" / ".config.json.17.partial").write_text("of a process that was killed before it had a run")
     a_run(tmp_path / "run").log({"loss": 1.0})
     assert not (tmp_path / "run" / ".config.json.17.partial").exists()
-    (tmp_path / "run" / ".state.pt.next.partial").write_text("of a process that was killed")
+    (tmp_path / "run" / "state" / ".state.next.partial").mkdir(parents=True)
+    (tmp_path / "run" / "state" / ".state.next.partial" / "run.json").write_text("of a process that was killed")
     (tmp_path / "run" / ".metrics.jsonl.17.partial").write_text("of another")
     a_run(tmp_path / "run", resume=True)
     assert before.items() <= tree(tmp_path / "run").items()
-    assert len([name for name in tree(tmp_path / "run") if name.endswith(".partial")]) == 1
+    assert len([name for name in tree(tmp_path / "run") if ".partial" in name]) == 2
 
 
 def test_a_part_that_cannot_be_moved_leaves_the_run_as_it_was(tmp_path, monkeypatch):

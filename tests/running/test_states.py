@@ -1,7 +1,10 @@
 """Which state is kept: the last whose loss, gradient and held-out look were finite, and only where it is whole."""
 
+import contextlib
+import json
 import math
 import os
+import shutil
 import signal
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +13,10 @@ import by_hand
 import pytest
 import small_runs
 import torch
-from helpers import stopped
+from helpers import saved_state, stopped
 
 import train_ppo
-from nanopref.running import optim
+from nanopref.running import optim, storage
 from nanopref.running.flags import RunFlags, UserError
 from nanopref.running.folder import Run
 from nanopref.running.inputs import Inputs
@@ -46,7 +49,11 @@ class Training:
             self.run.log({"loss": 1.0} | ({"held_out_loss": found} if looks and step % 2 else {}))
 
     def state(self) -> dict:
-        return torch.load(self.run.folder / "state.pt", weights_only=True)
+        return saved_state(self.run.folder)
+
+    def there(self) -> list[str]:
+        """What is in the folder of states."""
+        return sorted(path.name for path in (self.run.folder / "state").iterdir())
 
 
 @pytest.fixture
@@ -62,7 +69,7 @@ def test_at_a_loss_that_is_none_the_state_is_one_whose_loss_was_finite(each_step
         training.steps(9, loss=6)
     state = training.state()
     assert state["step"] == 3 and torch.equal(state["model"]["weight"], training.weights[3])
-    assert [path.name for path in training.run.folder.glob("*state*")] == ["state.pt"]
+    assert training.there() == ["3"]
 
 
 def test_a_huge_step_does_not_reach_the_state(each_step, tmp_path):
@@ -79,7 +86,7 @@ def test_a_huge_step_does_not_reach_the_state(each_step, tmp_path):
 
 
 def test_at_a_look_that_is_none_the_state_is_one_before_the_last_good_look(each_step, tmp_path):
-    """Looks follow the steps 2, 4 and 6; state.pt is by then that of step 5."""
+    """Looks follow the steps 2, 4 and 6; the newest state is by then that of step 5."""
     training = Training(tmp_path / "run")
     with pytest.raises(UserError, match=r"held_out_loss became nan after step 6: the last good weights, those after 3"):
         training.steps(9, look=6)
@@ -95,7 +102,7 @@ def test_while_no_look_has_followed_the_state_before_is_kept_through_a_kill_too(
 
     with pytest.raises(KeyError):
         training.steps(9, act=kill)
-    assert (tmp_path / "run" / "state.before.pt").exists() and training.state()["step"] == 4
+    assert {"3", "4"} < {*training.there()} and training.state()["step"] == 4
     again = Training(tmp_path / "run", resume=True)
     with pytest.raises(UserError, match="those after 3 steps"):
         again.steps(9, look=6)
@@ -105,7 +112,34 @@ def test_while_no_look_has_followed_the_state_before_is_kept_through_a_kill_too(
 def test_at_its_end_a_run_has_one_state(tmp_path):
     training = Training(tmp_path / "run")
     training.steps(5)
-    assert [path.name for path in training.run.folder.glob("*state*")] == ["state.pt"]
+    assert training.there() == ["5"]
+
+
+def test_a_run_that_is_over_does_not_write_its_state_again(tmp_path):
+    Training(tmp_path / "run").steps(5)
+    before = {path: path.stat().st_ino for path in (tmp_path / "run" / "state").rglob("*")}
+    Training(tmp_path / "run", resume=True).steps(5)
+    assert {path: path.stat().st_ino for path in (tmp_path / "run" / "state").rglob("*")} == before and len(before) == 3
+
+
+def test_what_is_drawn_in_a_step_depends_on_the_step_alone(each_step, tmp_path):
+    """Not on what was drawn before, as at a look, nor on where the run was resumed."""
+
+    def draws(folder: Path, more: int, stop: int) -> list[float]:
+        found = []
+
+        def act(step: int) -> None:
+            found.append(torch.rand(()).item())
+            torch.rand(more * step)
+            if step == stop:
+                raise KeyError("killed")
+
+        with contextlib.suppress(KeyError):
+            Training(folder, resume=folder.exists()).steps(6, act=act)
+        return found
+
+    whole, first, last = (draws(tmp_path / name, *how) for name, *how in (("a", 0, 9), ("b", 5, 4), ("b", 7, 9)))
+    assert len({*whole}) == 6 and first == whole[:4] and last == whole[2:]
 
 
 def test_before_the_first_state_none_is_named(tmp_path):
@@ -131,21 +165,27 @@ def test_a_second_ctrl_c_does_not_wait_for_the_step(each_step, tmp_path):
 @pytest.mark.parametrize("step", [-5, 10, 2.0, "2", None])
 def test_a_step_that_cannot_be(step, tmp_path):
     Training(tmp_path / "run").steps(9)
-    torch.save(torch.load(tmp_path / "run" / "state.pt", weights_only=True) | {"step": step}, tmp_path / "run/state.pt")
+    path = tmp_path / "run" / "state" / "9" / "run.json"
+    run = json.loads(path.read_text()) | {"step": step}
+    run.pop("digest")
+    path.write_text(storage._as_text(run))
+    if type(step) is int and step > 0:
+        path.parent.rename(path.parent.with_name(str(step)))
     with pytest.raises(UserError, match="no state of this run can be read from it"):
         Training(tmp_path / "run", resume=True).steps(9)
 
 
 def test_a_weight_of_which_a_bit_has_flipped(tmp_path):
-    """torch itself reads it without a word."""
+    """safetensors reads it without a word."""
     training = Training(tmp_path / "run")
     training.steps(9)
-    path, weight = tmp_path / "run" / "state.pt", training.model.weight.detach().numpy().tobytes()
+    (path,) = (tmp_path / "run" / "state" / "9").glob("*.safetensors")
+    weight = training.model.weight.detach().numpy().tobytes()
     content = path.read_bytes()
     at = content.index(weight)
     path.write_bytes(content[: at + 3] + bytes([content[at + 3] ^ 64]) + content[at + 4 :])
     assert not torch.equal(training.state()["model"]["weight"], training.model.weight)
-    with pytest.raises(UserError, match=r"state\.pt: (no state|damaged)"):
+    with pytest.raises(UserError, match=r"state/9: no state of this run can be read from it .*; remove it and"):
         Training(tmp_path / "run", resume=True).steps(9)
 
 
@@ -161,7 +201,7 @@ def test_a_log_that_is_not_what_the_state_has_seen(log, how, tmp_path):
     path.write_text(
         {"emptied": "", "a line less": "".join(lines[1:]), "a figure": "".join(lines).replace("1.0", "2.0")}[how]
     )
-    with pytest.raises(UserError, match=f"{log}: not as when state.pt was saved"):
+    with pytest.raises(UserError, match=f"{log}: not as when state/5 was saved"):
         Training(tmp_path / "run", resume=True).steps(9)
 
 
@@ -172,12 +212,12 @@ def test_ppo_that_breaks_in_the_middle_of_a_round_keeps_the_weights_from_before_
     each_step, tmp_path, monkeypatch, capsys, no_picture
 ):
     """Of the third round the second minibatch; its first has moved the weights."""
-    ordinary, calls, before = Run.update, [], []
+    ordinary, calls, before = Run.update, [], {}
 
     def spoil(run, loss, *more):
         calls.append(1)
         if len(calls) == 5:
-            before.extend(p.detach().clone() for p in run._model.policy.parameters())
+            before.update((name, p.detach().clone()) for name, p in run._model.policy.named_parameters())
         return ordinary(run, math.nan if len(calls) == 6 else loss, *more)
 
     config = small_runs.config_of("ppo", tmp_path, tmp_path / "run", reward=("length.py:f",), minibatch=4, epochs=1)
@@ -187,10 +227,10 @@ def test_ppo_that_breaks_in_the_middle_of_a_round_keeps_the_weights_from_before_
     monkeypatch.setattr(Run, "update", spoil)
     said = stopped(train_ppo.train, config, capsys)
     assert "at step 3" in said and "those after 2 steps" in said
-    state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
-    kept = [x for name, x in state["model"].items() if name.startswith("policy.")]
-    assert state["step"] == 2 and len(kept) == len(before)
-    assert all(torch.equal(a, b) for a, b in zip(kept, before, strict=True))
+    state = saved_state(tmp_path / "run")
+    kept = {name.removeprefix("policy."): x for name, x in state["model"].items() if name.startswith("policy.")}
+    assert state["step"] == 2 and kept.keys() == before.keys()
+    assert all(torch.equal(x, before[name]) for name, x in kept.items())
 
 
 @pytest.mark.parametrize("name, what", [*((x, "data") for x in small_runs.COMMANDS), ("dpo", "init"), ("rm", "init")])
@@ -234,12 +274,12 @@ def test_what_a_state_was_made_of_is_remembered_in_it_too(tmp_path, capsys, no_p
     config = small_runs.config_of("rm", tmp_path, tmp_path / "run")
     small_runs.run(config)
     (tmp_path / "run" / "inputs.json").unlink()
-    path = tmp_path / "run" / "feedback.jsonl"
+    path, step = tmp_path / "run" / "feedback.jsonl", saved_state(tmp_path / "run")["step"]
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:-1]))
     config.resume = True
     said = stopped(small_runs.COMMANDS["rm"].train, config, capsys)
-    assert f"{path}, rows: not as when state.pt was saved" in said
+    assert f"{path}, rows: not as when state/{step} was saved" in said
 
 
 def test_digests_that_are_spoilt_themselves_are_made_again(tmp_path, no_picture):
@@ -308,7 +348,7 @@ def test_a_round_that_is_done_again_is_followed_by_the_others(tmp_path, no_pictu
     config = small_runs.config_of("dpo", tmp_path, tmp_path / "run")
     small_runs.run(config)
     expected = small_runs.outcome(tmp_path / "run")
-    (tmp_path / "run" / "state.pt").unlink()
+    shutil.rmtree(tmp_path / "run" / "state")
     made = (tmp_path / "run" / "feedback-2.jsonl").stat().st_mtime_ns
     config.resume = True
     small_runs.run(config)
@@ -325,7 +365,7 @@ def test_a_stage_of_which_nobody_has_taken_note_ends_once_more(stage, tmp_path, 
     inputs = Inputs(tmp_path / "run")
     for name in (f"{stage}/model", "rm/model", "prompts"):
         inputs.remember(name, None)
-    (tmp_path / "run" / "state.pt").unlink()
+    shutil.rmtree(tmp_path / "run" / "state")
     path = tmp_path / "run" / stage / "model" / "model.safetensors"
     content = path.read_bytes()
     path.unlink()
