@@ -123,11 +123,11 @@ def share(n: int) -> range:
     return range(rank() * n // world_size(), (rank() + 1) * n // world_size())
 
 
-def gathered(act: Callable[[], T]) -> list[T]:
-    """What `act` gives in each process. A UserError of one is raised in all of them, who would wait for it else."""
+def gathered(act: Callable[[], T], errors: type[Exception] = UserError) -> list[T]:
+    """What `act` gives in each process. One of these errors is raised in all of them, who would wait else."""
     try:
-        found: list[tuple[T | None, UserError | None]] = [(act(), None)]
-    except UserError as error:
+        found: list[tuple[T | None, Exception | None]] = [(act(), None)]
+    except errors as error:
         found = [(None, error)]
     if world_size() > 1:
         mine, found = found[0], [(None, None)] * world_size()

@@ -8,14 +8,13 @@ run.json is written last: what is no tensor, and size and CRC-32 of each file, w
 import json
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
@@ -25,7 +24,8 @@ from torch.optim import Optimizer
 from nanopref.running.files import named, write_atomic
 from nanopref.running.inputs import digest
 from nanopref.running.optim import Both
-from nanopref.running.parallel import rank, world_size
+from nanopref.running.parallel import gathered, rank, world_size
+from nanopref.running.sharding import gather_again
 
 FILE = 2**27  # the bytes of tensors in a file, which is put together in memory; a larger tensor has one of its own
 
@@ -105,6 +105,7 @@ def write(
     """Write a state into a folder that is not there yet; all processes must call it. In the background it goes on while
     the weights, of which it has a copy, learn: then with the `group` of processes that nothing else talks through, and
     `wait` is to be called for what comes back."""
+    gather_again(model)
     tensors = tensors_of(model, optimizer)
     run = run | {"extra": {name: x.get_extra_state() for name, x in _extra(model).items()}}
     writer = Writer(folder, tensors, run)
@@ -154,6 +155,7 @@ def load(folder: Path, model: nn.Module, optimizer: Optimizer | Both) -> dict[st
     An error of some kind, the same in all processes, where a file is damaged or of something else.
     """
     run = _checked(folder)
+    gather_again(model)
     _begin(optimizer)
     tensors = tensors_of(model, optimizer)
     reader = HuggingFaceStorageReader(str(folder))
@@ -187,23 +189,8 @@ def _checked(folder: Path) -> dict[str, Any]:
             if _sum_of(folder / name) != files[name]:
                 raise ValueError(name)
 
-    _everywhere(check)
+    gathered(check, Exception)
     return run
-
-
-def _everywhere(act: Callable[[], None]) -> None:
-    """Do it in each process; what goes wrong in one is raised in all, who would wait for it else."""
-    try:
-        act()
-        found = [None]
-    except Exception as error:
-        found = [error]
-    if world_size() > 1:
-        mine, found = found[0], [None] * world_size()
-        dist.all_gather_object(found, mine)
-    for error in found:
-        if error is not None:
-            raise error
 
 
 def _begin(optimizer: Optimizer | Both) -> None:
