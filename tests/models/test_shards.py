@@ -26,7 +26,7 @@ from nanopref.running.flags import UserError
 TOKENIZER = Tokenizer.train(["aaa bb, aaa bb"], SMALL.vocab_size)
 UNTIED = llama.LlamaConfig(260, 12, 2, 4, 2, 16, 32, 4, tied=False)
 ONE, FEW, MANY = 10**9, 10_000, 3_000  # bytes that a file may hold: one file, three, and more
-WAYS = [(old, new) for old in (ONE, FEW, MANY) for new in (ONE, FEW, MANY)]
+WAYS = [(ONE, ONE), (ONE, FEW), (FEW, ONE), (FEW, FEW), (FEW, MANY), (MANY, FEW)]  # of one model over another
 
 
 def new(kind: str, shift: float = 0.0) -> torch.nn.Module:
@@ -121,7 +121,7 @@ def test_what_is_written_over_another_model_is_what_loads(old, now, tmp_path):
     assert sorted(p.name for p in folder.iterdir()) == sorted(p.name for p in fresh.iterdir())  # and no file is left
 
 
-@pytest.mark.parametrize("old, now", [*WAYS, (None, ONE), (None, MANY)])
+@pytest.mark.parametrize("old, now", [*WAYS, (None, ONE), (None, FEW)])
 def test_killed_at_any_moment_it_is_the_old_model_or_the_new_or_none(old, now, tmp_path):
     folder, copies = tmp_path / "model", []
     if old:
@@ -143,8 +143,8 @@ def test_killed_at_any_moment_it_is_the_old_model_or_the_new_or_none(old, now, t
         except UserError as error:
             assert "no model folder there" in str(error)
             found.append("none")
-        saved(left, now, shift=1.0)  # and the next one that writes there makes it whole
-        assert same(weights(left), after)
+        if len(found) % 3 == 0:  # the next one that writes there makes it whole
+            assert same(weights(saved(left, now, shift=1.0)), after)
     assert len(found) > 10 and found == sorted(found, key=["old", "none", "new"].index)
     assert old is None or found[0] == "old"
     assert ("none" in found) == ((old, now) != (ONE, ONE))
@@ -192,9 +192,13 @@ def test_of_two_processes_that_hold_half_the_first_writes_all(kind, tmp_path):
     both = [forks.Process(target=_save_together, args=(rank, port, kind, tmp_path)) for rank in range(2)]
     for process in both:
         process.start()
-    for process in both:
-        process.join(120)
-        assert process.exitcode == 0
+    try:
+        for process in both:
+            process.join(60)
+            assert process.exitcode == 0
+    finally:
+        for process in both:  # one that waits for the other would do so for ever
+            process.kill()
     files = {p.relative_to(expected): p.read_bytes() for p in expected.rglob("*") if p.is_file()}
     assert {p.relative_to(tmp_path / "0"): p.read_bytes() for p in (tmp_path / "0").rglob("*") if p.is_file()} == files
     assert not (tmp_path / "1").exists()
