@@ -56,3 +56,26 @@ def test_an_input_that_has_changed_is_said_once(tmp_path):
     (code, said), (other, quiet) = ends(two_processes(tmp_path, "train_dpo.py", *given, "--resume"))
     assert code == 2 and other == 2
     assert said.count("error: --data is not what the run in") == 1 and "Traceback" not in said + quiet
+
+
+@pytest.mark.parametrize("first", [1, 2])
+def test_what_some_have_begun_another_number_of_processes_ends(first, tmp_path):
+    """To all but rounding with the figures of one that has done all of it."""
+    out, given = tmp_path / "run", {"epochs": 10, "save_seconds": 0.0}
+    Fork(tmp_path / "log", "train_dpo.py", *words(tmp_path, tmp_path / "whole", **given)).succeed()
+    expected = read_lines(tmp_path / "whole" / "metrics.jsonl")
+    for n, more in ((first, []), (3 - first, ["--resume"])):
+        command = ("train_dpo.py", *words(tmp_path, out, **given), *more)
+        forks = [Fork(tmp_path / "log 0", *command)] if n == 1 else two_processes(tmp_path, *command)
+        end = time.monotonic() + 120
+        while not more and len(read_lines(out / "metrics.jsonl")) < 3 and time.monotonic() < end:
+            time.sleep(0.005)
+        if not more:
+            os.kill(forks[0].pid, signal.SIGTERM)
+        assert [code for code, _ in ends(forks)] == [0 if more else 130] * n
+        newest = max((out / "state").iterdir(), key=lambda path: int(path.name))
+        assert len({path.name[:11] for path in newest.glob("shard-*")}) == n  # each process has written its share
+        assert more or int(newest.name) < len(expected)
+    found = read_lines(out / "metrics.jsonl")
+    assert [row["step"] for row in found] == [row["step"] for row in expected]
+    assert [row["loss"] for row in found] == pytest.approx([row["loss"] for row in expected], rel=1e-3)
