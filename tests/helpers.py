@@ -83,12 +83,18 @@ def beginning(folder: Path, **settings) -> Run:
     return Run(SimpleNamespace(**plain, **settings))
 
 
-def two_processes(folder: Path, script: str, *words: str) -> list[Fork]:
-    """The script as torchrun starts it."""
+def processes(n: int, folder: Path, script: str, *words: str) -> list[Fork]:
+    """The script as torchrun starts it in n processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    return [Fork(folder / f"log {i}", script, *words, RANK=str(i), LOCAL_RANK=str(i), **common) for i in range(2)]
+        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(n)}
+    common = common if n > 1 else {}
+    places = ({"RANK": str(i), "LOCAL_RANK": str(i)} if n > 1 else {} for i in range(n))
+    return [Fork(folder / f"log {i}", script, *words, **place, **common) for i, place in enumerate(places)]
+
+
+def two_processes(folder: Path, script: str, *words: str) -> list[Fork]:
+    return processes(2, folder, script, *words)
 
 
 def _run_script(log: Path, script: str, words: tuple[str, ...], environment: dict[str, str]) -> None:
