@@ -94,6 +94,11 @@ def check(config: Any) -> None:
                 require(
                     number is None or number in choices, f"{name} must be one of {', '.join(choices)}, not {number}"
                 )
+    row_and_column = getattr(config, "optimizer", None) == "adafactor" and getattr(config, "parallel", "ddp") == "fsdp"
+    hint = (
+        "--optimizer adafactor takes means of whole matrices, of which with --parallel fsdp no process has more than a "
+    )
+    require(not row_and_column, f"{hint}share: use adamw")
     if hasattr(config, "kernels"):
         try:
             with kernels.use(config.kernels):
@@ -189,7 +194,9 @@ def _for_tyro(Config: type, f: Field) -> tuple:
 def main(command: Callable[[Any], None], Config: type, words: Sequence[str] | None = None) -> None:
     """Run a command with the flags of its command line."""
     terminal.prepare()
-    execute(command, parse(Config, words))
+    with terminal.said_once():
+        config = parse(Config, words)
+    execute(command, config)
 
 
 def execute(command: Callable[[Any], None], config: Any) -> None:

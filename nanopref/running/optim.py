@@ -7,7 +7,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from nanopref.running.parallel import full, generator, say
+from nanopref.running.parallel import generator, say
 from nanopref.running.sharding import one_by_one
 
 BUCKET = 8  # batches whose rows are sorted by length together, where batches of rows alike are wanted
@@ -107,7 +107,7 @@ def adafactor(model: nn.Module, lr: float, weight_decay: float = 0.0, betas=(0.9
     """
     groups = []
     for p in learning(model):
-        size = 3 * max(1e-3, full(p.detach().square().mean()).sqrt().item())
+        size = 3 * max(1e-3, p.detach().square().mean().sqrt().item())
         groups.append({"params": [p], "peak": lr / size, "weight_decay": size * weight_decay if p.dim() >= 2 else 0.0})
     return torch.optim.Adafactor(groups, lr=lr)
 

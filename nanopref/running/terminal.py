@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 
 import torch.distributed as dist
 
@@ -23,6 +23,17 @@ def place() -> tuple[int, int] | None:
         return None
     rank, local_rank, size, _ = map(int, numbers)
     return (rank, local_rank) if rank < size else None
+
+
+@contextmanager
+def said_once() -> Iterator[None]:
+    """Of what all processes print alike, as --help, let the first print its own alone."""
+    with ExitStack() as stack:
+        if (place() or (0, 0))[0] > 0:
+            nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            stack.enter_context(redirect_stdout(nowhere))
+            stack.enter_context(redirect_stderr(nowhere))
+        yield
 
 
 def is_first_to_say(message: str, alike: bool) -> bool:
