@@ -242,7 +242,8 @@ def trpo(
     the critic. In float32, since little differences and second derivatives decide."""
     config, policy, mask = run.config, learner.policy, rollout.batch.mask
     old = models.twin(policy).requires_grad_(False)
-    batches = list(pieces(rollout.encoded, range(len(mask)), config.micro_batch, mask.device))
+    batches = pieces(rollout.encoded, range(len(mask)), config.micro_batch, mask.device)
+    batches = [(at, batch) for at, batch in batches if len(batch.mask)]  # of nothing is no second derivative
 
     def surrogate() -> Iterator[Tensor]:  # eq. 14: mean ρA, ρ = π_θ/π_old
         for at, batch in batches:

@@ -86,6 +86,25 @@ def small_and_plain() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
+def pools(tmp_path_factory) -> Iterator[dict]:
+    """Processes that stay together, 2, 3 and 4, see processes.py."""
+    import processes
+
+    found = {n: processes.Pool(n, tmp_path_factory.mktemp(f"pool of {n}")) for n in (2, 3, 4)}
+    yield found
+    for pool in found.values():
+        pool.close()
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory) -> Path:
+    """What their runs begin with, and where they are."""
+    import processes
+
+    return processes.prepare(tmp_path_factory.mktemp("shared"))
+
+
+@pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder of real data, named by NANOPREF_DATA."""
     if "NANOPREF_DATA" not in os.environ:

@@ -78,6 +78,7 @@ def test_two_processes_give_the_losses_of_one(tiny, tmp_path, no_picture):
         ({"vocab_size": 100}, "--vocab-size must be at least 257"),
         ({"dropout": 1.0}, "--dropout must be below 1"),
         ({"optimizer": "sgd"}, "--optimizer must be one of muon, adamw"),
+        ({"optimizer": "adafactor", "parallel": "fsdp"}, "--optimizer adafactor: rows and columns of a weight need"),
         ({"data": "nowhere.jsonl"}, "nowhere.jsonl: no such file"),
         ({"init": "./nowhere"}, "no model folder there"),
         ({"init": "./nowhere", "vocab_size": 300}, "for a model that starts from nothing"),

@@ -1,7 +1,7 @@
 """A step of natural gradient inside a trust region (TRPO, Schulman et al. 2015): max L(θ) with mean KL(π_old, π_θ) ≤ δ.
 
 L and the KL are closures that give a mean in pieces, whose sum over all processes it is: a micro-batch each, so that
-one graph is held.
+one graph is held. A process may have none of them.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -23,14 +23,15 @@ def flat(tensors: Iterable[Tensor]) -> Tensor:
     return torch.cat([x.reshape(-1) for x in tensors])
 
 
-def total(mean: Pieces) -> Tensor:
+def total(mean: Pieces, parameters: Sequence[nn.Parameter]) -> Tensor:
     """A mean, from its pieces in all processes, 0-dim."""
-    return parallel.sum_processes(sum(piece.detach() for piece in mean()))
+    return parallel.sum_processes(sum((piece.detach() for piece in mean()), parameters[0].new_zeros(())))
 
 
 def gradient(mean: Pieces, parameters: Sequence[nn.Parameter]) -> Tensor:
     """∇ of a mean, flat [P]."""
-    return parallel.sum_processes(sum(flat(torch.autograd.grad(piece, parameters)) for piece in mean()))
+    slopes = (flat(torch.autograd.grad(piece, parameters)) for piece in mean())
+    return parallel.sum_processes(sum(slopes, torch.zeros_like(flat(parameters))))
 
 
 def fisher_product(kl: Pieces, parameters: Sequence[nn.Parameter], v: Tensor) -> Tensor:
@@ -65,7 +66,7 @@ def line_search(
 ) -> dict[str, float]:
     """The first of θ + step, θ + step/2, θ + step/4 … where the surrogate is higher and the KL at most δ; after so many
     halvings θ, as it was. What changed: `improvement` of the surrogate, `approx_kl` as measured, and the `halvings`."""
-    old, before = flat(parameters), total(surrogate)
+    old, before = flat(parameters), total(surrogate, parameters)
 
     def go_to(weights: Tensor) -> None:
         for p, new in zip(parameters, weights.split([p.numel() for p in parameters]), strict=True):
@@ -73,7 +74,8 @@ def line_search(
 
     for halvings in range(HALVINGS + 1):
         go_to(old + 0.5**halvings * step)
-        improvement, distance = (total(surrogate) - before).item(), total(kl).item()
+        improvement = (total(surrogate, parameters) - before).item()
+        distance = total(kl, parameters).item()
         if improvement > 0 and distance <= delta:
             return {"improvement": improvement, "approx_kl": distance, "halvings": halvings}
     go_to(old)

@@ -46,16 +46,19 @@ def placed(model: Model, device: torch.device | str) -> Model:
 def rounded(model: LM) -> Iterator[None]:
     """Under autocast a model's matrices are held as it rounds them: once, and not anew for each token of an answer."""
     kind, layers = model.device.type, []
+    dtype = torch.get_autocast_dtype(kind)
     if torch.is_autocast_enabled(kind):
         layers = [layer for block in model.blocks for layer in block.modules() if isinstance(layer, nn.Linear)]
-    kept = [layer.weight.data for layer in layers]
+        layers = [layer for layer in layers if layer.weight.dtype != dtype]
+    kept = [layer.weight for layer in layers]
     try:
         for layer in layers:
-            layer.weight.data = layer.weight.data.to(torch.get_autocast_dtype(kind))
+            # another parameter, since autograd forgets the hooks of one whose data change their type: DDP's are of them
+            layer.weight = nn.Parameter(layer.weight.detach().to(dtype), requires_grad=layer.weight.requires_grad)
         yield
     finally:
         for layer, weight in zip(layers, kept, strict=True):
-            layer.weight.data = weight
+            layer.weight = weight
 
 
 def thawed(model: Model) -> Model:

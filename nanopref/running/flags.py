@@ -77,7 +77,8 @@ def _own(cls: type) -> dict[str, Field]:
 
 
 def check(config: Any) -> None:
-    """Raise UserError for the first flag that is out of its range, or for kernels that cannot run here."""
+    """Raise UserError for the first flag that is out of its range, for kernels that cannot run here, and for an
+    optimiser that cannot update shares of weights."""
     for f in fields(config):
         rules, name, value = _rules(config, f.name), f"--{f.name.replace('_', '-')}", getattr(config, f.name)
         for number in value if isinstance(value, tuple) else (value,):
@@ -105,6 +106,8 @@ def check(config: Any) -> None:
                 pass
         except RuntimeError as error:
             raise UserError(f"--kernels {config.kernels}: {error}") from None
+    shares = getattr(config, "optimizer", None) == "adafactor" and config.parallel == "fsdp"
+    require(not shares, "--optimizer adafactor: rows and columns of a weight need all of it: --parallel ddp")
 
 
 def require_odd(annotators: int | None) -> None:
