@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from dataclasses import asdict
@@ -9,7 +10,9 @@ from pathlib import Path
 
 import by_hand
 import pytest
+import real_memory
 import torch
+from helpers import Fork, forks
 
 import kernels
 from nanopref import memory
@@ -71,3 +74,75 @@ def test_the_command_prints_a_row_for_each_way(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert sum(folder in line for line in lines) == 12 and "computed again" in lines[-1]
     assert asdict(memory.Config())["model"] == tuple(memory.SHAPES) and not torch.is_autocast_enabled("cpu")
+
+
+# ---- several processes -----------------------------------------------------------------------------------------------
+
+FEW = dict(zip(memory.SIZES, (2048, 512, 4, 8, 2, 512, 1536, 64, False), strict=True))
+MATRICES = 4 * (2 * 512 * 512 + 2 * 512 * 128 + 3 * 512 * 1536)  # of the blocks
+REST = (2 * 4 + 1) * 512 + 2 * 2048 * 512  # norms; embedding and unembedding
+
+
+def at_once(folder: Path, *calls: tuple) -> list[dict[str, float]]:
+    """What functions of real_memory.py write, each in a process of its own."""
+    files = [folder / str(i) for i in range(len(calls))]
+    each = [forks.Process(target=f, args=(file, *args)) for file, (f, *args) in zip(files, calls, strict=True)]
+    for process in each:
+        process.start()
+    for process in each:
+        process.join(120)
+        assert process.exitcode == 0
+    return [json.loads(file.read_text()) for file in files]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("engine, pieces", [("ddp", 1), ("ddp", 2), ("fsdp", 2)])
+def test_of_two_processes_each_takes_and_sends_what_was_foretold(engine, pieces, tmp_path):
+    """To the byte that is sent; in tensors to 0.1%, but gloo holds gradients of a block longer than FSDP2 does; as the
+    system sees it within 25 MiB, which libraries take."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    real = [(real_memory.of_two, port, rank, engine, FEW, 2, 256, pieces) for rank in range(2)]
+    *found, expected = at_once(tmp_path, *real, (real_memory.foretold, "rm", engine, 2, FEW, 2, 256, pieces))
+    longer = MATRICES / memory.GIB if engine == "fsdp" else 0  # 4 bytes a weight of one of four blocks
+    for one in found:
+        assert 0.999 * expected["GiB"] < one["counted"] < 1.001 * expected["GiB"] + longer
+        assert one["GiB"] == pytest.approx(expected["GiB"], abs=0.025)
+        assert one["GB sent"] == pytest.approx(expected["GB sent"], rel=1e-6)
+
+
+def test_a_step_sends_eight_bytes_a_weight_with_ddp_and_with_fsdp_for_each_micro_batch(tmp_path):
+    """float32 gradients go round twice; or bfloat16 matrices are gathered twice and all else, in float32, once, and
+    gradients scattered in float32. Adapters' gradients are little, but what is frozen is gathered too."""
+    ways = [(engine, pieces) for engine in ("ddp", "fsdp") for pieces in (1, 3)]
+    found = at_once(tmp_path, *((real_memory.foretold, "dpo", e, 8, FEW, 2, 64, n) for e, n in ways))
+    once = 7 / 8 * 8 * (MATRICES + REST) / 1e9
+    assert [x["GB sent"] for x in found] == pytest.approx([once, once, once, 3 * once], rel=1e-9)
+    ddp, fsdp = found[0], found[2]
+    assert fsdp["optimiser"] == pytest.approx(ddp["optimiser"] / 8, rel=1e-4) and fsdp["GiB"] < ddp["GiB"]
+    assert ddp["ms sending"] == pytest.approx(once / 450 * 1e3)
+
+
+def test_flops_are_six_for_a_weight_and_a_token_and_those_of_attention():
+    """And two more for what is computed again: by kernels logits, and attention's products; blocks but their ends."""
+    found = []
+    for again in (False, True):
+        with memory.Fake(), memory.Peak() as peak, kernels.use("triton"):
+            config = real_memory.settings(dtype="bfloat16", checkpoint_activations=again)
+            *_, step = memory.prepared("dpo", LlamaConfig(**FEW), 2, 64, config)
+            peak.flops = 0
+            step()
+        found.append(peak.flops / (2 * 64))
+    attention, unembedding, ends = 4 * 512 * 64, 2048 * 512, 4 * 512 * 1536
+    once = 6 * MATRICES + (12 + 2) * attention + (6 + 2) * unembedding
+    assert found == [once, once + 2 * (MATRICES - ends) + 4 * attention]
+
+
+def test_the_command_tells_what_is_sent(tmp_path):
+    folder = by_hand.tiny_model(tmp_path / "model")
+    words = ("--model", folder, "--tokens", "32", "--gpus", "16", "--parallel", "fsdp")
+    process = Fork(tmp_path / "log", "nanopref.memory", *words)
+    code, said = process.finish()
+    rows = [line for line in said.splitlines() if folder in line]
+    assert code == 0 and len(rows) == 12 and "ms sending" in said, said

@@ -47,6 +47,7 @@ def put(model: Model, device: torch.device | str, prepare: Callable[[nn.Module],
         _shard(body, device)
         for name in AS_MODULE:
             register_fsdp_forward_method(body, name)
+        _call_plainly(body)
     if body is not model and not sharded(model.score):
         _shard(model.score, device)
         model.bias = model.bias.to(device)
@@ -58,14 +59,28 @@ def _shard(part: nn.Module | list[nn.Module], device: torch.device, policy: Any 
 
     usual, blocks = MixedPrecisionPolicy(cast_forward_inputs=False), policy is not None
     # what is not a block is little, or needed again at once
-    fully_shard(part, mesh=_mesh(device.type), mp_policy=policy or usual, reshard_after_forward=blocks)
+    fully_shard(part, mesh=mesh(device.type), mp_policy=policy or usual, reshard_after_forward=blocks)
     module = part[0] if isinstance(part, list) else part
     module.set_gradient_divide_factor(1.0)
     module.set_force_sum_reduction_for_comms(True)  # gloo has no other
 
 
+def _call_plainly(body: nn.Module) -> None:
+    """Let a model's own `forward` call those methods as they were: FSDP2 takes the end of a call inside for that of the
+    whole, frees the root, and gathers it twice again in the backward pass."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        gathering = {name: vars(body).pop(name) for name in AS_MODULE}
+        try:
+            return type(body).forward(body, *args, **kwargs)
+        finally:
+            vars(body).update(gathering)
+
+    body.forward = forward
+
+
 @lru_cache(maxsize=1)
-def _mesh(kind: str) -> Any:
+def mesh(kind: str) -> Any:
     from torch.distributed.device_mesh import init_device_mesh
 
     return init_device_mesh(kind, (parallel.world_size(),))
