@@ -95,11 +95,6 @@ def check(config: Any) -> None:
                 require(
                     number is None or number in choices, f"{name} must be one of {', '.join(choices)}, not {number}"
                 )
-    row_and_column = getattr(config, "optimizer", None) == "adafactor" and getattr(config, "parallel", "ddp") == "fsdp"
-    hint = (
-        "--optimizer adafactor takes means of whole matrices, of which with --parallel fsdp no process has more than a "
-    )
-    require(not row_and_column, f"{hint}share: use adamw")
     if hasattr(config, "kernels"):
         try:
             with kernels.use(config.kernels):
