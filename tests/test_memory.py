@@ -76,6 +76,18 @@ def test_the_command_prints_a_row_for_each_way(tmp_path, capsys):
     assert asdict(memory.Config())["model"] == tuple(memory.SHAPES) and not torch.is_autocast_enabled("cpu")
 
 
+def test_what_a_storage_gives_back_is_not_counted():
+    with memory.Peak() as peak:
+        storage = torch.zeros(1000).untyped_storage()
+        storage.resize_(0)
+        assert (peak.now, peak.most) == (0, 4000)
+        storage.resize_(400)
+        assert (peak.now, peak.most) == (400, 4000)
+        del storage
+        assert peak.now == 0
+    assert "resize_" not in vars(torch.UntypedStorage)
+
+
 # ---- several processes -----------------------------------------------------------------------------------------------
 
 FEW = dict(zip(memory.SIZES, (2048, 512, 4, 8, 2, 512, 1536, 64, False), strict=True))
