@@ -114,8 +114,7 @@ def train(config: Config) -> None:
                 show_samples()
 
     models.save(model, tokenizer, run.folder / "model")
-    if parallel.rank() == 0:
-        conclude(run, notes)
+    conclude(run, notes)
 
 
 def summed_logprobs(model: LM, data: Encoded, groups: list[int]) -> Tensor:
@@ -164,7 +163,6 @@ def ensure_sft(run: Run) -> Path:
             name for name in flags.OF_MODELS if name != "lora"
         )  # which is for a model that has learnt something
         train(Config(out=str(folder), steps=config.sft_steps, **{name: getattr(config, name) for name in names}))
-    parallel.barrier()
     run.pin_file(folder / "model", made=made, remove=folder)
     run.add_seconds(folder, "sft")
     return folder

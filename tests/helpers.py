@@ -4,7 +4,6 @@ import importlib
 import json
 import multiprocessing
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from nanopref.running import flags as command_flags
@@ -85,12 +85,14 @@ def beginning(folder: Path, **settings) -> Run:
 
 def processes(n: int, folder: Path, script: str, *words: str) -> list[Fork]:
     """The script as torchrun starts it in n processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(n)}
-    common = common if n > 1 else {}
-    places = ({"RANK": str(i), "LOCAL_RANK": str(i)} if n > 1 else {} for i in range(n))
-    return [Fork(folder / f"log {i}", script, *words, **place, **common) for i, place in enumerate(places)]
+    if n == 1:
+        return [Fork(folder / "log 0", script, *words)]
+    meet = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # torchrun's, which outlives them
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(meet.port), "WORLD_SIZE": str(n)}
+    common |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0", "LOCAL_WORLD_SIZE": str(n)}
+    forks = [Fork(folder / f"log {i}", script, *words, RANK=str(i), LOCAL_RANK=str(i), **common) for i in range(n)]
+    forks[0].meet = meet
+    return forks
 
 
 def two_processes(folder: Path, script: str, *words: str) -> list[Fork]:

@@ -137,7 +137,9 @@ def side_by_side(row: dict[str, Any], width: int) -> str:
         judges = [judge for judge in ("score", "true_reward") if f"{name}_{judge}" in row]
         head = ", ".join([title, *(f"{judge.replace('_', ' ')} {row[f'{name}_{judge}']:.2f}" for judge in judges)])
         paragraphs = row[name].strip().splitlines() or ["(empty)"]
-        cells.append([head, *(line for p in paragraphs for line in textwrap.wrap(p, column) or [""])])
+        cells.append(
+            [head, *(line for p in paragraphs for line in textwrap.wrap(p, column, break_on_hyphens=False) or [""])]
+        )
     prompt = textwrap.wrap(row["prompt"].strip()[-3 * width :], width)
     pairs = itertools.zip_longest(*cells, fillvalue="")
     return "\n".join([*prompt, *(f"{left.ljust(column)} │ {right}".rstrip() for left, right in pairs)])

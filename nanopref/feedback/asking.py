@@ -163,7 +163,7 @@ def load(
     asked = rules.load(file, sentences=True) if file else [Rule(name, "", "", None, 1.0)]
     judge = load_judge(folder)
     if policy is not None:
-        models.frozen(judge.model.to(policy.device))
+        models.frozen(judge.model, policy.device)
     question, by_principle, answer = WAYS[way]
 
     def reward(rule: Rule) -> Callable[[Sequence[Answer]], Tensor] | None:

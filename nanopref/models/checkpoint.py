@@ -153,7 +153,7 @@ def save(model: LM | ScalarModel, tokenizer: Tokenizer, folder: str | Path, **se
     if rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        index, files = _prepare(folder, _weights(model, family), stack)
+        index, files = _prepare(folder, _weights(model, family), bool(sharding.sharded(model)), stack)
         if rank() == 0:
             if len(files) > 1 or (folder / INDEX).exists():
                 (folder / "config.json").unlink(missing_ok=True)
@@ -177,9 +177,12 @@ def _weights(model: LM | ScalarModel, family: ModuleType) -> Iterator[tuple[int,
             yield model.bias.numel(), lambda: ("score.bias", model.bias)
 
 
-def _prepare(folder: Path, weights: Iterable, stack: ExitStack) -> tuple[dict[str, Any], dict[Path, Path]]:
+def _prepare(
+    folder: Path, weights: Iterable, gathers: bool, stack: ExitStack
+) -> tuple[dict[str, Any], dict[Path, Path]]:
     """Write the weights under other names, which the stack takes away again. Returns the index of the files, and what
-    they are called now, by what they will be; in other processes than the first, nothing."""
+    they are called now, by what they will be; in other processes than the first, which have to be there only where
+    something `gathers`, nothing."""
     shards, room = [[]], SHARD
     for n, give in weights:
         if shards[-1] and 4 * n > room:
@@ -191,7 +194,8 @@ def _prepare(folder: Path, weights: Iterable, stack: ExitStack) -> tuple[dict[st
     for i, shard in enumerate(shards, 1):
         name = f"model-{i:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
         for give in shard:
-            key, x = give()
+            if rank() == 0 or gathers:  # as many times as the first
+                key, x = give()
             if rank() == 0:
                 tensors[key], places[key], total = x.cpu(), name, total + x.nbytes
         if rank() == 0:

@@ -25,7 +25,7 @@ from nanopref.models.inference import evaluating
 from nanopref.models.language import LM
 from nanopref.running import parallel
 from nanopref.running.flags import require
-from nanopref.running.sharding import whole
+from nanopref.running.sharding import sharded, whole
 
 CHUNK = 64  # columns by which a static step's view of the cache grows; each time a CUDA graph is recorded anew
 
@@ -160,7 +160,8 @@ def generate(
     for i in range(max_new_tokens):
         if static:
             before, cache.seen = cache.seen, min(_whole(longest + i + 1), _whole(room))
-            if device.type == "cuda" and (i == 2 or (i > 2 and cache.seen != before)):
+            # (not where processes hold shares, whose gathering no graph may hold)
+            if device.type == "cuda" and not sharded(model) and (i == 2 or (i > 2 and cache.seen != before)):
                 advance = record(step)  # after two ordinary steps, in which libraries set themselves up
         advance()
         if on_token:

@@ -215,9 +215,10 @@ def execute(command: Callable[[Any], None], config: Any) -> None:
             where = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error
             resumes = error.errno in NO_ROOM and hasattr(config, "resume")
             words = f"{where}{'; make room, and --resume goes on' if resumes else ''}"
-        elif dist.is_initialized() and isinstance(error, RuntimeError) and LOST.search(str(error)):
+        elif is_loss_of_a_process(error):
             goes_on = ": start it again with --resume to go on" if hasattr(config, "resume") else ""
-            words = f"another process of this run has ended, so this one cannot go on{goes_on}"
+            why = terminal.line(str(error).strip().split("\n")[0], 160)
+            words = f"another process of this run has ended, so this one cannot go on{goes_on} ({why})"
         else:
             raise
         code, message, alike = 2, f"error: {words}", False
@@ -227,6 +228,11 @@ def execute(command: Callable[[Any], None], config: Any) -> None:
         sys.exit(code)
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def is_loss_of_a_process(error: Exception) -> bool:
+    """Whether what failed is that another process of the run no longer answers."""
+    return dist.is_initialized() and isinstance(error, RuntimeError) and bool(LOST.search(str(error)))
 
 
 LOST = re.compile("[Cc]onnection|[Tt]imed out|[Tt]imeout|gloo|NCCL|peer|Broken pipe")  # what is said of lost processes
@@ -287,8 +293,8 @@ class ModelFlags:
     )
     compile: bool = flag(False, "compile the blocks (torch.compile), for a GPU; a CPU gains little")
     parallel: str = flag(
-        "ddp", "under torchrun: each process holds the model, and gradients are summed (ddp), or a share of it (fsdp)",
-        among=("ddp", "fsdp"),
+        "ddp", "under torchrun: each process holds the model, and gradients are summed (ddp), or a share of it, and "
+        "all of it while it samples (fsdp)", among=("ddp", "fsdp"),
     )  # fmt: skip
 
 

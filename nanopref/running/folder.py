@@ -37,7 +37,7 @@ from torch.optim import Optimizer
 import kernels
 from nanopref.running import parallel, replace, tensorboard
 from nanopref.running.files import lock, read_lines, read_object, seconds_of, write_atomic
-from nanopref.running.flags import RewardError, RunFlags, UserError, is_out_of_memory, require
+from nanopref.running.flags import RewardError, RunFlags, UserError, is_loss_of_a_process, is_out_of_memory, require
 from nanopref.running.inputs import Inputs, digest, fingerprint, fingerprint_of_word, parts_of, paths_in
 from nanopref.running.logs import NOTHING, Logs
 from nanopref.running.optim import Both, batches
@@ -238,7 +238,7 @@ class Run:
         Raises UserError for a figure that is not finite."""
         for name, value in metrics.items():
             if not math.isfinite(value):
-                hint = f"{self._states.fall_back()}; " if self._states and rank() == 0 else ""
+                hint = f"{by_first(self._states.fall_back)}; " if self._states else ""
                 hint += "lower --lr, or look at the data, and start again with --overwrite"
                 raise UserError(f"{name} became {value} after step {self.step + 1}: {hint}")
         if rank() == 0:
@@ -313,7 +313,6 @@ class Run:
                 raise KeyboardInterrupt(f"step {self._step + 1} of {total} is lost; {how} from the last saved state")
 
         signals = {number: signal.signal(number, interrupt) for number in (SIGINT, SIGTERM)}
-        device = next(model.parameters()).device
         try:
             for step, rows in batches(n, size, total, self.config.seed, start, lengths):
                 if due:
@@ -325,7 +324,7 @@ class Run:
                 self._step, self._clean = step + 1, False
                 self._bar.update()
                 # what all processes must do together, or some would wait for the others for ever
-                agreed = torch.tensor([len(interrupted), rank() == 0 and self.save_is_due()], device=device)
+                agreed = torch.tensor([len(interrupted), rank() == 0 and self.save_is_due()])
                 stop, due = sum_processes(agreed).tolist()
                 if stop:
                     break
@@ -355,7 +354,7 @@ class Run:
         loss, *norms = torch.stack([x.to(parts[0][0].device) for x in figures]).tolist()
         if not math.isfinite(loss + sum(norms)):
             self._optimizer.zero_grad()
-            kept = f"{self._states.fall_back()}; " if rank() == 0 else ""
+            kept = f"{by_first(self._states.fall_back)}; "
             raise UserError(
                 f"the loss or its gradient became {loss + sum(norms)} at step {self.step + 1}; {kept}"
                 "lower --lr, or look at the data, and start again with --overwrite"
@@ -378,7 +377,7 @@ class Run:
             seen = {"inputs": dict(self._inputs.digests), "logged": self.logs.seen()} if rank() == 0 else {}
             self._states.write(self._step, self._model, self._optimizer, seen)
         if accept:
-            self._states.accept()
+            self._states.accept(wait=True)
         now, self.last_saved = time.monotonic(), self._step
         self._next_save = now + max(self.config.save_seconds, 20 * (now - began))
         if self._stage:
@@ -399,7 +398,8 @@ class Run:
                 changed = [name for name, x in inputs.items() if self._inputs.digests.get(name, x) != x]
                 changed += self.logs.changed(logged)
             except Exception as error:  # many kinds are raised, and nearly all mean the same here
-                if is_out_of_memory(error) or getattr(error, "errno", None) in (errno.EIO, errno.EACCES, errno.EPERM):
+                beyond = getattr(error, "errno", None) in (errno.EIO, errno.EACCES, errno.EPERM)
+                if beyond or is_loss_of_a_process(error) or is_out_of_memory(error):
                     raise
                 reason = f"{path}: no state of this run can be read from it ({type(error).__name__})"
                 raise UserError(f"{reason}; remove it and --resume {self._states.without_newest()}") from None

@@ -1,5 +1,6 @@
 """Where a run computes: device, precision, random streams, processes, and what they say while they work."""
 
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -48,8 +49,12 @@ def start(device: str, seed: int, dtype: str = "auto", engine: str = "ddp") -> t
     _dtype, place = dtype, terminal.place()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and place:
-        device = f"cuda:{place[1]}"
+    if place:
+        require(":" not in device, f"--device {device}: of several processes each has a GPU of its own: give cuda")
+        several = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device == "cuda" else 0
+        there = torch.cuda.device_count()
+        require(several <= there, f"{several} processes on this machine, and {there} GPUs: start at most one for each")
+        device = f"cuda:{place[1]}" if device == "cuda" else device
     try:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
@@ -123,7 +128,7 @@ def share(n: int) -> range:
     return range(rank() * n // world_size(), (rank() + 1) * n // world_size())
 
 
-def gathered(act: Callable[[], T], errors: type[Exception] = UserError) -> list[T]:
+def gathered(act: Callable[[], T], errors: Any = (UserError, OSError)) -> list[T]:
     """What `act` gives in each process. One of these errors is raised in all of them, who would wait else."""
     try:
         found: list[tuple[T | None, Exception | None]] = [(act(), None)]

@@ -5,6 +5,7 @@ A model's file knows nothing of it. Losses are divided by the whole batch, so gr
 What takes half a second to import is imported where it is used, and known by what it can.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -25,7 +26,7 @@ AS_MODULE = ("hidden", "logprobs", "logits")  # methods of a language model that
 def put(model: Model, device: torch.device | str, prepare: Callable[[nn.Module], Any]) -> Model:
     """A language model, or one with a scalar head, on this device; with --parallel fsdp a share of it in each process.
     Each part, which may be on the disk still, is first prepared (`prepare`, a block or what is around them), so that a
-    model to be shared out is never whole in one process.
+    model that is read and shared out is never whole in one process.
 
     Shares are gathered as autocast would round them: matrices of blocks in the dtype of products, all else as it is.
     """
@@ -36,6 +37,8 @@ def put(model: Model, device: torch.device | str, prepare: Callable[[nn.Module],
         return model if there else model.to(device)
     from torch.distributed.fsdp import MixedPrecisionPolicy, register_fsdp_forward_method
 
+    # log-probs are a view, which nobody changes in place
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module")
     rounded = MixedPrecisionPolicy(parallel.precision(model, device), torch.float32, cast_forward_inputs=False)
     if not sharded(body):
         for block in body.blocks:
@@ -47,7 +50,6 @@ def put(model: Model, device: torch.device | str, prepare: Callable[[nn.Module],
         _shard(body, device)
         for name in AS_MODULE:
             register_fsdp_forward_method(body, name)
-        _call_plainly(body)
     if body is not model and not sharded(model.score):
         _shard(model.score, device)
         model.bias = model.bias.to(device)
@@ -63,20 +65,6 @@ def _shard(part: nn.Module | list[nn.Module], device: torch.device, policy: Any 
     module = part[0] if isinstance(part, list) else part
     module.set_gradient_divide_factor(1.0)
     module.set_force_sum_reduction_for_comms(True)  # gloo has no other
-
-
-def _call_plainly(body: nn.Module) -> None:
-    """Let a model's own `forward` call those methods as they were: FSDP2 takes the end of a call inside for that of the
-    whole, frees the root, and gathers it twice again in the backward pass."""
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        gathering = {name: vars(body).pop(name) for name in AS_MODULE}
-        try:
-            return type(body).forward(body, *args, **kwargs)
-        finally:
-            vars(body).update(gathering)
-
-    body.forward = forward
 
 
 @lru_cache(maxsize=1)

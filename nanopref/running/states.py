@@ -5,6 +5,7 @@ import re
 import shutil
 from contextlib import suppress
 from datetime import timedelta
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.optim import Optimizer
 
 from nanopref.running.files import PARTIAL
 from nanopref.running.optim import Both
-from nanopref.running.parallel import barrier, rank
+from nanopref.running.parallel import barrier, by_first, rank
 
 
 class States:
@@ -30,15 +31,12 @@ class States:
     def __init__(self, folder: Path, looks: bool):
         """`looks`: whether the run looks at held-out data on its way."""
         self.folder, self._waiting = folder, folder / f".state.next{PARTIAL}"
-        if rank() == 0:
-            self._tidy(looks)
-        barrier()
-        self._steps = [int(path.name) for path in _states(folder)]
+        by_first(lambda: self._tidy(looks))
+        self._steps = by_first(lambda: [int(path.name) for path in _states(folder)])
         self.at = self._steps[-1] if self._steps else None  # after how many steps there is a state
         self._waits = False  # whether one waits to be accepted
         self._sound = looks and len(self._steps) < 2  # whether a look has followed the newest
         self._writing: Any = None  # what the background is at
-        self._group: Any = None
 
     def _tidy(self, looks: bool) -> None:
         """Remove what a process that was killed has not come to remove."""
@@ -56,22 +54,24 @@ class States:
         remember, as JSON."""
         from nanopref.running import storage  # which takes half a second that not every command has to spend
 
-        self._wait()
+        self.accept(wait=True)  # steps have followed what was written before
         if rank() == 0 and self._waiting.exists():
             shutil.rmtree(self._waiting)
         background = self.background
         if background is None:
             background = any(p.is_cuda for p in model.parameters())
-        if background and dist.is_initialized() and self._group is None:
-            self._group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
         barrier()
         try:
             run = {"step": step, **run}
-            self._writing = storage.write(self._waiting, model, optimizer, run, self._group, background)
+            group = _group() if background and dist.is_initialized() else None
+            self._writing = storage.write(self._waiting, model, optimizer, run, group, background)
         except BaseException:
             self._give_up()
             raise
         self.at, self._waits = step, True
+
+    def _failed(self) -> bool:
+        return self._writing.exception() is not None
 
     def _wait(self) -> None:
         """Until what is written in the background is there; raises what went wrong."""
@@ -92,9 +92,10 @@ class States:
         if rank() == 0:
             shutil.rmtree(self._waiting, ignore_errors=True)  # of a folder that has become read-only
 
-    def accept(self) -> None:
-        """The state that was written last becomes the newest."""
-        if not self._waits:
+    def accept(self, wait: bool = False) -> None:
+        """The state that was written last becomes the newest: now or, unless it is to `wait`, when asked again and the
+        background is done. What went wrong there is raised where all processes wait."""
+        if not self._waits or not (wait or self._writing is None or (self._writing.done() and not self._failed())):
             return
         self._wait()
         self._waits = False
@@ -147,6 +148,12 @@ class States:
         if len(self._steps) > 1:
             return f"goes on from {self.folder.name}/{self._steps[0]}"
         return "starts this stage from its beginning"
+
+
+@lru_cache(maxsize=1)
+def _group() -> Any:
+    """Processes as they talk while a state is written, beside what they say in steps."""
+    return dist.new_group(backend="gloo", timeout=timedelta(days=1))
 
 
 def _numbered(folder: Path) -> list[Path]:

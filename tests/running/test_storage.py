@@ -243,9 +243,10 @@ def test_a_state_that_is_written_while_the_weights_learn_is_of_what_they_were(he
     with torch.no_grad():
         for x in storage.tensors_of(model, optimizer).values():
             x.fill_(9)
-    assert not [*tmp_path.rglob("run.json")]
+    states.accept()  # it is not there yet, and the run goes on
+    assert not [*tmp_path.rglob("run.json")] and states.newest() is None
     held_up.set()
-    states.accept()
+    states.accept(wait=True)
     assert [path.name for path in (tmp_path / "state").iterdir()] == ["3"]
     again = made("adamw", 1)
     assert States(tmp_path / "state", looks=True).load(*again, total=3)["inputs"] == {}
@@ -259,11 +260,11 @@ def test_what_goes_wrong_in_the_background_is_said_when_it_counts(held_up, tmp_p
     states = States(tmp_path / "state", looks=True)
     held_up.set()
     states.write(1, *trained("adamw"), {})
-    states.accept()
+    states.accept(wait=True)
     monkeypatch.setattr(storage, "_sum_of", full)
     states.write(3, *trained("adamw"), {})
     with pytest.raises(OSError, match=f"No space left on device: '{tmp_path / 'state'}'"):
-        states.accept()
+        states.accept(wait=True)
     assert [path.name for path in (tmp_path / "state").iterdir()] == ["1"]
     states.accept()  # nothing is left of it
     assert "those after 1 steps" in states.fall_back()
