@@ -63,7 +63,7 @@ class States:
         barrier()
         try:
             run = {"step": step, **run}
-            group = _group() if background and dist.is_initialized() else None
+            group = _group(dist.group.WORLD) if background and dist.is_initialized() else None
             self._writing = storage.write(self._waiting, model, optimizer, run, group, background)
         except BaseException:
             self._give_up()
@@ -151,8 +151,8 @@ class States:
 
 
 @lru_cache(maxsize=1)
-def _group() -> Any:
-    """Processes as they talk while a state is written, beside what they say in steps."""
+def _group(everyone: Any) -> Any:
+    """The same processes, as they talk while a state is written, beside what they say in steps."""
     return dist.new_group(backend="gloo", timeout=timedelta(days=1))
 
 
