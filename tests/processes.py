@@ -22,7 +22,7 @@ import by_hand
 import torch
 from helpers import forks, results
 from safetensors.torch import load_file
-from small_runs import COMMANDS, JUDGE
+from small_runs import COMMANDS
 
 from nanopref import models
 from nanopref.data.tokenizer import Tokenizer
@@ -156,6 +156,8 @@ def write(path: Path, n: int, most: int, seed: int = 0, kinds: int = 1) -> str:
     return by_hand.write(path, rows)
 
 
+# of no answer 0, on which and on whose advantage only rounding would stand, and Adam makes steps of that
+JUDGE = "def f(prompts, responses):\n    return [sum(map(ord, x)) % 13 - 5.63 for x in responses]\n"
 LEARNING = {"device": "cpu", "batch_size": 7, "micro_batch": 2, "lr": 1e-4, "save_seconds": 1e9, "init": "llama"}
 FITTED = LEARNING | {"warmup": 1, "epochs": 1, "eval_every": 2, "optimizer": "adamw", "data": "data.jsonl"}
 SAMPLED = {"max_new_tokens": 6, "eval_prompts": 5}
@@ -204,7 +206,8 @@ def same(found: Outcome, expected: Outcome, tolerance: float = 1e-5, said: bool 
         off |= differences(row, other, f"step {row['step']}")
     off |= differences(found.report, expected.report, "report") if said else {}
     assert found.weights.keys() == expected.weights.keys()
-    off |= {name: (x - expected.weights[name]).abs().max().item() for name, x in found.weights.items()}
+    for name, x in expected.weights.items():  # a reward model's head is divided by the spread of few scores
+        off[name] = ((found.weights[name] - x).abs() / x.abs().clamp(min=1)).max().item()
     wrong = {name: x for name, x in off.items() if not x <= tolerance}
     assert not wrong, sorted(wrong.items(), key=lambda item: -item[1])[:12]
 

@@ -49,7 +49,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 LOOSER = {"dpo in bfloat16": {"tolerance": 2e-3, "said": False}}
 
 
-@pytest.mark.parametrize("number, case", enumerate(CASES), ids=CASES)
+@pytest.mark.parametrize("number, case", list(enumerate(CASES)), ids=CASES)
 def test_figures_and_weights_are_those_of_one_process(number, case, shared_folder, pools, small_and_plain):
     name, more = CASES[case]
     settings = processes.settings_of(shared_folder, name, **more)
