@@ -7,6 +7,7 @@ GPT, with a scalar head read at the response's last token, learns to score the b
 
 import nanopref  # noqa: F401, I001  (first, because it sets how torch's threads wait, which torch reads when loaded)
 
+import gc
 from dataclasses import dataclass
 
 import torch
@@ -169,6 +170,7 @@ def ensure_reward_model(run: Run) -> str:
         names += ("save_seconds", "tensorboard", "max_new_tokens", "sample_batch", "micro_batch", *flags.OF_MODELS)
         same = {name: getattr(config, name) for name in names}
         train(Config(out=str(folder), init=config.init or str(run.folder / "sft"), **same))
+        gc.collect()  # a model whose gradients are summed holds itself
     run.pin_file(folder / "model", made=made, remove=folder)
     run.add_seconds(folder, "reward model")
     return str(folder)

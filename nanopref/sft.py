@@ -1,5 +1,6 @@
 """Supervised fine-tuning: make the responses of a data set likely. `python -m nanopref.sft`"""
 
+import gc
 import math
 import random
 from collections import Counter
@@ -163,6 +164,7 @@ def ensure_sft(run: Run) -> Path:
             name for name in flags.OF_MODELS if name != "lora"
         )  # which is for a model that has learnt something
         train(Config(out=str(folder), steps=config.sft_steps, **{name: getattr(config, name) for name in names}))
+        gc.collect()  # a model whose gradients are summed holds itself
     run.pin_file(folder / "model", made=made, remove=folder)
     run.add_seconds(folder, "sft")
     return folder

@@ -20,7 +20,7 @@ from nanopref.data import chat
 from nanopref.data.tokenizer import Tokenizer
 from nanopref.data.tokenizer_files import MALFORMED
 from nanopref.models import gpt2, llama, lora
-from nanopref.models.frozen import frozen, placed
+from nanopref.models.frozen import frozen, placed, twin
 from nanopref.models.language import LM
 from nanopref.models.scalar import ScalarModel
 from nanopref.running import parallel, sharding
@@ -106,9 +106,11 @@ def set_up(model: LM, config: ModelFlags) -> None:
 def reference(policy: LM, start: str | Path = "") -> LM:
     """π_ref, frozen: what the policy began as. A policy with adapters lends it its trunk; else it is read again from
     `start`, or copied from a policy that has learnt nothing yet."""
-    if not sharding.spread(policy) and (not start or any(lora.adapters(policy))):
-        return frozen(lora.bare(policy))
-    return frozen(load(start or policy.name, context=policy.context)[0], policy.device)
+    if any(lora.adapters(policy)) and not sharding.sharded(policy):
+        return frozen(lora.bare(policy), policy.device)
+    if start or sharding.spread(policy):
+        return frozen(load(start or policy.name, context=policy.context)[0], policy.device)
+    return frozen(twin(policy))
 
 
 def load_scalar(name: str | Path) -> tuple[ScalarModel, Tokenizer]:

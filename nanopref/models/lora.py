@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from nanopref.models.frozen import twin
 from nanopref.models.language import LM
 from nanopref.running.files import write_atomic
 from nanopref.running.parallel import full, generator, rank
@@ -23,20 +22,18 @@ ALPHA = 32
 
 
 class Adapted(nn.Module):
-    """A linear map with an adapter beside it, or without one where lora_A is None."""
+    """A linear map with an adapter beside it."""
 
     def __init__(self, base: nn.Linear, rank: int, random: torch.Generator):
         super().__init__()
         self.weight, self.bias = base.weight, base.bias
         most, device = base.in_features**-0.5, base.weight.device
         A = torch.empty(rank, base.in_features).uniform_(-most, most, generator=random)
-        self.lora_A: nn.Parameter | None = nn.Parameter(A.to(device))
-        self.lora_B: nn.Parameter | None = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
+        self.lora_A = nn.Parameter(A.to(device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight, self.bias)
-        if self.lora_A is None:
-            return y
         return y + F.linear(ALPHA / len(self.lora_A) * F.linear(x, self.lora_A), self.lora_B)
 
     def merged(self) -> Tensor:
@@ -58,16 +55,19 @@ def adapt(model: LM, rank: int, seed: int) -> None:
 def adapters(model: nn.Module) -> Iterator[tuple[str, Adapted]]:
     """Those of a model, by the names of their maps."""
     for name, layer in model.named_modules():
-        if isinstance(layer, Adapted) and layer.lora_A is not None:
+        if isinstance(layer, Adapted):
             yield name, layer
 
 
 def bare(model: LM) -> LM:
     """What the model was before it had adapters, on the same memory."""
-    model = twin(model)
-    for _, layer in list(adapters(model)):
-        layer.lora_A = layer.lora_B = None
-    return model
+    family = next(cls for cls in type(model).__mro__ if not hasattr(cls, "set_requires_gradient_sync"))  # without DDP's
+    with torch.device("meta"):
+        found = family(model.config).requires_grad_(False)
+    trunk = {name: x for name, x in model.state_dict(keep_vars=True).items() if ".lora_" not in name}
+    found.load_state_dict(trunk, assign=True)
+    found.context, found.name = model.context, model.name
+    return found
 
 
 def merged(model: LM) -> Iterator[tuple[str, int, Callable[[], Tensor]]]:
