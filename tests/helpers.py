@@ -83,13 +83,18 @@ def beginning(folder: Path, **settings) -> Run:
     return Run(SimpleNamespace(**plain, **settings))
 
 
-def processes(n: int, folder: Path, script: str, *words: str) -> list[Fork]:
-    """The script as torchrun starts it in n processes."""
+def processes(n: int, folder: Path, script: str, *words: str, after: Fork | None = None) -> list[Fork]:
+    """The script as torchrun starts it in n processes; or again `after` the first of those before."""
     if n == 1:
         return [Fork(folder / "log 0", script, *words)]
-    meet = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # torchrun's, which outlives them
+    # torchrun's, which outlives them
+    meet = after.meet if after else dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(meet.port), "WORLD_SIZE": str(n)}
-    common |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0", "LOCAL_WORLD_SIZE": str(n)}
+    common |= {
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": str(int(bool(after))),
+        "LOCAL_WORLD_SIZE": str(n),
+    }
     forks = [Fork(folder / f"log {i}", script, *words, RANK=str(i), LOCAL_RANK=str(i), **common) for i in range(n)]
     forks[0].meet = meet
     return forks

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import small_runs
-from helpers import Fork, flags, two_processes
+from helpers import Fork, flags, processes, two_processes
 
 from nanopref.running.files import read_lines
 
@@ -79,3 +79,18 @@ def test_what_some_have_begun_another_number_of_processes_ends(first, tmp_path):
     found = read_lines(out / "metrics.jsonl")
     assert [row["step"] for row in found] == [row["step"] for row in expected]
     assert [row["loss"] for row in found] == pytest.approx([row["loss"] for row in expected], rel=1e-3)
+
+
+def test_what_torchrun_starts_again_goes_on(tmp_path):
+    """It has them meet where those before have left their addresses."""
+    out = tmp_path / "run"
+    given = words(tmp_path, out, epochs=60, save_seconds=0.0)
+    forks = two_processes(tmp_path, "train_dpo.py", *given)
+    end = time.monotonic() + 60
+    while len(read_lines(out / "metrics.jsonl")) < 3 and time.monotonic() < end:
+        time.sleep(0.05)
+    forks[1].kill()
+    code, said = forks[0].finish()
+    assert code == 2 and said.count("error: another process of this run has ended") == 1
+    again = processes(2, tmp_path, "train_dpo.py", *given, "--resume", after=forks[0])
+    assert [code for code, _ in ends(again)] == [0, 0] and (out / "report.json").exists()

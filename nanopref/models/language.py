@@ -122,8 +122,9 @@ class LM(nn.Module):
     ) -> Any:  # fmt: skip
         """tokens, targets, mask [B, T] -> log π(targets[:, t] | tokens[:, :t + 1]) [B, T], nats, float32, 0 where the
         mask is 0; with `entropy` the pair (log-probs, entropies). What a training step needs is this one call."""
-        # by their class, since what shares out a model takes the end of a method that it calls for the end of all
-        return LM.logprobs(self, LM.hidden(self, tokens, packed=packed), targets, mask, temperature, entropy)
+        # of the class, since what shares out a model takes the end of its own methods for the end of the whole call
+        kind = type(self)
+        return kind.logprobs(self, kind.hidden(self, tokens, packed=packed), targets, mask, temperature, entropy)
 
     def logits(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """tokens [B, T] -> logits [B, T, V] in float32, as the log-probs are made from."""

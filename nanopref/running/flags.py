@@ -217,7 +217,7 @@ def execute(command: Callable[[Any], None], config: Any) -> None:
             words = f"{where}{'; make room, and --resume goes on' if resumes else ''}"
         elif is_loss_of_a_process(error):
             goes_on = ": start it again with --resume to go on" if hasattr(config, "resume") else ""
-            why = terminal.line(str(error).strip().split("\n")[0], 160)
+            why = terminal.line(re.split("\n|[.] ", re.sub(r"^\[\S*\] ", "", str(error).strip()))[0], 160)
             words = f"another process of this run has ended, so this one cannot go on{goes_on} ({why})"
         else:
             raise

@@ -67,7 +67,11 @@ def start(device: str, seed: int, dtype: str = "auto", engine: str = "ddp") -> t
     if place and not dist.is_initialized():
         # beside NCCL what is no tensor on a GPU goes by gloo; a network that says nothing for so long is gone
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        meet, number, size = next(dist.rendezvous("env://"))
+        # after a restart by torchrun what the processes before have left there is of no use
+        meet = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", meet)
+        much = timedelta(minutes=30)
+        dist.init_process_group(backend, store=meet, rank=number, world_size=size, timeout=much)
     _shards = engine == "fsdp" and world_size() > 1
     torch.manual_seed(seed)
     return chosen

@@ -2,6 +2,7 @@
 processes as then there are."""
 
 import math
+import os
 import random
 import shutil
 import time
@@ -9,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import small_runs
-from fuzzing import examples, tried
+from fuzzing import SCALE, examples, tried
 from helpers import Fork, processes, results
 from hypothesis import given
 from hypothesis import strategies as st
 
+KILLS = 1 if float(os.environ.get(SCALE, 1)) == 1 else 3  # of a run: more in an hour than in the suite
 MOST = 30.0  # seconds that a process may take to see that another is gone, or that a run takes here
 
 
@@ -56,14 +58,14 @@ def close(a: Path, b: Path, equal: bool) -> None:
 
 
 def befall(name: str, root: Path, seed: int, counts: tuple[int, ...], engines: tuple[str, ...]) -> list[tuple]:
-    """Start a run again and again, each time in as many processes as drawn, and kill one of them at some moment, three
+    """Start a run again and again, each time in as many processes as drawn, and kill one of them at some moment, KILLS
     times at most, until it comes to its end. Returns what was done."""
     rng, out, done = random.Random(seed), root / f"{name} befallen", []
     shutil.rmtree(out, ignore_errors=True)
     while True:
         n, engine = rng.choice(counts), rng.choice(engines)
         forks = processes(n, root, small_runs.SCRIPTS[name], *words(name, root, out, engine), "--resume")
-        last, wait, rank = len(done) == 3, rng.uniform(0.5, 8.0), rng.randrange(n)
+        last, wait, rank = len(done) == KILLS, rng.uniform(0.5, 8.0), rng.randrange(n)
         if not last:
             forks[rank].join(wait)
             ended = forks[rank].exitcode is not None
