@@ -199,7 +199,7 @@ def main(command: Callable[[Any], None], Config: type, words: Sequence[str] | No
 
 def execute(command: Callable[[Any], None], config: Any) -> None:
     """Run a command: what the user can mend becomes one line and exit code 2, Ctrl-C exit code 130."""
-    code, message, alike = 0, "", True
+    code, message, about, alike = 0, "", "", True
     again = f"{'add --resume to' if hasattr(config, 'resume') else 'start'} the same command to continue"
     try:
         with terminal.interrupts(again):
@@ -219,11 +219,12 @@ def execute(command: Callable[[Any], None], config: Any) -> None:
             goes_on = ": start it again with --resume to go on" if hasattr(config, "resume") else ""
             why = terminal.line(re.split("\n|[.] ", re.sub(r"^\[\S*\] ", "", str(error).strip()))[0], 160)
             words = f"another process of this run has ended, so this one cannot go on{goes_on} ({why})"
+            about = LOST.pattern  # which each of them sees in its own way
         else:
             raise
         code, message, alike = 2, f"error: {words}", False
     if code:
-        if terminal.is_first_to_say(message, alike):
+        if terminal.is_first_to_say(about or message, alike):
             print("\n" * (code == 130) + terminal.line(message), file=sys.stderr, flush=True)
         sys.exit(code)
     if dist.is_initialized():
