@@ -303,7 +303,6 @@ def main(config: Config) -> None:
     join(config.gpus, config.dtype, config.parallel)
     kernels.INTERPRETED = True  # what no kernel runs on may look as if it were Triton's
     warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # which copying one does
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # returns a view, which nobody writes to
     names = ("model", "step", "learns", "activations", "weights", "gradients", "optimiser", "frozen", "the rest", "GiB")
     names += ("GB sent", "ms sending", "ms computing") if config.gpus > 1 else ()
     say(table(list(measure(config)), (*names, "card of GiB")))

@@ -410,12 +410,9 @@ class Run:
                 "start again with --overwrite",
             )
         later = by_first(lambda: [path for i in range(self._round + 1, self._rounds) for path in self._made_in(i)])
-        for path in (
-            later if step < total else ()
-        ):  # what was made of this round's policy is not what will be made of it
+        for path in later if step < total else ():  # what was made of this policy is not what will be made of it
             self._inputs.remember(path.name, None)
-        if rank() == 0 and step < total:
-            for path in later:
+            if rank() == 0:
                 remove(path) if path.is_dir() else path.unlink()
         if rank() == 0 and (step < total or not later):
             self.logs.cut(logged)

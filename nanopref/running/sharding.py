@@ -105,7 +105,7 @@ def whole(model: nn.Module) -> Iterator[None]:
 def sum_gradients_of(model: nn.Module) -> None:
     """From now on each backward pass through a call of this module sums gradients over the processes, while it goes on
     for the layers before: unless `accumulated` says that another follows. (Those of shares are always summed.)"""
-    if parallel.world_size() > 1 and not sharded(model) and not hasattr(model, "set_requires_gradient_sync"):
+    if parallel.world_size() > 1 and not spread(model):
         from torch.distributed._composable.replicate import replicate  # DDP without a wrapper
 
         replicate(model, gradient_as_bucket_view=True)
@@ -121,9 +121,9 @@ def accumulated(model: nn.Module, pieces: Iterable[T]) -> Iterator[T]:
 
     Where weights are shared out so are gradients, each time: whole ones would take the memory that was saved.
     """
-    pieces = list(pieces)
+    pieces, waits = list(pieces), hasattr(model, "set_requires_gradient_sync") and not sharded(model)
     for i, piece in enumerate(pieces, 1):
-        if hasattr(model, "set_requires_gradient_sync") and not sharded(model):
+        if waits:
             model.set_requires_gradient_sync(i == len(pieces))
         yield piece
 
