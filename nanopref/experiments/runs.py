@@ -1,11 +1,13 @@
-"""What the experiments share: many runs of train_dpo.py from the same beginnings, and a table of what came of them.
+"""What the experiments share: many runs of the scripts from the same beginnings, and a table of what came of them.
 
-A run that is done is not run again, so an experiment that was stopped goes on when it is started again.
+A run that is done is not run again, so an experiment that was stopped goes on when it is started again. One that fails
+is said and left out, and the same command tries it anew.
 """
 
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -27,12 +29,15 @@ from nanopref.feedback import rewards
 from nanopref.feedback.collect import collect, training_prompts
 from nanopref.learning.objectives import ANSWERS
 from nanopref.models.sampling import Answer, respond
-from nanopref.running import flags
-from nanopref.running.files import write_atomic
+from nanopref.running import flags, terminal
+from nanopref.running.files import read_object, write_atomic
 from nanopref.running.flags import flag, require
 from nanopref.running.parallel import progress, say, start
 
 SCRIPTS = Path(nanopref.__file__).parent.parent
+
+
+FREE = ("out", "seeds", "jobs", "redraw", "losses")  # flags with which an experiment goes on
 
 
 @dataclass
@@ -43,6 +48,7 @@ class ExperimentFlags:
     prompts: int = flag(2560, "prompts whose answers are judged", least=20)
     annotators: int = flag(3, "who vote on each answer (odd)", least=1)
     noise: float = flag(0.5, "how often they err, in units of reward; 0: never", least=0)
+    redraw: bool = flag(False, "run nothing: draw again what results.json in --out says")
 
 
 class Variant(NamedTuple):
@@ -56,10 +62,10 @@ class Variant(NamedTuple):
 
 
 def results(config: ExperimentFlags, variants: dict[str, Variant]) -> dict[str, list[Path]]:
-    """The folders of finished runs, one a seed, of each variant."""
+    """The folders of finished runs, OUT/seed-…/NAME, of each variant; what failed is left out."""
     root, commands = Path(config.out).absolute(), {}
     flags.require_odd(config.annotators)
-    settings = {name: value for name, value in asdict(config).items() if name not in ("out", "seeds", "jobs", "losses")}
+    settings = {name: value for name, value in asdict(config).items() if name not in FREE}
     path, content = root / "config.json", json.dumps(settings | {"experiment": type(config).__doc__}, indent=2) + "\n"
     same = not path.exists() or path.read_text() == content
     require(same, f"--out {root}: holds runs of another experiment, or with other flags; choose another, or remove it")
@@ -68,7 +74,7 @@ def results(config: ExperimentFlags, variants: dict[str, Variant]) -> dict[str, 
     for seed in range(config.seeds):
         folder = root / f"seed-{seed}"
         launch({folder / "sft": ["-m", "nanopref.sft", "--seed", str(seed)]}, 1)
-        for name, variant in variants.items():
+        for name, variant in variants.items() if is_done(folder / "sft") else ():
             words = ["--seed", str(seed), "--init", str(folder / "sft")]
             if variant.kind:
                 feedback, judged = sampled(config, folder / "sft", seed, variant.kind), folder / f"{name}.jsonl"
@@ -80,7 +86,17 @@ def results(config: ExperimentFlags, variants: dict[str, Variant]) -> dict[str, 
             words += [word.replace("SEED", str(folder)) for word in variant.words]
             commands[folder / name] = [str(SCRIPTS / variant.script), *words]
     launch(commands, config.jobs)
-    return {name: [root / f"seed-{seed}" / name for seed in range(config.seeds)] for name in variants}
+    everywhere = [root / f"seed-{seed}" for seed in range(config.seeds)]
+    return {name: [folder / name for folder in everywhere if is_done(folder / name)] for name in variants}
+
+
+def is_done(run: Path) -> bool:
+    return (run / "report.json").exists()
+
+
+def seed_of(run: Path) -> int:
+    """Of a run's folder, OUT/seed-…/NAME."""
+    return int(run.parent.name.removeprefix("seed-"))
 
 
 def sampled(config: ExperimentFlags, sft: Path, seed: int, kind: str) -> Path:
@@ -99,8 +115,9 @@ def sampled(config: ExperimentFlags, sft: Path, seed: int, kind: str) -> Path:
 
 
 def launch(commands: dict[Path, list[str]], jobs: int) -> None:
-    """Run Python with these words for each folder that has no report yet, so many at once."""
-    waiting = {out: words for out, words in commands.items() if not (out / "report.json").exists()}
+    """Run Python with these words for each folder that has no report yet, so many at once. What fails is said, and does
+    not end the others."""
+    waiting = {out: words for out, words in commands.items() if not is_done(out)}
     # as many threads however many runs are left, since they decide how sums are rounded
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // min(jobs, len(commands))))}
 
@@ -110,16 +127,36 @@ def launch(commands: dict[Path, list[str]], jobs: int) -> None:
         with log.open("w") as f:
             command = [sys.executable, *waiting[out], "--out", str(out), "--resume"]
             subprocess.run(command, stdout=f, stderr=f, env=os.environ | threads, cwd=SCRIPTS, check=False)
-        require(
-            (out / "report.json").exists(), f"{log}: {log.read_text(errors='replace').strip().rpartition(chr(10))[2]}"
-        )
+        if is_done(out):
+            shutil.rmtree(out / "state", ignore_errors=True)  # nobody goes on with it
+        else:
+            last = terminal.line(log.read_text(errors="replace").strip().rpartition("\n")[2])
+            failed.append(f"{out.parent.name}/{out.name} failed ({last or 'without a word'}); all of it: {log}")
+            say(failed[-1])
         bar.update()
 
+    failed: list[str] = []
     with ThreadPoolExecutor(jobs) as pool, progress("runs", len(waiting), "run") as bar:
         try:
             list(pool.map(run, waiting))
-        finally:  # one that failed, or Ctrl-C, which the runs under way have heard themselves
+        finally:  # Ctrl-C, which the runs under way have heard themselves
             pool.shutdown(cancel_futures=True)
+    if failed:
+        say(f"{len(failed)} of {len(waiting)} runs failed and are left out; the same command tries them again")
+
+
+def present(
+    config: ExperimentFlags, measure: Callable[[], dict], show: Callable[[dict], tuple[str, Sequence[report.Panel]]]
+) -> None:
+    """An experiment: measure, and show what was found as a table and panels; with --redraw what results.json says."""
+    path = Path(config.out) / "results.json"
+    if config.redraw:
+        found = read_object(path)
+        require(bool(found), f"--redraw: {path}: nothing was measured there yet; leave the flag out")
+    else:
+        found = json.loads(json.dumps(measure()))  # as it would be read
+    table, panels = show(found)
+    save(config, table, found, panels)
 
 
 def save(config: ExperimentFlags, table: str, found: dict, panels: Sequence[report.Panel]) -> None:
@@ -150,8 +187,8 @@ def read_report(folder: Path) -> dict[str, float]:
     found = json.loads((folder / "report.json").read_text())
     true = found["true_reward"]
     gain = (true["policy"] - true["reference"]) / true["reference_std"]
-    figures = {"gain": gain, "win_rate": true["win_rate"], "kl": found["kl"]}
-    return figures | {"tokens": found["response_length"]["policy"], **found["held_out"]}
+    figures = {"gain": gain, "true_reward": true["policy"], "win_rate": true["win_rate"], "kl": found["kl"]}
+    return figures | {"tokens": found["response_length"]["policy"], **found.get("held_out", {})}
 
 
 def conclude(

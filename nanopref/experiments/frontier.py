@@ -1,0 +1,143 @@
+"""Reward against KL (Rafailov et al. 2023, figure 2, left): `python -m nanopref.experiments.frontier`
+
+How much true reward does each method buy, and for how many nats from the reference? All learn from the same pairs, each
+over a range of β, except that preferred-FT has passes over the pairs, best-of-n its n, and that PPO with the true
+reward and online DPO ask more of people, or of the truth.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from nanopref import models
+from nanopref.evaluation.best_of_n import measure as measure_pool
+from nanopref.evaluation.compare import new_prompts
+from nanopref.experiments import figures, runs
+from nanopref.experiments.figures import mean_error, with_error
+from nanopref.experiments.runs import ExperimentFlags, Variant
+from nanopref.feedback import rewards
+from nanopref.running import flags
+from nanopref.running.files import write_atomic
+from nanopref.running.flags import flag
+from nanopref.running.parallel import start
+
+ON_PAIRS = {  # --beta of those that learn from the pairs themselves; what is about the same differs by loss
+    "dpo": (0.05, 0.15, 0.5, 1.5),
+    "ipo": (0.02, 0.05, 0.15, 0.5),
+    "slic": (0.3, 1.0, 3.0, 10.0),
+    "kto": (0.05, 0.15, 0.5, 1.5),
+    "discopop": (0.05, 0.15, 0.5, 1.5),
+    "unlikelihood": (0.02, 0.1, 0.5),
+}
+PPO = (0.03, 0.1, 0.3, 1.0)
+ONLINE = (0.15, 0.5, 1.5)
+EPOCHS = (1, 2, 4)  # of preferred-FT, which has no β
+
+
+@dataclass
+class Config(ExperimentFlags):
+    """The true reward of eleven methods over their KL to the reference, at several β and seeds.
+
+    Example: python -m nanopref.experiments.frontier --seeds 1
+    """
+
+    out: str = "out/frontier"
+    prompts: int = 1280
+    iterations: int = flag(24, "rounds of PPO", least=1)
+    n: int = flag(64, "largest n of best-of-n", least=2)
+    pool_prompts: int = flag(64, "prompts of its pool, which has four times as many answers to each", least=1)
+
+
+def variants(config: Config) -> dict[str, Variant]:
+    """Every run after the reward model's; its name is a method and its setting."""
+    few, found = ["--eval-prompts", "256"], {}
+    for loss, betas in ON_PAIRS.items():
+        # KTO learns from the pairs too: the better answer is good, the worse bad
+        words = [*few, "--loss", loss]
+        found |= {f"{loss} {beta:g}": Variant([*words, "--beta", f"{beta:g}"]) for beta in betas}
+    for epochs in EPOCHS:
+        found[f"preferred {epochs}"] = Variant([*few, "--loss", "preferred", "--epochs", str(epochs)])
+    people = ["--noise", str(config.noise), "--annotators", str(config.annotators), "--rounds", "4"]
+    for beta in ONLINE:
+        found[f"online-dpo {beta:g}"] = Variant([*few, *people, "--beta", f"{beta:g}"], kind="")
+    for method, reward in (("ppo", "SEED/rm"), ("ppo-true", "true")):
+        for beta in PPO:
+            words = [*few, "--reward", reward, "--iterations", str(config.iterations), "--beta", f"{beta:g}"]
+            found[f"{method} {beta:g}"] = Variant(words, kind="", script="train_ppo.py")
+    return found
+
+
+def measure(config: Config) -> dict:
+    """{method: {setting: [figures of a run, one a seed]}}"""
+    (rms,) = runs.results(config, {"rm": Variant([], script="train_rm.py")}).values()
+    found: dict[str, dict] = {}
+    for name, folders in runs.results(config, variants(config)).items():
+        method, setting = name.split()
+        found.setdefault(method, {})[setting] = [runs.read_report(folder) for folder in folders]
+    for rm in rms:
+        for row in pool(config, rm):
+            found.setdefault("best-of-n", {}).setdefault(str(row["n"]), []).append(row)
+    return found
+
+
+def pool(config: Config, rm: Path) -> list[dict]:
+    """Best of 2, 4, 8 … n by a reward model: gain in true reward, in deviations of the reference, and KL."""
+    path, seed = rm.parent / "pool.json", runs.seed_of(rm)
+    if not path.exists():
+        policy, tokenizer = models.load(rm.parent / "sft")
+        policy.to(start("auto", seed))
+        score = rewards.model_reward(rewards.load_model(rm, policy, tokenizer))
+        sampling = {"max_new_tokens": 64, "batch_size": 512, "seed": seed}
+        prompts, others = new_prompts("", config.pool_prompts, seed), {"true_reward": rewards.true_reward}
+        found = measure_pool(policy, tokenizer, prompts, score, others, 4 * config.n, **sampling)
+        deviation = float(rewards.true_reward(runs.answers(rm.parent / "sft", seed)).std(correction=0))
+        write_atomic(path, json.dumps([row | {"deviation": deviation} for row in found]) + "\n")
+    rows = json.loads(path.read_text())
+    first = rows[0]["true_reward"]
+    return [row | {"gain": (row["true_reward"] - first) / row["deviation"]} for row in rows if 1 < row["n"] <= config.n]
+
+
+def show(found: dict) -> tuple[str, list]:
+    def draw(axis) -> None:
+        axis.axhline(0, color="grey", linewidth=0.5)
+        for method, settings in found.items():
+            points = [([run["kl"] for run in seeds], [run["gain"] for run in seeds]) for seeds in settings.values()]
+            figures.curve(axis, method, points, in_order=True)
+        axis.set(title="what a nat buys", xlabel="KL to the reference, nats a response", xscale="log")
+        axis.set_ylabel("gain in true reward, std of the reference")
+        axis.set_xlim(left=0.1)
+        axis.legend(frameon=False, fontsize=7)
+
+    header = ["", "β, passes or n", "gain in true reward, std", "KL, nats", "gain at 1, 2, 4, 8 nats"]
+    lines = []
+    for method, settings in found.items():
+        at = " ".join("–" if np.isnan(x) else f"{x:.2f}" for x in (gain_at(settings, kl) for kl in (1, 2, 4, 8)))
+        for i, (setting, seeds) in enumerate(settings.items()):
+            if seeds:
+                gain, kl = ([run[name] for run in seeds] for name in ("gain", "kl"))
+                name = figures.look(method).label if i == 0 else ""
+                lines.append([name, setting, with_error(gain, sign="+"), with_error(kl, 1), at if i == 0 else ""])
+    return runs.markdown([header, *lines]), [draw]
+
+
+def gain_at(settings: dict[str, list[dict]], kl: float) -> float:
+    """The gain of a method at a KL, between the two settings on either side (linear in √KL, as in Gao et al. 2022);
+    NaN beyond those that were run."""
+    seeds = [seeds for seeds in settings.values() if seeds]
+    points = sorted(
+        (max(0.0, mean_error([run["kl"] for run in runs])[0]), mean_error([run["gain"] for run in runs])[0])
+        for runs in seeds
+    )
+    x, y = np.array([(0.0, 0.0), *points]).T  # the reference itself has gained nothing
+    return float(np.interp(np.sqrt(kl), np.sqrt(x), y)) if kl <= x[-1] else float("nan")
+
+
+def main(config: Config) -> None:
+    flags.check(config)
+    runs.present(config, lambda: measure(config), show)
+
+
+if __name__ == "__main__":
+    flags.main(main, Config)
