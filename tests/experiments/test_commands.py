@@ -31,6 +31,7 @@ PAIR = {"prompt": "p", "chosen": " Nora Vale plays the captain.", "rejected": " 
 def test_each_run_has_flags_that_its_script_takes(experiment, expected, tmp_path, monkeypatch):
     asked: dict[Path, list[str]] = {}
     monkeypatch.setattr(runs, "launch", lambda commands, jobs: asked.update(commands))
+    monkeypatch.setattr(runs, "is_done", lambda run: True)
     monkeypatch.setattr(constitution, "revised", lambda *_: None)
     monkeypatch.setattr(runs, "sampled", lambda *_: tmp_path / "pairs.jsonl")
     (tmp_path / "pairs.jsonl").write_text(str(PAIR).replace("'", '"') + "\n")

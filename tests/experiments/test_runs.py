@@ -102,6 +102,7 @@ def test_an_experiment_goes_on_with_the_same_flags_alone(tmp_path, monkeypatch):
         runs, "launch", lambda commands, jobs: [out.mkdir(parents=True, exist_ok=True) for out in commands]
     )
     monkeypatch.setattr(runs, "sampled", lambda *_: tmp_path / "some.jsonl")
+    monkeypatch.setattr(runs, "is_done", lambda run: True)
     variants = {"dpo": runs.Variant(["--loss", "dpo"])}
 
     def start(**settings) -> dict[str, list[Path]]:
@@ -171,13 +172,66 @@ def test_runs_become_a_table_and_are_made_once(sft_folder, tmp_path, started, no
     assert len(started) == 2
 
 
-def test_what_a_run_says_when_it_fails_is_passed_on(tmp_path, monkeypatch):
-    def fail(command, *, stdout, **_):
-        stdout.write("some lines\nerror: the disk is full\n")
+def fake(monkeypatch, failing: set[str]) -> list[str]:
+    """Runs that only leave a report, but for those that fail; the names of all that were started."""
+    started = []
 
-    monkeypatch.setattr(subprocess, "run", fail)
-    with pytest.raises(UserError, match=r"dpo\.log: error: the disk is full"):
-        runs.launch({tmp_path / "seed-0" / "dpo": ["train_dpo.py"]}, 2)
+    def run(command, *, stdout, **_):
+        out = Path(command[command.index("--out") + 1])
+        started.append(f"{out.parent.name}/{out.name}")
+        if started[-1] in failing:
+            stdout.write("some lines\nerror: the disk is full\n")
+        else:
+            (out / "state").mkdir(parents=True)
+            (out / "report.json").write_text("{}")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(runs, "sampled", lambda *_: Path(__file__).parent / "none.jsonl")
+    monkeypatch.setattr(runs, "read_rows", lambda path: [])
+    return started
+
+
+def test_a_run_that_fails_is_told_of_and_the_others_go_on(tmp_path, monkeypatch, capsys):
+    """The same command starts it again, and nothing that is done."""
+    variants = {name: runs.Variant([]) for name in ("a", "b", "c")}
+    started = fake(monkeypatch, failing={"seed-0/b"})
+    config = flips.Config(out=str(tmp_path), seeds=2, jobs=1)
+    found = runs.results(config, variants)
+    assert {name: [runs.seed_of(run) for run in found[name]] for name in found} == {"a": [0, 1], "b": [1], "c": [0, 1]}
+    said = capsys.readouterr().out
+    assert f"seed-0/b failed (error: the disk is full); all of it: {tmp_path}/seed-0/b.log" in said
+    assert "1 of 6 runs failed and are left out; the same command tries them again" in said
+    assert len(started) == 8 and not list(tmp_path.glob("*/*/state"))
+    started = fake(monkeypatch, failing=set())
+    assert len(runs.results(config, variants)["b"]) == 2 and started == ["seed-0/b"]
+
+
+def test_a_seed_without_a_beginning_is_left_out(tmp_path, monkeypatch, capsys):
+    started = fake(monkeypatch, failing={"seed-1/sft"})
+    found = runs.results(flips.Config(out=str(tmp_path), seeds=3, jobs=1), {"a": runs.Variant([])})
+    assert [runs.seed_of(run) for run in found["a"]] == [0, 2] and "seed-1/a" not in started
+    assert "seed-1/sft failed" in capsys.readouterr().out
+
+
+def test_what_was_measured_is_drawn_again_without_running_anything(tmp_path, capsys, no_picture):
+    measured = []
+
+    def measure() -> dict:
+        measured.append(1)
+        return {"a": (1, 2.5)}
+
+    def show(found: dict) -> tuple[str, list]:
+        return f"table of {found}\n", []
+
+    config = flips.Config(out=str(tmp_path))
+    runs.present(config, measure, show)
+    before = (tmp_path / "table.md").read_text()
+    assert before == "table of {'a': [1, 2.5]}\n"  # as it is read, the second time too
+    (tmp_path / "table.md").unlink()
+    runs.present(flips.Config(out=str(tmp_path), redraw=True), measure, show)
+    assert measured == [1] and (tmp_path / "table.md").read_text() == before
+    with pytest.raises(UserError, match="nothing was measured there yet; leave the flag out"):
+        runs.present(flips.Config(out=str(tmp_path / "new"), redraw=True), measure, show)
 
 
 def test_every_objective_is_in_the_table_but_for_the_one_that_is_another():
