@@ -5,6 +5,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from nanopref.evaluation.report import Panel
+
+GAIN = "gain in true reward, std of the reference"  # what most figures are about
+
 
 class Look(NamedTuple):
     label: str
@@ -27,6 +31,11 @@ LOOKS = {  # colours after Okabe and Ito, which differ in lightness too
     "best-of-n": Look("best of n", "#E69F00", "h"),
     "preferred": Look("preferred-FT", "#999999", "x", ":"),
     "unlikelihood": Look("unlikelihood", "#882255", "X", ":"),
+    "binary": Look("cross-entropy", "#56B4E9", "s", "--"),
+    "plackett-luce": Look("Plackett-Luce", "#E69F00", "h"),
+    "infonca": Look("InfoNCA", "#332288", "<", "-."),
+    "regression": Look("regression", "#999999", "x", ":"),
+    "dpo without its weight": Look("DPO without its weight", "#000000", "v", "--"),
     "sft": Look("SFT", "#666666", ".", ":"),
 }
 OTHERS = [Look("", "#0072B2", "o"), Look("", "#D55E00", "s", "--"), Look("", "#009E73", "^", "-."),
@@ -73,3 +82,58 @@ def curve(
     axis.errorbar(x, y, dy, dx if dx.any() else None, label=label, elinewidth=0.8, **drawn)
     if dy.any() and len(x) > 1 and (np.diff(x) > 0).all():
         axis.fill_between(x, y - dy, y + dy, color=shape.color, alpha=0.15, linewidth=0)
+
+
+def bars(found: Sequence[tuple[str, str, Sequence[float]]], *, title: str, ylabel: str) -> Panel:
+    """A bar for each (method, label, values, one a seed), with a standard error either way; each seed is a point."""
+
+    def draw(axis) -> None:
+        for place, (method, _, values) in enumerate(found):
+            if len(values):
+                mean, error = mean_error(values)
+                color = look(method, place).color
+                axis.bar(place, mean, 0.7, yerr=np.nan_to_num(error), color=color, alpha=0.75, capsize=3)
+                axis.scatter([place] * len(values), values, s=8, color="black", zorder=3)
+        axis.axhline(0, color="grey", linewidth=0.5)
+        axis.set_xticks(range(len(found)), [label for _, label, _ in found], fontsize=7)
+        axis.set(title=title, ylabel=ylabel)
+
+    return draw
+
+
+def panel(
+    found: dict[str, dict[str, list[dict]]], *, title: str, xlabel: str, ylabel: str, x: str = "", y: str = "gain",
+    scale: str = "linear", legend: bool = True,
+) -> Panel:  # fmt: skip
+    """One curve a method, of {method: {setting: [figures, one a seed]}}: y over another figure, or over the setting."""
+
+    def draw(axis) -> None:
+        for number, (method, settings) in enumerate(found.items()):
+            points = [
+                ([run[x] for run in seeds] if x else float(setting), [run[y] for run in seeds])
+                for setting, seeds in settings.items()
+                if seeds
+            ]
+            curve(axis, method, points, number, in_order=True)
+        axis.set(title=title, xlabel=xlabel, ylabel=ylabel, xscale=scale)
+        if scale == "log" and not x:
+            ticks = sorted({float(setting) for settings in found.values() for setting in settings})
+            axis.minorticks_off()
+            axis.set_xticks(ticks, [f"{tick:,g}" for tick in ticks])
+        if legend:
+            axis.legend(frameon=False, fontsize=8)
+
+    return draw
+
+
+def table(
+    found: dict[str, dict[str, list[dict]]], *, head: str, y: str = "gain", digits: int = 2, sign: str = "",
+    columns: dict[str, str] | None = None,
+) -> list[list[str]]:  # fmt: skip
+    """The same as lines of a table, a column a setting: mean ± standard error. `columns` names settings."""
+    settings = list(dict.fromkeys(setting for row in found.values() for setting in row))
+    lines = [[head, *((columns or {}).get(setting, setting) for setting in settings)]]
+    for method, row in found.items():
+        cells = ([run[y] for run in row.get(setting, ())] for setting in settings)
+        lines.append([look(method).label, *(with_error(cell, digits, sign) if cell else "" for cell in cells)])
+    return lines

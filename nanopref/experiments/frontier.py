@@ -52,30 +52,27 @@ class Config(ExperimentFlags):
 
 def variants(config: Config) -> dict[str, Variant]:
     """Every run after the reward model's; its name is a method and its setting."""
-    few, found = ["--eval-prompts", "256"], {}
+    found = {}
     for loss, betas in ON_PAIRS.items():
         # KTO learns from the pairs too: the better answer is good, the worse bad
-        words = [*few, "--loss", loss]
+        words = [*runs.FEW, "--loss", loss]
         found |= {f"{loss} {beta:g}": Variant([*words, "--beta", f"{beta:g}"]) for beta in betas}
     for epochs in EPOCHS:
-        found[f"preferred {epochs}"] = Variant([*few, "--loss", "preferred", "--epochs", str(epochs)])
+        found[f"preferred {epochs}"] = Variant([*runs.FEW, "--loss", "preferred", "--epochs", str(epochs)])
     people = ["--noise", str(config.noise), "--annotators", str(config.annotators), "--rounds", "4"]
     for beta in ONLINE:
-        found[f"online-dpo {beta:g}"] = Variant([*few, *people, "--beta", f"{beta:g}"], kind="")
+        found[f"online-dpo {beta:g}"] = Variant([*runs.FEW, *people, "--beta", f"{beta:g}"], kind="")
     for method, reward in (("ppo", "SEED/rm"), ("ppo-true", "true")):
         for beta in PPO:
-            words = [*few, "--reward", reward, "--iterations", str(config.iterations), "--beta", f"{beta:g}"]
+            words = [*runs.FEW, "--reward", reward, "--iterations", str(config.iterations), "--beta", f"{beta:g}"]
             found[f"{method} {beta:g}"] = Variant(words, kind="", script="train_ppo.py")
     return found
 
 
 def measure(config: Config) -> dict:
     """{method: {setting: [figures of a run, one a seed]}}"""
-    (rms,) = runs.results(config, {"rm": Variant([], script="train_rm.py")}).values()
-    found: dict[str, dict] = {}
-    for name, folders in runs.results(config, variants(config)).items():
-        method, setting = name.split()
-        found.setdefault(method, {})[setting] = [runs.read_report(folder) for folder in folders]
+    (rms,) = runs.results(config, {"rm": Variant(runs.FEW_PAIRS, script="train_rm.py")}).values()
+    found = runs.by_setting(runs.results(config, variants(config)))
     for rm in rms:
         for row in pool(config, rm):
             found.setdefault("best-of-n", {}).setdefault(str(row["n"]), []).append(row)
@@ -100,16 +97,8 @@ def pool(config: Config, rm: Path) -> list[dict]:
 
 
 def show(found: dict) -> tuple[str, list]:
-    def draw(axis) -> None:
-        axis.axhline(0, color="grey", linewidth=0.5)
-        for method, settings in found.items():
-            points = [([run["kl"] for run in seeds], [run["gain"] for run in seeds]) for seeds in settings.values()]
-            figures.curve(axis, method, points, in_order=True)
-        axis.set(title="what a nat buys", xlabel="KL to the reference, nats a response", xscale="log")
-        axis.set_ylabel("gain in true reward, std of the reference")
-        axis.set_xlim(left=0.1)
-        axis.legend(frameon=False, fontsize=7)
-
+    words = {"title": "what a nat buys", "xlabel": "KL to the reference, nats a response", "ylabel": figures.GAIN}
+    panel = figures.panel(found, x="kl", scale="log", **words)
     header = ["", "β, passes or n", "gain in true reward, std", "KL, nats", "gain at 1, 2, 4, 8 nats"]
     lines = []
     for method, settings in found.items():
@@ -119,7 +108,7 @@ def show(found: dict) -> tuple[str, list]:
                 gain, kl = ([run[name] for run in seeds] for name in ("gain", "kl"))
                 name = figures.look(method).label if i == 0 else ""
                 lines.append([name, setting, with_error(gain, sign="+"), with_error(kl, 1), at if i == 0 else ""])
-    return runs.markdown([header, *lines]), [draw]
+    return runs.markdown([header, *lines]), [panel]
 
 
 def gain_at(settings: dict[str, list[dict]], kl: float) -> float:

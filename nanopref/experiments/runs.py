@@ -37,6 +37,8 @@ from nanopref.running.parallel import progress, say, start
 SCRIPTS = Path(nanopref.__file__).parent.parent
 
 
+FEW = ["--eval-prompts", "256"]  # for a report that is a point of a figure
+FEW_PAIRS = ["--batch-size", "16", "--epochs", "3"]  # train_rm.py's own defaults are for several thousand pairs
 FREE = ("out", "seeds", "jobs", "redraw", "losses")  # flags with which an experiment goes on
 
 
@@ -175,11 +177,14 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
 
 
 @cache
-def answers(folder: Path, seed: int, n: int = 512) -> list[Answer]:
-    """What the model in a folder says to prompts on which none is trained."""
+def answers(
+    folder: Path, seed: int, n: int = 512, *, temperature: float = 1.0, prompts: tuple[str, ...] = ()
+) -> list[Answer]:
+    """What the model in a folder says to these prompts, or to n on which none is trained."""
     policy, tokenizer = models.load(folder)
-    sampling = {"max_new_tokens": 64, "batch_size": 512, "seed": seed}
-    return respond(policy.to(start("auto", seed)), tokenizer, new_prompts("", n, seed), stream="compared", **sampling)
+    sampling = {"max_new_tokens": 64, "batch_size": 512, "seed": seed, "temperature": temperature}
+    asked = list(prompts) or new_prompts("", n, seed)
+    return respond(policy.to(start("auto", seed)), tokenizer, asked, stream="compared", **sampling)
 
 
 def read_report(folder: Path) -> dict[str, float]:
@@ -188,7 +193,22 @@ def read_report(folder: Path) -> dict[str, float]:
     true = found["true_reward"]
     gain = (true["policy"] - true["reference"]) / true["reference_std"]
     figures = {"gain": gain, "true_reward": true["policy"], "win_rate": true["win_rate"], "kl": found["kl"]}
-    return figures | {"tokens": found["response_length"]["policy"], **found.get("held_out", {})}
+    figures |= {"tokens": found["response_length"]["policy"], "ended": found["ended"]["policy"]}
+    return figures | found.get("held_out", {})
+
+
+def flags_of(run: Path) -> dict:
+    """The flags with which a run was made."""
+    return json.loads((run / "config.json").read_text())["flags"]
+
+
+def by_setting(folders: dict[str, list[Path]], read: Callable[[Path], dict] = read_report) -> dict[str, dict]:
+    """What was measured in runs called "METHOD SETTING": {method: {setting: [figures of a run, one a seed]}}."""
+    found: dict[str, dict] = {}
+    for name, runs in folders.items():
+        method, setting = name.rsplit(" ", 1)
+        found.setdefault(method, {})[setting] = [read(run) for run in runs]
+    return found
 
 
 def conclude(

@@ -39,7 +39,9 @@ class GPTConfig:
 
 
 PRESETS = {  # name: layers, heads, width
+    "nano": (2, 2, 48),
     "tiny": (4, 4, 128),
+    "mini": (5, 6, 240),
     "small": (6, 6, 384),
     "gpt2": (12, 12, 768),
     "gpt2-medium": (24, 16, 1024),
