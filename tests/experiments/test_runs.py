@@ -5,7 +5,6 @@ import random
 import shutil
 import subprocess
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,21 +13,12 @@ from small_models import message_of
 
 import train_dpo
 from nanopref.data.formats import read
-from nanopref.experiments import flips, imbalance, losses, margins, rankings, runs
+from nanopref.experiments import imbalance, losses, margins, rankings, runs
 from nanopref.learning.objectives import OBJECTIVES
 from nanopref.running import flags
 from nanopref.running.flags import UserError
 
-PAIRS = [{"prompt": f"p{i}", "chosen": f"a{i}", "rejected": f"b{i}"} for i in range(200)]
 RANKINGS = [{"prompt": f"p{i}", "responses": [f"{place}{i}" for place in "abcd"]} for i in range(50)]
-
-
-def test_the_share_that_was_asked_for_is_turned_round():
-    found = flips.flipped(PAIRS, random.Random(0), 0.2)
-    turned = [i for i, (old, new) in enumerate(zip(PAIRS, found, strict=True)) if old != new]
-    assert len(turned) == 40 and max(b - a for a, b in pairwise(turned)) < 40  # all over the place
-    for i in turned:
-        assert found[i] == {"prompt": f"p{i}", "chosen": f"b{i}", "rejected": f"a{i}"}
 
 
 def test_a_ranking_holds_six_pairs_and_each_is_in_order():
@@ -106,12 +96,12 @@ def test_an_experiment_goes_on_with_the_same_flags_alone(tmp_path, monkeypatch):
     variants = {"dpo": runs.Variant(["--loss", "dpo"])}
 
     def start(**settings) -> dict[str, list[Path]]:
-        return runs.results(flips.Config(**{"out": str(tmp_path / "out"), "seeds": 1} | settings), variants)
+        return runs.results(rankings.Config(**{"out": str(tmp_path / "out"), "seeds": 1} | settings), variants)
 
     start()
     assert len(start(seeds=3, jobs=7)["dpo"]) == 3 and len(start()["dpo"]) == 1
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.json*")}
-    for other in ({"prompts": 64}, {"noise": 0.0}, {"annotators": 1}, {"share": 0.3}):
+    for other in ({"prompts": 64}, {"noise": 0.0}, {"annotators": 1}, {"prompts": 65}):
         assert "holds runs of another experiment, or with other flags; choose another, or remove it" in message_of(
             partial(start, **other)
         )
@@ -195,7 +185,7 @@ def test_a_run_that_fails_is_told_of_and_the_others_go_on(tmp_path, monkeypatch,
     """The same command starts it again, and nothing that is done."""
     variants = {name: runs.Variant([]) for name in ("a", "b", "c")}
     started = fake(monkeypatch, failing={"seed-0/b"})
-    config = flips.Config(out=str(tmp_path), seeds=2, jobs=1)
+    config = rankings.Config(out=str(tmp_path), seeds=2, jobs=1)
     found = runs.results(config, variants)
     assert {name: [runs.seed_of(run) for run in found[name]] for name in found} == {"a": [0, 1], "b": [1], "c": [0, 1]}
     said = capsys.readouterr().out
@@ -208,7 +198,7 @@ def test_a_run_that_fails_is_told_of_and_the_others_go_on(tmp_path, monkeypatch,
 
 def test_a_seed_without_a_beginning_is_left_out(tmp_path, monkeypatch, capsys):
     started = fake(monkeypatch, failing={"seed-1/sft"})
-    found = runs.results(flips.Config(out=str(tmp_path), seeds=3, jobs=1), {"a": runs.Variant([])})
+    found = runs.results(rankings.Config(out=str(tmp_path), seeds=3, jobs=1), {"a": runs.Variant([])})
     assert [runs.seed_of(run) for run in found["a"]] == [0, 2] and "seed-1/a" not in started
     assert "seed-1/sft failed" in capsys.readouterr().out
 
@@ -223,15 +213,15 @@ def test_what_was_measured_is_drawn_again_without_running_anything(tmp_path, cap
     def show(found: dict) -> tuple[str, list]:
         return f"table of {found}\n", []
 
-    config = flips.Config(out=str(tmp_path))
+    config = rankings.Config(out=str(tmp_path))
     runs.present(config, measure, show)
     before = (tmp_path / "table.md").read_text()
     assert before == "table of {'a': [1, 2.5]}\n"  # as it is read, the second time too
     (tmp_path / "table.md").unlink()
-    runs.present(flips.Config(out=str(tmp_path), redraw=True), measure, show)
+    runs.present(rankings.Config(out=str(tmp_path), redraw=True), measure, show)
     assert measured == [1] and (tmp_path / "table.md").read_text() == before
     with pytest.raises(UserError, match="nothing was measured there yet; leave the flag out"):
-        runs.present(flips.Config(out=str(tmp_path / "new"), redraw=True), measure, show)
+        runs.present(rankings.Config(out=str(tmp_path / "new"), redraw=True), measure, show)
 
 
 def test_every_objective_is_in_the_table_but_for_the_one_that_is_another():

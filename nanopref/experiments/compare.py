@@ -1,0 +1,206 @@
+"""RLHF against DPO, in numbers instead of adjectives: `python -m nanopref.experiments.compare`
+
+What is said of the two, simpler, cheaper, more stable, more robust, is measured on one task: stages, seconds, memory
+and tokens of a run of each; how much a grid of learning rates and β spreads what comes of it; and how both fare on
+prompts of another kind than they were trained on. True reward at equal KL, labels needed and wrong labels are read
+from `frontier`, `scaling` and `noise`, where these were run.
+"""
+
+import json
+import random
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from nanopref.data import reviews
+from nanopref.evaluation.compare import new_prompts
+from nanopref.experiments import figures, frontier, runs
+from nanopref.experiments.figures import mean_error, with_error
+from nanopref.experiments.runs import ExperimentFlags, Variant
+from nanopref.feedback import rewards
+from nanopref.running import flags
+from nanopref.running.files import read_object
+from nanopref.running.flags import flag
+from nanopref.running.folder import read_metrics
+
+NAMES = {"dpo": "DPO", "ppo": "RLHF: reward model and PPO"}
+GRID = {  # learning rates and β, each around what works
+    "dpo": ((3e-4, 1e-3, 3e-3), (0.15, 0.5, 1.5)),
+    "ppo": ((1.3e-4, 4e-4, 1.2e-3), (0.03, 0.1, 0.3)),
+}
+NETWORKS = {
+    "dpo": "1 (π_θ; π_ref is read once, before)",
+    "ppo": "4 (π_θ, π_ref, reward model, critic)",
+}
+NEW_GENRES = "documentary satire biopic fable".split()
+
+
+@dataclass
+class Config(ExperimentFlags):
+    """Cost, sensitivity and robustness of DPO and of RLHF with PPO, from the same pairs.
+
+    Example: python -m nanopref.experiments.compare --seeds 1
+    """
+
+    out: str = "out/compare"
+    seeds: int = 2
+    prompts: int = 1280
+    iterations: int = flag(16, "rounds of PPO", least=1)
+    frontier: str = flag("out/frontier", "the folder of that experiment, for reward at equal KL")
+    scaling: str = flag("out/scaling", "for labels that are needed")
+    wrong: str = flag("out/noise", "for labels that are wrong")
+
+
+def measure(config: Config) -> dict:
+    runs.results(config, {"rm": Variant([*runs.FEW_PAIRS], script="train_rm.py")})
+    words = {"dpo": [*runs.FEW], "ppo": [*runs.FEW, "--reward", "SEED/rm", "--iterations", str(config.iterations)]}
+    grid, settings = {}, {method: dict(zip(("lr", "beta"), axes, strict=True)) for method, axes in GRID.items()}
+    for method, axes in settings.items():
+        for lr in axes["lr"]:
+            for beta in axes["beta"]:
+                more = [*words[method], "--lr", f"{lr:g}", "--beta", f"{beta:g}"]
+                script = {"kind": "", "script": "train_ppo.py"} if method == "ppo" else {}
+                grid[f"{method} {lr:g},{beta:g}"] = Variant(more, **script)
+    folders = runs.results(config, grid)
+    middle = {method: folders[f"{method} {axes['lr'][1]:g},{axes['beta'][1]:g}"] for method, axes in settings.items()}
+    elsewhere = {name: read_object(Path(getattr(config, name)) / "results.json") for name in
+                 ("frontier", "scaling", "wrong")}  # fmt: skip
+    return {
+        "grid": runs.by_setting(folders),
+        "cost": {"dpo": [cost([run]) for run in middle["dpo"]],
+                 "ppo": [cost([run.parent / "rm", run]) for run in middle["ppo"]]},
+        "prompts": {
+            kind: {method: [gain(run, kind) for run in middle[method]] for method in NAMES} for kind in KINDS
+        },
+        **elsewhere,
+    }  # fmt: skip
+
+
+def cost(stages: list[Path]) -> dict:
+    """Of runs that follow one another: seconds a stage, tokens that a model wrote, and the largest peak of memory."""
+    seconds, tokens, memory = {}, 0.0, 0.0
+    for run in stages:
+        report = json.loads((run / "report.json").read_text())
+        seconds |= report["seconds"]
+        memory = max(memory, report["peak_memory_MiB"])
+        rows = read_metrics(run) if "ppo" in report["seconds"] else []
+        tokens += sum(row["response_length"] for row in rows) * runs.flags_of(run)["batch_size"]
+    return {"seconds": seconds, "tokens": tokens, "memory": memory}
+
+
+# ---- prompts of another kind ----------------------------------------------------------------------------------------
+
+
+def as_trained(prompt: str, rng: random.Random) -> str:
+    return prompt
+
+
+def of_new_genres(prompt: str, rng: random.Random) -> str:
+    return re.sub(rf"\b({'|'.join(reviews.GENRES)})\b", lambda _: rng.choice(NEW_GENRES), prompt)
+
+
+def shorter(prompt: str, rng: random.Random) -> str:
+    """A title alone."""
+    return f"The {rng.choice(reviews.TITLE_ADJECTIVES)} {rng.choice(reviews.TITLE_NOUNS)}."
+
+
+def longer(prompt: str, rng: random.Random) -> str:
+    return f"{prompt} I had waited years for it."
+
+
+KINDS = {"as trained": as_trained, "new genres": of_new_genres, "a title alone": shorter, "longer": longer}
+
+
+def gain(run: Path, kind: str, n: int = 256) -> float:
+    """The gain in true reward on prompts of a kind, in deviations of the reference on the usual ones."""
+    seed, sft = runs.seed_of(run), run.parent / "sft"
+    rng = random.Random(f"{kind} {seed}")
+    prompts = tuple(KINDS[kind](prompt, rng) for prompt in new_prompts("", n, seed))
+    usual = rewards.true_reward(runs.answers(sft, seed, n)).std(correction=0)
+    before, after = (rewards.true_reward(runs.answers(x, seed, prompts=prompts)).mean() for x in (sft, run))
+    return float((after - before) / usual)
+
+
+# ---- the table ------------------------------------------------------------------------------------------------------
+
+
+def labels_for(rows: dict[str, list[dict]], gain: float) -> str:
+    """About how many pairs bring this gain, between the numbers that were tried, on a log scale."""
+    points = sorted((int(n), mean_error([run["gain"] for run in seeds])[0]) for n, seeds in rows.items() if seeds)
+    n, gains = np.array(points).T
+    gains = np.maximum.accumulate(gains)
+    if gain > gains[-1]:
+        return f"over {n[-1]:,.0f}"
+    return f"under {n[0]:,.0f}" if gain <= gains[0] else f"{np.exp(np.interp(gain, gains, np.log(n))):,.0f}"
+
+
+def column(found: dict, method: str) -> dict[str, str]:
+    """What the table says of a method."""
+    costs, grid, said = found["cost"][method], found["grid"][method], {}
+    said["stages after SFT and pairs, and seconds of each"] = ", ".join(
+        f"{stage} {with_error([run['seconds'][stage] for run in costs], 0)}" for stage in costs[0]["seconds"]
+    )
+    said["seconds together"] = with_error([sum(run["seconds"].values()) for run in costs], 0)
+    said["tokens sampled while it learns"] = f"{np.mean([run['tokens'] for run in costs]):,.0f}"
+    said["peak memory, MiB"] = with_error([run["memory"] for run in costs], 0)
+    said["networks held while it learns"] = NETWORKS[method]
+    for kl in (2, 4, 8) if found["frontier"] else ():
+        gained = frontier.gain_at(found["frontier"][method], kl)
+        said[f"gain at {kl} nats, std"] = "not reached" if np.isnan(gained) else f"{gained:+.2f}"
+    for wanted in (0.5, 1.0, 1.5) if found["scaling"] else ():
+        said[f"pairs for a gain of {wanted} std"] = labels_for(found["scaling"]["pairs"][method], wanted)
+    means = [mean_error([run["gain"] for run in seeds])[0] for seeds in grid.values() if seeds]
+    said["gain over the grid of lr × β: mean, deviation"] = f"{np.mean(means):+.2f}, {np.std(means):.2f}"
+    said["lowest and highest there"] = f"{min(means):+.2f} to {max(means):+.2f}"
+    for share, seeds in found["wrong"].get(method, {}).items():
+        if share in found["wrong"].get("ppo", {}):
+            said[f"gain with {float(share):.0%} of labels wrong"] = with_error([run["gain"] for run in seeds], sign="+")
+    for kind, gains in found["prompts"].items():
+        said[f"gain on prompts: {kind}"] = with_error(gains[method], sign="+")
+    return said
+
+
+def show(found: dict) -> tuple[str, list]:
+    columns = [column(found, method) for method in NAMES]
+    lines = [["", *NAMES.values()], *([says, *(said.get(says, "") for said in columns)] for says in columns[0])]
+    bars = [
+        (method, f"{NAMES[method].partition(':')[0]}\n{kind}", gains[method])
+        for kind, gains in found["prompts"].items()
+        for method in NAMES
+    ]
+    panels = [heat(found["grid"][method], f"{name.partition(':')[0]}: gain, std") for method, name in NAMES.items()]
+    return runs.markdown(lines), [*panels, figures.bars(bars, title="prompts of another kind", ylabel=figures.GAIN)]
+
+
+def heat(settings: dict[str, list[dict]], title: str):
+    """A panel with the mean gain at each learning rate and β."""
+    points = {tuple(map(float, name.split(","))): seeds for name, seeds in settings.items()}
+    lrs, betas = (sorted({point[i] for point in points}) for i in (0, 1))
+
+    def draw(axis) -> None:
+        for (lr, beta), seeds in points.items():
+            x, y = lrs.index(lr), betas.index(beta)
+            gain = mean_error([run["gain"] for run in seeds])[0] if seeds else 0.0
+            shade = min(1.0, max(0.0, gain / 3))
+            axis.bar(x, 1, 1, y - 0.5, color=f"{1 - shade:.3f}")
+            gains, kls = ([run[name] for run in seeds] for name in ("gain", "kl"))
+            words = f"{with_error(gains, sign='+')}\n{np.mean(kls):.1f} nats" if seeds else "failed"
+            ink = "white" if shade > 0.5 else "black"
+            axis.text(x, y, words, color=ink, fontsize=8, horizontalalignment="center", verticalalignment="center")
+        axis.set_xticks(range(len(lrs)), [f"{x:g}" for x in lrs])
+        axis.set_yticks(range(len(betas)), [f"{x:g}" for x in betas])
+        axis.set(title=title, xlabel="learning rate", ylabel="β", xlim=(-0.5, len(lrs) - 0.5))
+        axis.set_ylim(-0.5, len(betas) - 0.5)
+
+    return draw
+
+
+def main(config: Config) -> None:
+    flags.check(config)
+    runs.present(config, lambda: measure(config), show)
+
+
+if __name__ == "__main__":
+    flags.main(main, Config)

@@ -1,0 +1,162 @@
+"""Gold and proxy reward (Gao et al. 2022): `python -m nanopref.experiments.overoptimisation`
+
+Reward models learn from 500 to 32,000 pairs, best-of-n and PPO follow them, and the truth, which is known here, follows
+for a while. Over d = √KL Gao et al. fit the gain in true reward as d (α - β d) for best-of-n and as d (α - β log d) for
+RL; where that peaks is how far a reward model can be trusted. Direct alignment has the same course over passes
+(Rafailov et al. 2024, Scaling Laws for Reward Model Overoptimization in Direct Alignment Algorithms).
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from nanopref import models
+from nanopref.evaluation.best_of_n import best_of, kl
+from nanopref.evaluation.compare import new_prompts
+from nanopref.experiments import figures, runs
+from nanopref.experiments.figures import mean_error, with_error
+from nanopref.experiments.labels import first
+from nanopref.experiments.runs import ExperimentFlags, Variant
+from nanopref.feedback import rewards
+from nanopref.running import flags
+from nanopref.running.files import write_atomic
+from nanopref.running.flags import flag
+from nanopref.running.folder import read_metrics
+from nanopref.running.parallel import start
+
+SHAPES = {"best-of-n": lambda d: d, "ppo": np.log}  # gain = d (α - β shape(d))
+
+
+@dataclass
+class Config(ExperimentFlags):
+    """What reward models believe and what is so, as best-of-n, PPO and DPO go further from the reference.
+
+    Example: python -m nanopref.experiments.overoptimisation --pairs 500 2000 --seeds 1
+    """
+
+    out: str = "out/overoptimisation"
+    seeds: int = 2
+    pairs: tuple[int, ...] = flag((500, 2000, 8000, 32000), "of each reward model", least=20)
+    prompts: int = 32000
+    n: int = flag(128, "largest n; the pool has four times as many answers to each prompt", least=2)
+    pool_prompts: int = flag(48, "prompts of the pool", least=1)
+    iterations: int = flag(32, "rounds of PPO", least=1)
+    beta: float = flag(0.01, "PPO's price of a nat: small, so that it goes too far", least=0)
+    epochs: tuple[int, ...] = flag((1, 2, 4, 8), "passes of DPO over the pairs", least=1)
+    dpo_pairs: tuple[int, ...] = flag((500, 2000), "pairs of DPO", least=20)
+
+
+def measure(config: Config) -> dict:
+    """{method: {pairs: [{kl, score, gain: lists along the way}, one a seed]}}; the reference has score and gain 0."""
+    rms, ppo, dpo = {}, {}, {}
+    for n in config.pairs:
+        # passes for about the same work, and more pairs a step where there are many
+        passes, batch = max(1, min(6, 4000 // n)), 64 if n >= 8000 else 16
+        words = ["--epochs", str(passes), "--batch-size", str(batch)]
+        rms[f"rm {n}"] = Variant(words, change=partial(first, n=n), script="train_rm.py")
+        words = [*runs.FEW, "--reward", f"SEED/rm {n}", "--beta", f"{config.beta:g}"]
+        words += ["--iterations", str(config.iterations)]
+        ppo[f"ppo {n}"] = Variant(words, kind="", script="train_ppo.py")
+    for n in config.dpo_pairs:
+        for passes in config.epochs:
+            words = [*runs.FEW, "--epochs", str(passes), "--beta", "0.1"]
+            dpo[f"dpo-{n} {passes}"] = Variant(words, change=partial(first, n=n))
+    found = {"best-of-n": runs.by_setting(runs.results(config, rms), partial(pool, config))["rm"]}
+    found |= runs.by_setting(runs.results(config, ppo), rounds)
+    return found | {"dpo": runs.by_setting(runs.results(config, dpo))}
+
+
+def deviation(sft: Path, seed: int) -> tuple[float, float]:
+    """Mean and deviation of the reference's true reward."""
+    said = rewards.true_reward(runs.answers(sft, seed))
+    return float(said.mean()), float(said.std(correction=0))
+
+
+def pool(config: Config, rm: Path) -> dict:
+    """KL, score and gain of best-of-1, 2, 4 … n by a reward model, of the same pool of answers for all of a seed."""
+    path, seed, sft = rm / "pool.json", runs.seed_of(rm), rm.parent / "sft"
+    if not path.exists():
+        policy, tokenizer = models.load(sft)
+        policy.to(start("auto", seed))
+        prompts = tuple(new_prompts("", config.pool_prompts, seed))
+        answers = runs.answers(sft, seed, prompts=tuple(x for x in prompts for _ in range(4 * config.n)))
+        scores = rewards.model_reward(rewards.load_model(rm, policy, tokenizer))(answers)
+        score, true = (x.double().numpy().reshape(len(prompts), -1) for x in (scores, rewards.true_reward(answers)))
+        scale, found = deviation(sft, seed)[1], {"kl": [], "score": [], "gain": []}
+        for n in (2**i for i in range(config.n.bit_length())):
+            found["kl"].append(float(kl(score, n).mean()))
+            found["score"].append(float(best_of(score, score, n).mean() - score.mean()))
+            found["gain"].append(float(best_of(score, true, n).mean() - true.mean()) / scale)
+        write_atomic(path, json.dumps(found) + "\n")
+    return json.loads(path.read_text())
+
+
+def rounds(run: Path) -> dict:
+    """The same of each round of PPO."""
+    rows = read_metrics(run)
+    mean, scale = deviation(run.parent / "sft", runs.seed_of(run))
+    gains = [(row["true_reward"] - mean) / scale for row in rows]
+    return {"kl": [row["kl"] for row in rows], "score": [row["score"] for row in rows], "gain": gains}
+
+
+def fit(method: str, seeds: Sequence[dict]) -> tuple[float, float, float]:
+    """α, β and where d (α - β shape(d)) is highest: d, or ∞ where it never falls. Least squares over all seeds."""
+    d = np.sqrt(np.clip(np.concatenate([run["kl"] for run in seeds]), 0, None))
+    gain = np.concatenate([run["gain"] for run in seeds])
+    gain, d = gain[d > 0.05], d[d > 0.05]
+    alpha, minus_beta = np.linalg.lstsq(np.stack([d, d * SHAPES[method](d)], axis=1), gain, rcond=None)[0]
+    if minus_beta >= 0:
+        return float(alpha), float(-minus_beta), float("inf")
+    peak = alpha / -minus_beta / 2 if method == "best-of-n" else np.exp(alpha / -minus_beta - 1)
+    return float(alpha), float(-minus_beta), float(peak)
+
+
+def show(found: dict) -> tuple[str, list]:
+    panels, lines = [], [["", "pairs", "α", "β", "peak at √KL", "furthest √KL", "score there", "gain there, std"]]
+    for method in ("best-of-n", "ppo"):
+        for pairs, seeds in found[method].items():
+            alpha, beta, peak = fit(method, seeds)
+            ends = [[run[name][-1] for run in seeds] for name in ("kl", "score", "gain")]
+            where = "beyond" if peak > max(max(run["kl"]) ** 0.5 for run in seeds) else f"{peak:.1f}"
+            cells = [f"{alpha:.2f}", f"{beta:.2f}", where, with_error(np.sqrt(np.clip(ends[0], 0, None)), 1)]
+            label = figures.look(method).label
+            lines.append([label, f"{int(pairs):,}", *cells, *(with_error(end) for end in ends[1:])])
+        panels.append(partial(draw, found=found[method], method=method))
+    table = runs.markdown(lines)
+    dpo = {f"{int(name.removeprefix('dpo-')):,} pairs": rows for name, rows in found["dpo"].items()}
+    for y, digits, says in (("gain", 2, figures.GAIN), ("kl", 1, "KL, nats"), ("accuracy", 2, "held out right")):
+        table += "\n" + runs.markdown(figures.table(dpo, head=f"DPO: {says}, by passes", y=y, digits=digits))
+    words = {"title": "DPO over passes", "xlabel": "passes over the pairs", "ylabel": figures.GAIN, "scale": "log"}
+    return table, [*panels, figures.panel(dpo, **words)]
+
+
+def draw(axis, found: dict, method: str) -> None:
+    """Score (thin) and true reward (with its fit, dotted) over √KL, by the number of pairs of the reward model."""
+    for number, (pairs, seeds) in enumerate(found.items()):
+        shape, steps = figures.look(f"{int(pairs):,} pairs", number), min(len(run["kl"]) for run in seeds)
+        d = np.sqrt(np.clip(np.mean([run["kl"][:steps] for run in seeds], axis=0), 0, None))
+        score, gain = (np.array([run[name][:steps] for run in seeds]) for name in ("score", "gain"))
+        every = max(1, steps // 8)
+        axis.plot(d, score.mean(0), color=shape.color, linewidth=0.7, linestyle="--")
+        axis.plot(d, gain.mean(0), color=shape.color, label=shape.label, marker=shape.marker, markevery=every)
+        error = np.nan_to_num([mean_error(column)[1] for column in gain.T])
+        axis.fill_between(d, gain.mean(0) - error, gain.mean(0) + error, color=shape.color, alpha=0.15, linewidth=0)
+        alpha, beta, _ = fit(method, seeds)
+        x = np.linspace(0.05, d.max(), 50)
+        axis.plot(x, x * (alpha - beta * SHAPES[method](x)), color=shape.color, linewidth=0.9, linestyle=":")
+    axis.set(title=f"{figures.look(method).label} (dashed: the score; dotted: fits)", xlabel="√KL, √nats")
+    axis.set_ylabel("gain, std of the reference")
+    axis.legend(frameon=False, fontsize=8)
+
+
+def main(config: Config) -> None:
+    flags.check(config)
+    runs.present(config, lambda: measure(config), show)
+
+
+if __name__ == "__main__":
+    flags.main(main, Config)
