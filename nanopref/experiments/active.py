@@ -38,8 +38,11 @@ class Config(ExperimentFlags):
     answers: int = flag(4, "to each prompt, of which two are picked", least=3)
 
 
-def main(config: Config) -> None:
-    flags.check(config)
+WAYS = ("random", "doubt", "synthetic")
+
+
+def measure(config: Config) -> dict[str, list[dict]]:
+    """{"WAY SIZE", or "first": [rank correlation and number of pairs, one a seed]}"""
     common = ["--epochs", str(config.epochs)]
     people = [*common, "--noise", str(config.noise), "--annotators", str(config.annotators)]
     script = {"kind": "", "script": "train_rm.py"}
@@ -53,47 +56,55 @@ def main(config: Config) -> None:
         "synthetic": [*common, *several, "--select", "best-worst", "--reward", "SEED/first"],
     }
     variants = {
-        f"{way} {size}": Variant([*words, "--prompts", str(size)], **script)
+        f"{way} {size}": Variant([*ways[way], "--prompts", str(size)], **script)
         for size in config.sizes
-        for way, words in ways.items()
+        for way in WAYS
     }
     folders |= runs.results(config, variants)
-    pairs: dict[str, str] = {}
-    found = {name: [quality(path, seed) for seed, path in enumerate(paths)] for name, paths in folders.items()}
+    return {
+        name: [
+            {"quality": quality(path), "pairs": sum(1 for _ in read_rows(path / "feedback.jsonl"))} for path in paths
+        ]
+        for name, paths in folders.items()
+    }
+
+
+def show(found: dict[str, list[dict]]) -> tuple[str, list]:
+    sizes = [int(name.split()[1]) for name in found if name.startswith("random")]
+
+    def mean(name: str) -> float:
+        return float(np.mean([run["quality"] for run in found[name]]))
 
     def draw(axis) -> None:
-        for way in ways:
-            axis.plot(config.sizes, [np.mean(found[f"{way} {size}"]) for size in config.sizes], marker="o", label=way)
-        axis.axhline(np.mean(found["first"]), color="grey", linestyle=":", label=f"first, {config.prompts} pairs")
+        for way in WAYS:
+            axis.plot(sizes, [mean(f"{way} {size}") for size in sizes], marker="o", label=way)
+        pairs = np.mean([run["pairs"] for run in found["first"]])
+        axis.axhline(mean("first"), color="grey", linestyle=":", label=f"first, {pairs:.0f} pairs")
         axis.set(title="which pairs to ask about", xlabel="pairs", ylabel="rank correlation with the true reward")
         axis.set_xscale("log")
         axis.minorticks_off()
-        axis.set_xticks(config.sizes, config.sizes)
+        axis.set_xticks(sizes, sizes)
         axis.legend(frameon=False)
 
-    for name, paths in folders.items():
-        pairs[name] = ", ".join(f"{sum(1 for _ in read_rows(path / 'feedback.jsonl')):,}" for path in paths)
-    header = ["rank correlation with the true reward (pairs)", *(f"{size} pairs" for size in config.sizes)]
-    lines = [
-        [
-            way,
-            *(
-                ", ".join(f"{x:.3f}" for x in found[f"{way} {size}"]) + f" ({pairs[f'{way} {size}']})"
-                for size in config.sizes
-            ),
-        ]
-        for way in ways
-    ]
-    runs.save(config, runs.markdown([header, *lines]), found, [draw])
+    lines = [["rank correlation with the true reward (pairs)", *(f"{size} pairs" for size in sizes)]]
+    for way in WAYS:
+        cells = (found[f"{way} {size}"] for size in sizes)
+        lines.append([way, *(", ".join(f"{run['quality']:.3f} ({run['pairs']:,})" for run in cell) for cell in cells)])
+    return runs.markdown(lines), [draw]
 
 
-def quality(folder: Path, seed: int) -> float:
+def quality(folder: Path) -> float:
     """Rank correlation of a reward model's scores with the true reward, on new answers of the SFT model."""
-    policy, tokenizer = models.load(folder.parent / "sft")
+    seed, (policy, tokenizer) = runs.seed_of(folder), models.load(folder.parent / "sft")
     policy.to(start("auto", seed))
     answers = runs.answers(folder.parent / "sft", seed, 1024)
     scores = rewards.model_reward(rewards.load_model(folder, policy, tokenizer))(answers)
     return rank_correlation(rewards.true_reward(answers).numpy(), scores.numpy())
+
+
+def main(config: Config) -> None:
+    flags.check(config)
+    runs.present(config, lambda: measure(config), show)
 
 
 if __name__ == "__main__":

@@ -54,37 +54,48 @@ def revised(config: Config, folder: Path, seed: int) -> Path:
     return out
 
 
-def main(config: Config) -> None:
-    flags.check(config)
+def measure(config: Config) -> dict[str, list]:
+    """{"rules": their names, way: [share of answers that break each, by round]}"""
     root, names = Path(config.out), [rule.name for rule in rules.load(config.rules)]
-    require(len(names) > 1, "--rules: the pictures of one rule would be of little use; give at least two")
     judge = f"rules:{Path(config.rules).absolute()}" if config.rules else "rules"
     words = ["--reward", judge, "--rounds", str(config.rounds), "--answers", "4", "--select", "best-worst"]
     ways = {"rules": Variant(words, kind="")}
-    folders = runs.results(config, ways)
+    runs.results(config, ways)
     for seed in range(config.seeds):
         revised(config, root.absolute() / f"seed-{seed}", seed)
     ways["revisions-rules"] = Variant([*words, "--init", "SEED/revised"], kind="")
     folders = runs.results(config, ways)
+    found = {
+        way: np.mean([broken_by_round(folder, names) for folder in paths], axis=0).tolist()
+        for way, paths in folders.items()
+    }
+    return {"rules": names, **found}
 
-    found = {}
-    for way, paths in folders.items():
-        found[way] = np.mean([broken_by_round(folder, names) for folder in paths], axis=0)
+
+def show(found: dict[str, list]) -> tuple[str, list]:
+    names, ways = found["rules"], {way: np.array(found[way]) for way in ("rules", "revisions-rules")}
 
     def draw(axis) -> None:
         for i, name in enumerate(names):
-            for (way, shares), style in zip(found.items(), (":", "-"), strict=True):
+            for (way, shares), style in zip(ways.items(), (":", "-"), strict=True):
                 label = name if way == "revisions-rules" else None
                 axis.plot(range(len(shares)), shares[:, i], style, color=f"C{i}", marker="o", label=label)
         axis.set(title="answers that break a rule (dotted: no self-critique)", xlabel="rounds of DPO", ylim=(0, None))
-        axis.set_xticks(range(len(shares)))
+        axis.set_xticks(range(len(ways["rules"])))
         axis.legend(frameon=False)
 
-    header = ["answers that break", *(f"{way}, {when}" for way in found for when in ("before", "after"))]
-    ends = [shares[i] for shares in found.values() for i in (0, -1)]
-    rows = [[name, *(f"{shares[i]:.1%}" for shares in ends)] for i, name in enumerate(names)]
-    results = {way: shares.tolist() for way, shares in found.items()}
-    runs.save(config, runs.markdown([header, *rows]), {"rules": names, **results}, [draw])
+    lines = [["answers that break", *(f"{way}, {when}" for way in ways for when in ("before", "after"))]]
+    ends = [shares[i] for shares in ways.values() for i in (0, -1)]
+    lines += [[name, *(f"{shares[i]:.1%}" for shares in ends)] for i, name in enumerate(names)]
+    return runs.markdown(lines), [draw]
+
+
+def main(config: Config) -> None:
+    flags.check(config)
+    require(
+        len(rules.load(config.rules)) > 1, "--rules: the pictures of one rule would be of little use; give at least two"
+    )
+    runs.present(config, lambda: measure(config), show)
 
 
 def broken_by_round(folder: Path, names: list[str]) -> list[list[float]]:

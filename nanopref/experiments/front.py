@@ -49,8 +49,8 @@ def with_margins(rows: list[dict], rng: random.Random, scale: float) -> list[dic
     return [row | {"margin": scale * difference} for row, difference in zip(rows, differences, strict=True)]
 
 
-def main(config: Config) -> None:
-    flags.check(config)
+def measure(config: Config) -> dict[str, list[list[float]]]:
+    """{method: [true reward and specificity, at each weight]}"""
     variants = {}
     for w in config.weights:
         both = ["--reward", f"true*{w}", f"specificity*{(1 - w) * config.scale:g}"]
@@ -60,22 +60,32 @@ def main(config: Config) -> None:
         modpo = ["--beta", f"{config.beta / w:g}", "--margin", f"{(1 - w) / w:g}"]
         variants[f"modpo {w}"] = Variant(modpo, change=partial(with_margins, scale=config.scale))
     folders = runs.results(config, variants)
-    points: dict[str, list[list[float]]] = {}  # method: true reward, specificity for each weight
+    points: dict[str, list[list[float]]] = {}
     for name, paths in folders.items():
-        answers = [answer for seed, path in enumerate(paths) for answer in runs.answers(path, seed)]
+        answers = [answer for path in paths for answer in runs.answers(path, runs.seed_of(path))]
         means = [reward(answers).mean().item() for reward in (true_reward, specificity)]
         points.setdefault(name.split()[0], []).append(means)
     points |= best_of_the_sum(config, [paths.parent / "sft" for paths in folders[name]])
+    return points | {"weights": list(config.weights)}
+
+
+def show(found: dict[str, list]) -> tuple[str, list]:
+    points = {method: rows for method, rows in found.items() if method != "weights"}
 
     def draw(axis) -> None:
-        for method, found in points.items():
-            axis.plot(*zip(*found, strict=True), marker="o", label=method)
+        for method, rows in points.items():
+            axis.plot(*zip(*rows, strict=True), marker="o", label=method)
         axis.set(title="two objectives", xlabel="true reward", ylabel="specificity")
         axis.legend(frameon=False)
 
-    header = ["true reward, specificity", *(f"w = {w}" for w in config.weights)]
-    lines = [[method, *(f"{r:.2f}, {s:.2f}" for r, s in found)] for method, found in points.items() if len(found) > 1]
-    runs.save(config, runs.markdown([header, *lines]), points, [draw])
+    lines = [["true reward, specificity", *(f"w = {w}" for w in found["weights"])]]
+    lines += [[method, *(f"{r:.2f}, {s:.2f}" for r, s in rows)] for method, rows in points.items() if len(rows) > 1]
+    return runs.markdown(lines), [draw]
+
+
+def main(config: Config) -> None:
+    flags.check(config)
+    runs.present(config, lambda: measure(config), show)
 
 
 def best_of_the_sum(config: Config, sft: list) -> dict[str, list[list[float]]]:

@@ -50,7 +50,7 @@ def main(config: Config) -> None:
             [*kto, "--good-weight", "1", "--bad-weight", "1"], "labels", change
         ),
     }
-    runs.conclude(config, runs.results(config, variants))
+    runs.conclude(config, lambda: runs.results(config, variants))
 
 
 if __name__ == "__main__":

@@ -27,8 +27,8 @@ def main(config: Config) -> None:
     flags.check(config)
     chosen = config.losses or [name for name in OBJECTIVES if name != "sigmoid"]  # which is dpo
     variants = {name: Variant(["--loss", name], kinds(OBJECTIVES)[name][0]) for name in chosen}
-    formulas = {name: OBJECTIVES[name].formula for name in variants}
-    runs.conclude(config, runs.results(config, variants), formulas)
+    formulas = {name: OBJECTIVES[name].formula for name in OBJECTIVES}
+    runs.conclude(config, lambda: runs.results(config, variants), formulas)
 
 
 if __name__ == "__main__":

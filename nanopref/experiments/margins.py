@@ -9,13 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nanopref.evaluation import report
 from nanopref.experiments import runs
 from nanopref.experiments.runs import ExperimentFlags, Variant
 from nanopref.running import flags
 from nanopref.running.flags import flag
 from nanopref.running.folder import read_metrics
-from nanopref.running.parallel import say
 
 
 @dataclass
@@ -33,34 +31,45 @@ class Config(ExperimentFlags):
     beta: float = flag(0.1, "of both", above=0)
 
 
-def main(config: Config) -> None:
-    flags.check(config)
+def measure(config: Config) -> dict[str, list[dict]]:
+    """Of each loss the figures of its runs, and their margins h in nats, step by step."""
     words = ["--beta", str(config.beta), "--epochs", str(config.epochs)]
     folders = runs.results(config, {name: Variant(["--loss", name, *words]) for name in ("dpo", "ipo")})
-    margins = {}
-    for name, found in folders.items():
-        curves = [[row["margin"] / config.beta for row in read_metrics(folder)] for folder in found]
-        steps = min(map(len, curves))  # seeds differ by a few pairs
-        margins[name] = np.mean([curve[:steps] for curve in curves], axis=0)
+    return {
+        name: [
+            runs.read_report(folder)
+            | {"margins": [row["margin"] / config.beta for row in read_metrics(folder)], "beta": config.beta}
+            for folder in found
+        ]
+        for name, found in folders.items()
+    }
+
+
+def show(found: dict[str, list[dict]]) -> tuple[str, list]:
+    curves = {name: [run["margins"] for run in seeds] for name, seeds in found.items() if seeds}
+    margins = {  # seeds differ by a few pairs
+        name: np.mean([curve[: min(map(len, seeds))] for curve in seeds], axis=0) for name, seeds in curves.items()
+    }
+    limit = 1 / (2 * next(run["beta"] for seeds in found.values() for run in seeds))
 
     def draw(axis) -> None:
-        axis.axhline(1 / (2 * config.beta), color="grey", linestyle=":", label="1/(2β)")
+        axis.axhline(limit, color="grey", linestyle=":", label="1/(2β)")
         for name, margin in margins.items():
             axis.plot(margin, label=name)
         axis.set(title="margin of the pairs that are trained on", xlabel="step", ylabel="h, nats")
         axis.legend(frameon=False)
 
-    runs.conclude(config, folders, panels=[draw])
     ends = np.linspace(0, 1, 6)[1:]
-    rows = [
-        (
-            name,
-            *(f"{margin[max(0, round(end * len(margin)) - 20) : round(end * len(margin))].mean():.1f}" for end in ends),
-        )
-        for name, margin in margins.items()
-    ]
-    header = (f"margin h, nats (1/(2β) = {1 / (2 * config.beta):.1f}), at", *(f"{end:.0%}" for end in ends))
-    say(report.table(rows, header))
+    lines = [[f"margin h, nats (1/(2β) = {limit:.1f}), at", *(f"{end:.0%}" for end in ends)]]
+    for name, margin in margins.items():
+        places = (round(end * len(margin)) for end in ends)
+        lines.append([name, *(f"{margin[max(0, place - 20) : place].mean():.1f}" for place in places)])
+    return runs.gains(found) + "\n" + runs.markdown(lines), [runs.over_kl(found), draw]
+
+
+def main(config: Config) -> None:
+    flags.check(config)
+    runs.present(config, lambda: measure(config), show)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ judges instead: DPO on its pairs, in rounds, the best of 16 imitated, RSO; and a
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from nanopref.experiments import runs
 from nanopref.experiments.runs import ExperimentFlags, Variant
@@ -25,8 +26,7 @@ class Config(ExperimentFlags):
     rounds: int = flag(4, "of what is online", least=2)
 
 
-def main(config: Config) -> None:
-    flags.check(config)
+def run_all(config: Config) -> dict[str, list[Path]]:
     rounds = ["--rounds", str(config.rounds)]
     people = {
         "people": [],
@@ -48,7 +48,12 @@ def main(config: Config) -> None:
         "itself-after-people": ["--init", "SEED/people", "--reward", "implicit"],
     }
     variants |= {name: Variant(words, kind="") for name, words in judged.items()}
-    runs.conclude(config, runs.results(config, variants))
+    return runs.results(config, variants)
+
+
+def main(config: Config) -> None:
+    flags.check(config)
+    runs.conclude(config, lambda: run_all(config))
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def main(config: Config) -> None:
         "dpo-on-all-pairs": Variant(["--loss", "dpo", "--batch-size", "72"], "rankings", all_pairs),
         "dpo-on-one-pair": Variant(["--loss", "dpo", "--batch-size", "12"], "rankings", one_pair),
     }
-    runs.conclude(config, runs.results(config, variants))
+    runs.conclude(config, lambda: runs.results(config, variants))
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def main(config: Config) -> None:
     }
     common = ["--reward", "true", "--iterations", str(config.iterations)]
     variants = {name: Variant([*common, *more], kind="", script="train_ppo.py") for name, more in words.items()}
-    runs.conclude(config, runs.results(config, variants))
+    runs.conclude(config, lambda: runs.results(config, variants))
 
 
 if __name__ == "__main__":

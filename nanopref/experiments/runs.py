@@ -213,23 +213,39 @@ def by_setting(folders: dict[str, list[Path]], read: Callable[[Path], dict] = re
 
 def conclude(
     config: ExperimentFlags,
-    folders: dict[str, list[Path]],
+    variants: Callable[[], dict[str, list[Path]]],
     about: dict[str, str] | None = None,
-    panels: Sequence[report.Panel] = (),
 ) -> None:
-    """table.md (also printed), results.json and plot.png: of each variant what it is `about`, gain and KL."""
-    found = {name: [read_report(folder) for folder in runs] for name, runs in folders.items()}
-    head = ["", *(["what is descended"] if about else []), f"gain in true reward, std: seeds 0 to {config.seeds - 1}"]
+    """An experiment whose runs are compared as they are: gain, win rate, KL and length of each, and what it is `about`.
+    `variants` makes the runs, or finds them made."""
+
+    def measure() -> dict[str, list[dict]]:
+        return {name: [read_report(run) for run in made] for name, made in variants().items()}
+
+    present(config, measure, lambda found: (gains(found, about), [over_kl(found)]))
+
+
+def gains(found: dict[str, list[dict]], about: dict[str, str] | None = None) -> str:
+    """A table of the figures of runs, a line a variant."""
+    seeds = max(len(runs) for runs in found.values())
+    head = ["", *(["what is descended"] if about else []), f"gain in true reward, std: seeds 0 to {seeds - 1}"]
     lines = [head + ["mean", "win rate", "KL, nats", "tokens"]]
     for name, runs in found.items():
-        mean = {figure: float(np.mean([run[figure] for run in runs])) for figure in runs[0]}
-        gains = ", ".join(f"{run['gain']:+.2f}" for run in runs)
-        figures = f"{mean['gain']:+.2f}", f"{mean['win_rate']:.1%}", f"{mean['kl']:.1f}", f"{mean['tokens']:.0f}"
-        lines.append([f"`{name}`", *([about[name]] if about else []), gains, *figures])
+        if runs:
+            mean = {name: np.mean([run[name] for run in runs]) for name in ("gain", "win_rate", "kl", "tokens")}
+            each = ", ".join(f"{run['gain']:+.2f}" for run in runs)
+            figures = f"{mean['gain']:+.2f}", f"{mean['win_rate']:.1%}", f"{mean['kl']:.1f}", f"{mean['tokens']:.0f}"
+            lines.append([f"`{name}`", *([about[name]] if about else []), each, *figures])
+    return markdown(lines)
 
-    def over_kl(axis) -> None:
-        """Runs as points, and in a column beside them the names of their means, in order."""
-        means = {name: np.mean([(run["gain"], run["kl"]) for run in runs], axis=0) for name, runs in found.items()}
+
+def over_kl(found: dict[str, list[dict]]) -> report.Panel:
+    """Runs as points, and in a column beside them the names of their means, in order."""
+
+    def draw(axis) -> None:
+        means = {
+            name: np.mean([(run["gain"], run["kl"]) for run in runs], axis=0) for name, runs in found.items() if runs
+        }
         names, side = sorted(means, key=lambda name: means[name][0]), 1.5 * max(0.01, *(kl for _, kl in means.values()))
         for name, place in zip(names, np.linspace(means[names[0]][0], means[names[-1]][0], len(names)), strict=True):
             gain, kl = means[name]
@@ -242,4 +258,4 @@ def conclude(
         )
         axis.set_xlim(right=4 * side)
 
-    save(config, markdown(lines), found, [over_kl, *panels])
+    return draw

@@ -4,7 +4,7 @@ import json
 import random
 import re
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +42,21 @@ SCRIPTS = {
 }
 
 
+@cache
+def _settings(words: tuple[str, ...]) -> dict:
+    Config, resolve = SCRIPTS[Path(words[0]).name]
+    config = flags.parse(Config, words[1:])
+    flags.check(config)
+    return asdict(resolve(config))
+
+
+def in_place(value, folder: Path):
+    """With the folder of a seed where SEED stood for it."""
+    if isinstance(value, tuple):
+        return tuple(in_place(x, folder) for x in value)
+    return value.replace("SEED", str(folder)) if isinstance(value, str) else value
+
+
 @dataclass
 class MadeUp:
     """What was started, {folder below OUT: flags}; and what fails."""
@@ -56,13 +71,17 @@ class MadeUp:
             if runs.is_done(out) or name in self.failing:
                 continue
             words = words[1:] if words[0] == "-m" else words
-            Config, resolve = SCRIPTS[Path(words[0]).name]
-            config = flags.parse(Config, words[1:])
-            flags.check(config)
-            self.started[name] = found = asdict(resolve(config))
+            found = self.settings(words) | {"seed": int(words[words.index("--seed") + 1])}
+            self.started[name] = found = {k: in_place(v, out.parent) for k, v in found.items()}
             for folder in [found.get("init"), *(found.get("reward") or ())]:
                 assert folder in (None, "", "true") or runs.is_done(Path(folder)), f"{name} needs {folder} first"
             self.make(out, found, random.Random(name))
+
+    def settings(self, words: list[str]) -> dict:
+        """What the script makes of these words, with SEED in place of the folder and the number of a seed."""
+        alike = [re.sub(r"/[^ ]*/seed-\d+", "SEED", word) for word in words]
+        alike[alike.index("--seed") + 1] = "0"
+        return _settings(tuple(alike))
 
     def make(self, out: Path, settings: dict, rng: random.Random) -> None:
         """Files as a run would leave them; the further β lets it go, the more it gains, up to a point."""
@@ -173,9 +192,9 @@ def test_temperature_takes_the_setting_next_to_so_many_nats(made_up, tmp_path, c
 
     monkeypatch.setattr(temperature, "wins", watched)
     temperature.main(config())
-    assert set(asked) >= {"sft", "rm", "dpo 0.5", "ppo 0.3", "kto 0.5"} and len(asked) == 11 * 2 * 5  # β of 4 nats: 1/2
+    assert set(asked) >= {"sft", "rm", "dpo 0.5", "ppo 1", "kto 0.5"} and len(asked) == 12 * 2 * 5  # β of 4 nats: 1/2
     temperature.main(config())
-    assert len(asked) == 11 * 2 * 5
+    assert len(asked) == 12 * 2 * 5
 
 
 # ---- what is computed from runs --------------------------------------------------------------------------------------

@@ -64,23 +64,24 @@ def test_as_many_answers_of_the_usual_mixture_are_each_taken_once(bad):
 CURVES = {("dpo", 0): [0.25] * 40, ("dpo", 1): [0.75] * 37, ("ipo", 0): [1.0] * 20 + [2.0] * 20, ("ipo", 1): [1.0] * 40}
 
 
-def test_margins_are_a_mean_over_seeds_as_far_as_the_shortest_goes(tmp_path, monkeypatch, capsys):
+def test_margins_are_a_mean_over_seeds_as_far_as_the_shortest_goes(tmp_path, monkeypatch):
     """In nats, that is by β; seeds differ by a few pairs and so by a step."""
     folders = {name: [tmp_path / name / str(seed) for seed in range(2)] for name in ("dpo", "ipo")}
     curves = {tmp_path / name / str(seed): curve for (name, seed), curve in CURVES.items()}
-    drawn, lines, variants = [], [], []
+    lines, variants = [], []
     monkeypatch.setattr(runs, "results", lambda config, found: variants.append(found) or folders)
-    monkeypatch.setattr(runs, "conclude", lambda config, found, panels: drawn.extend(panels))
+    figures = {"gain": 1.0, "kl": 2.0, "win_rate": 0.5, "tokens": 30.0}
+    monkeypatch.setattr(runs, "read_report", lambda run: figures)
     monkeypatch.setattr(margins, "read_metrics", lambda folder: [{"margin": margin} for margin in curves[folder]])
-    margins.main(margins.Config(out=str(tmp_path), beta=0.25, epochs=3))
+    found = margins.measure(margins.Config(out=str(tmp_path), beta=0.25, epochs=3))
     assert {name: variant.words for name, variant in variants[0].items()} == {
         name: ["--loss", name, "--beta", "0.25", "--epochs", "3"] for name in folders
     }
-    (draw,), plot = drawn, lambda margin, label: lines.append((label, margin.tolist()))
+    said, (_, draw) = margins.show(found)
     nowhere = dict.fromkeys(("axhline", "set", "legend"), lambda *_, **__: None)
-    draw(SimpleNamespace(plot=plot, **nowhere))
+    draw(SimpleNamespace(plot=lambda margin, label: lines.append((label, margin.tolist())), **nowhere))
     assert dict(lines) == {"dpo": [2.0] * 37, "ipo": [4.0] * 20 + [6.0] * 20}
-    table = [line.split() for line in capsys.readouterr().out.splitlines()]
+    table = [line.strip("| ").split(" | ") for line in said.splitlines()]
     assert ["dpo"] + ["2.0"] * 5 in table  # the last twenty steps before 20%, 40% … of the way
     assert ["ipo", "4.0", "4.0", f"{4 + 2 * 4 / 20:.1f}", "5.2", "6.0"] in table
 
