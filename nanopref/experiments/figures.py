@@ -39,7 +39,8 @@ LOOKS = {  # colours after Okabe and Ito, which differ in lightness too
     "sft": Look("SFT", "#666666", ".", ":"),
 }
 OTHERS = [Look("", "#0072B2", "o"), Look("", "#D55E00", "s", "--"), Look("", "#009E73", "^", "-."),
-          Look("", "#000000", "D", ":"), Look("", "#E69F00", "v"), Look("", "#CC79A7", "P", "--")]  # fmt: skip
+          Look("", "#000000", "D", ":"), Look("", "#E69F00", "v"), Look("", "#CC79A7", "P", "--"),
+          Look("", "#56B4E9", "X", "-.")]  # fmt: skip
 
 
 def look(name: str, number: int = 0) -> Look:

@@ -22,6 +22,7 @@ from nanopref.experiments import (
     degeneration,
     figures,
     frontier,
+    gap,
     labels,
     noise,
     overoptimisation,
@@ -125,7 +126,7 @@ def made_up(tmp_path, monkeypatch) -> MadeUp:
 
 EXPECTED = {  # runs of one seed, besides SFT
     frontier: 1 + 6 * 4 - 1 + 3 + 3 + 2 * 4, noise: 2 + 4 * 4 + 3 * 2, labels: 7 + 1 + 4, degeneration: 3,
-    scaling: 3 * 3 + 4 * 3, overoptimisation: 4 + 4 + 2 * 4, compare: 1 + 18,
+    scaling: 3 * 3 + 4 * 3, gap: 1 + 7 * 2, overoptimisation: 4 + 4 + 2 * 4, compare: 1 + 18,
 }  # fmt: skip
 
 

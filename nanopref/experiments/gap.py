@@ -1,0 +1,83 @@
+"""Why is PPO ahead of DPO here, where the paper has it behind? `python -m nanopref.experiments.gap`
+
+In `frontier` both had the same pairs, and PPO with its reward model gained more for as many nats, unlike in Rafailov et
+al. 2023, figure 2. PPO differs from DPO in the loss, in that its reward model labels as many answers as one likes, and
+in that these are the policy's own. So DPO is given these, one by one: more passes; pairs that the same reward model
+labels, of the reference's answers, as few and more; the same in rounds, of its own answers; and labels by the truth.
+"""
+
+from dataclasses import dataclass
+
+from nanopref.experiments import figures, runs
+from nanopref.experiments.frontier import gain_at
+from nanopref.experiments.runs import ExperimentFlags, Variant
+from nanopref.running import flags
+from nanopref.running.flags import flag
+
+LABELS = {  # what a run is given, and how it looks
+    "people": "people's pairs",
+    "passes": "the same, four passes",
+    "rm": "as many by their reward model",
+    "rm-many": "four times as many by it",
+    "rm-own": "as many as these, of its own answers",
+    "true-many": "four times as many by the truth",
+    "ppo": "PPO with that reward model",
+}
+
+
+@dataclass
+class Config(ExperimentFlags):
+    """DPO with what PPO has: more labels, by its reward model, on answers of its own.
+
+    Example: python -m nanopref.experiments.gap --seeds 1
+    """
+
+    out: str = "out/gap"
+    prompts: int = 1280
+    betas: tuple[float, ...] = flag((0.1, 0.3), "of DPO and PPO", above=0)
+    iterations: int = flag(24, "rounds of PPO", least=1)
+
+
+def measure(config: Config) -> dict:
+    runs.results(config, {"rm": Variant(runs.FEW_PAIRS, script="train_rm.py")})
+    few, many = ["--prompts", str(config.prompts)], ["--prompts", str(4 * config.prompts)]
+    given = {  # flags, and the kind of feedback that is read
+        "people": ([], "pairs"),
+        "passes": (["--epochs", "4"], "pairs"),
+        "rm": (["--reward", "SEED/rm", *few], ""),
+        "rm-many": (["--reward", "SEED/rm", *many], ""),
+        "rm-own": (["--reward", "SEED/rm", *many, "--rounds", "8"], ""),
+        "true-many": (["--reward", "true", *many], ""),
+    }
+    variants = {
+        f"{name} {beta:g}": Variant([*runs.FEW, *words, "--beta", f"{beta:g}"], kind)
+        for name, (words, kind) in given.items()
+        for beta in config.betas
+    }
+    for beta in config.betas:
+        words = [*runs.FEW, "--reward", "SEED/rm", "--iterations", str(config.iterations), "--beta", f"{beta:g}"]
+        variants[f"ppo {beta:g}"] = Variant(words, kind="", script="train_ppo.py")
+    return runs.by_setting(runs.results(config, variants))
+
+
+def show(found: dict) -> tuple[str, list]:
+    named = {LABELS[name]: rows for name, rows in found.items()}
+    betas = {beta: f"β = {beta}" for rows in found.values() for beta in rows}
+    table = runs.markdown(figures.table(named, head=figures.GAIN, sign="+", columns=betas))
+    table += "\n" + runs.markdown(figures.table(named, head="KL, nats", y="kl", digits=1, columns=betas))
+    nats = (2, 4, 6)
+    lines = [["gain at", *(f"{kl} nats" for kl in nats)]]
+    lines += [
+        [name, *(f"{gain_at(rows, kl):+.2f}".replace("+nan", "–") for kl in nats)] for name, rows in named.items()
+    ]
+    words = {"title": "what DPO lacks", "xlabel": "KL to the reference, nats", "ylabel": figures.GAIN}
+    return table + "\n" + runs.markdown(lines), [figures.panel(named, x="kl", **words)]
+
+
+def main(config: Config) -> None:
+    flags.check(config)
+    runs.present(config, lambda: measure(config), show)
+
+
+if __name__ == "__main__":
+    flags.main(main, Config)
