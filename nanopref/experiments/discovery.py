@@ -74,16 +74,17 @@ def fitness(candidate: dict) -> float:
     return candidate.get("fitness", -math.inf)
 
 
+def dpo_at(config: Config, beta: float) -> Tree:
+    """DPO of another β, as an expression of z."""
+    return expressions.folded(("neg", ("logsigmoid", ("mul", beta / config.beta, "z"))))
+
+
 def bred(known: list[dict], n: int, rng: random.Random) -> list[Tree]:
-    """So many new losses, each a mutation of the winner of a tournament; at first known ones, and mutations of them."""
-    found: list[Tree] = [] if known else list(KNOWN.values())[:n]
-    parents = sorted(known, key=fitness, reverse=True)[:SURVIVORS]
-    others = [x["tree"] for x in known]
+    """So many losses of new shapes, each a mutation of the winner of a tournament among the best so far."""
+    found, others = [], [x["tree"] for x in known]
+    parents = sorted((x for x in known if fitness(x) > -math.inf), key=fitness, reverse=True)[:SURVIVORS]
     while len(found) < n:
-        if parents:
-            child = max(rng.sample(parents, min(TOURNAMENT, len(parents))), key=fitness)["tree"]
-        else:
-            child = rng.choice(list(KNOWN.values()))
+        child = max(rng.sample(parents, min(TOURNAMENT, len(parents))), key=fitness)["tree"]
         for _ in range(rng.choice((1, 1, 2, 3))):
             child = expressions.mutated(child, rng)
         if expressions.is_new(child, [*others, *found]):
@@ -91,16 +92,18 @@ def bred(known: list[dict], n: int, rng: random.Random) -> list[Tree]:
     return found
 
 
-def search(config: Config) -> list[dict]:
-    """All candidates in order: name, generation, tree, and figures where its run has come to an end. What was bred is
-    in OUT/candidates.json before it runs, so that a search that was killed goes on with the same."""
+def search(config: Config, dpo: list[dict]) -> list[dict]:
+    """All candidates in order: name, generation, tree, and figures where its run has come to an end. The first are
+    known losses, and mutations of `dpo`, which is DPO at each β. What was bred is in OUT/candidates.json before it
+    runs, so that a search that was killed goes on with the same."""
     root, found, number = Path(config.out), [], 0
     while len(found) < config.candidates:
         n = min(config.generation, config.candidates - len(found))
         generations = read_object(root / "candidates.json").get("generations", [])
         if number == len(generations):
             rng = random.Random(f"discovery {config.search_seed} {number}")
-            generations.append(bred(found, n, rng))
+            first = [] if number else KNOWN[:n]
+            generations.append([*first, *bred([*dpo, *found, *({"tree": x} for x in first)], n - len(first), rng)])
             write_atomic(root / "candidates.json", json.dumps({"generations": generations}) + "\n")
         trees = {f"g{number:02}-{i}": expressions.as_tree(tree) for i, tree in enumerate(generations[number][:n])}
         (root / "candidates").mkdir(exist_ok=True)
@@ -114,11 +117,11 @@ def search(config: Config) -> list[dict]:
     return found
 
 
-def winners(config: Config, candidates: list[dict]) -> list[dict]:
-    """The best, each of another shape than those before it."""
+def winners(config: Config, candidates: list[dict], dpo: list[dict]) -> list[dict]:
+    """The best, each of another shape than those before it, and than DPO."""
     found: list[dict] = []
     for candidate in sorted(candidates, key=fitness, reverse=True):
-        apart = expressions.is_new(candidate["tree"], [x["tree"] for x in found], 0.1)
+        apart = expressions.is_new(candidate["tree"], [x["tree"] for x in (*dpo, *found)], 0.15)
         if apart and fitness(candidate) > -math.inf and len(found) < config.best:
             found.append(candidate)
     return found
@@ -126,17 +129,16 @@ def winners(config: Config, candidates: list[dict]) -> list[dict]:
 
 def measure(config: Config) -> dict:
     settings = {f"{loss} {beta:g}": (loss, beta) for loss in DERIVED for beta in BETAS}
-    # the first look at the flags, and what makes the pairs
     folders = runs.results(config, {name: run_of(*setting, SHORT) for name, setting in settings.items()}, [0])
     derived = {
         name: {"loss": settings[name][0], "beta": settings[name][1]} | row
         for name in folders
         for row in measured(folders[name], config.kl_price)
     }
-    require(bool(derived), f"--out {config.out}: every run of DPO failed there; their logs say why")
-    candidates = search(config)
-    best = winners(config, candidates)
-    going = {}
+    dpo = [row | {"tree": dpo_at(config, row["beta"])} for row in derived.values() if row["loss"] == "dpo"]
+    require(bool(dpo), f"--out {config.out}: every run of DPO failed there; their logs say why")
+    candidates = search(config, dpo)
+    best, going = winners(config, candidates, dpo), {}
     for loss in DERIVED:  # with the β that did best on the pairs on which the others were found
         alike = sorted((-row["fitness"], name) for name, row in derived.items() if row["loss"] == loss)
         going |= {name: run_of(*settings[name], LONG) for _, name in alike[:1]}
@@ -190,6 +192,7 @@ def population(axis, found: dict) -> None:
     for level in np.arange(-1, top, 0.25):
         axis.plot(kl, level + found["kl_price"] * kl, color="grey", linewidth=0.3, zorder=0)
     axis.set(title="the population", xlabel="KL to the reference, nats a response", xscale="log", ylim=(bottom, top))
+    axis.set_xlim(0.8 * min(x["kl"] for x in rows + derived), kl[-1])
     axis.set_ylabel("gain in true reward, std of the reference")
     axis.legend(frameon=False, fontsize=7)
 

@@ -34,16 +34,15 @@ OPERATIONS = {
     "softplus": Operation(1, F.softplus, "F.softplus({})", "softplus({})"),
     "tanh": Operation(1, torch.tanh, "torch.tanh({})", "tanh({})"),
     "relu": Operation(1, F.relu, "F.relu({})", "max(0, {})"),
-    "square": Operation(1, torch.square, "torch.square({})", "[{}]²"),
+    "square": Operation(1, torch.square, "torch.square({})", "({})²"),
     "add": Operation(2, torch.add, "({} + {})", "({} + {})"),
     "mul": Operation(2, torch.mul, "({} * {})", "{}·{}"),
 }
-KNOWN: dict[str, Tree] = {  # rows of kernels.reference.MARGIN_LOSSES, but for a factor
-    "sigmoid": ("neg", ("logsigmoid", "z")),
-    "hinge": ("relu", ("add", 1.0, ("neg", "z"))),
-    "exponential": ("exp", ("neg", "z")),
-    "ipo": ("square", ("add", -0.5, "z")),
-}
+KNOWN: tuple[Tree, ...] = (  # what DPO's relatives descend: hinge, exponential, IPO but for a factor
+    ("relu", ("add", 1.0, ("neg", "z"))),
+    ("exp", ("neg", "z")),
+    ("square", ("add", -0.5, "z")),
+)
 FILE = '''"""A margin loss that was searched for, see nanopref/experiments/discovery.py: {formula}, z = βh."""
 
 import torch
@@ -82,9 +81,9 @@ def formula(tree: Tree) -> str:
     if not isinstance(tree, tuple):
         return f"{tree:.3g}" if isinstance(tree, float) else tree
     inner = [formula(part) for part in tree[1:]]
-    if tree[0] not in ("add", "mul", "neg"):  # which have brackets of their own
-        inner = [text[1:-1] if isinstance(part, tuple) and part[0] == "add" else text
-                 for part, text in zip(tree[1:], inner, strict=True)]  # fmt: skip
+    brackets = tree[0] not in ("add", "mul", "neg")
+    if brackets and isinstance(tree[1], tuple) and tree[1][0] == "add":  # one pair of them is enough
+        inner = [inner[0][1:-1]]
     return OPERATIONS[tree[0]].formula.format(*inner).replace("+ -", "- ")
 
 
@@ -113,7 +112,7 @@ def shape(tree: Tree) -> Tensor | None:
     return (found - found.mean()) / found.std()
 
 
-def is_new(tree: Tree, others: list[Tree], apart: float = 0.02) -> bool:
+def is_new(tree: Tree, others: list[Tree], apart: float = 0.05) -> bool:
     """Whether it is a loss whose shape is that of no other."""
     mine = shape(tree)
     return mine is not None and all((mine - shape(other)).abs().max() > apart for other in others)
@@ -145,20 +144,29 @@ def replaced(tree: Tree, n: int, new: Tree) -> Tree:
 
 
 def folded(tree: Tree) -> Tree:
-    """The same in short: a number for each part in which there is no z, one number in a sum or a product, which stands
-    first, and no sign that is changed twice."""
+    """The same in short: a number for each part in which there is no z, and in a sum or a product one number, first and
+    with its sign."""
     if not isinstance(tree, tuple):
         return tree
     name, *parts = tree[0], *map(folded, tree[1:])
-    parts.sort(key=lambda part: not isinstance(part, float))
     if all(isinstance(part, float) for part in parts):
-        return rounded(values((name, *parts), torch.zeros(())).item())
-    inner = parts[-1] if isinstance(parts[-1], tuple) else ("",)
-    if inner[0] == name == "neg":
-        return inner[1]
-    if inner[0] == name and len(parts) == 2 and isinstance(parts[0], float) and isinstance(inner[1], float):
-        return folded((name, (name, parts[0], inner[1]), inner[2]))
-    return (name, *parts)
+        return number_of((name, *parts))
+    name, parts = ("mul", [-1.0, *parts]) if name == "neg" else (name, parts)
+    parts.sort(key=lambda part: not isinstance(part, float))
+    if not isinstance(parts[0], float):
+        return (name, *parts)
+    number, rest = parts
+    inner = ("mul", -1.0, rest[1]) if rest[0] == "neg" else rest
+    if inner[0] == name and isinstance(inner[1], float):
+        number, rest = number_of((name, number, inner[1])), inner[2]
+    if (name, number) in (("mul", 1.0), ("add", 0.0)):
+        return rest
+    return ("neg", rest) if (name, number) == ("mul", -1.0) else (name, number, rest)
+
+
+def number_of(tree: Tree) -> float:
+    """Of a tree without z."""
+    return rounded(values(tree, torch.zeros(())).item())
 
 
 def rounded(number: float) -> float:
