@@ -198,8 +198,7 @@ def population(axis, found: dict) -> None:
 
 
 def shapes(axis, found: dict, candidates: dict[str, dict]) -> None:
-    """The losses that went on to fresh seeds: 0 where a run begins, and of one deviation, since optimisers see neither
-    a constant nor a factor."""
+    """The losses that went on to fresh seeds: 0 where a run begins, and of one deviation, see `expressions.shape`."""
     h = torch.linspace(-10, 10, 201)
     for number, name in enumerate(found["fresh"]):
         if row := found["derived"].get(name):

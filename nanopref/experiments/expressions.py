@@ -97,9 +97,9 @@ def file_of(tree: Tree) -> str:
 
 @cache
 def shape(tree: Tree) -> Tensor | None:
-    """What counts of a loss: its values for z from -5 to 5, with mean 0 and deviation 1, since no optimiser here sees a
-    factor or a constant. None of what is no loss: not finite or without a slope, flat where a run begins, or nowhere
-    falling."""
+    """What counts of a loss: its values for z from -5 to 5, with mean 0 and deviation 1, since steps of Muon and Adam
+    hardly depend on a factor. None of what is no loss: not finite or without a slope, flat where a run begins, or
+    nowhere falling."""
     z = torch.linspace(-5, 5, 101, requires_grad=True)
     found = values(tree, z)
     if not found.requires_grad:

@@ -174,13 +174,13 @@ def test_the_script_takes_what_is_asked_for(fake, tmp_path, monkeypatch, no_pict
     asked, ordinary = {}, runs.launch
     monkeypatch.setattr(runs, "launch", lambda commands, jobs: asked.update(commands) or ordinary(commands, jobs))
     discovery.main(discovery.Config(out=str(tmp_path), beta=0.7, **SMALL))
-    for name, loss, beta, prompts in (
-        ("dpo 0.3", "dpo", 0.3, 128),
-        ("g02-2", f"{tmp_path}/candidates/g02-2.py:loss", 0.7, 128),
+    for name, loss, beta in (
+        ("dpo 0.3", "dpo", 0.3),
+        ("g02-2", f"{tmp_path}/candidates/g02-2.py:loss", 0.7),
     ):
         config = flags.parse(train_dpo.Config, asked[tmp_path / "seed-0" / name][1:])
         config = objectives.resolve(flags.resolve(config), objectives.named(config.loss))
-        assert (config.loss, config.beta, config.eval_prompts, config.seed) == (loss, beta, prompts, 0)
+        assert (config.loss, config.beta, config.eval_prompts, config.seed) == (loss, beta, 128, 0)
         assert config.init == f"{tmp_path}/seed-0/sft" and config.judged == f"{tmp_path}/seed-0/{name}.jsonl"
     assert all("512" in words for out, words in asked.items() if "fresh" in str(out) and out.name != "sft")
 
