@@ -25,12 +25,12 @@ from nanopref.evaluation.samples import watch
 from nanopref.feedback import rewards
 from nanopref.feedback.collect import asked_in_rounds, best_possible, ensure_feedback
 from nanopref.learning import objectives
-from nanopref.learning.objectives import LOGPROBS, LOSSES, OBJECTIVES, Knobs
+from nanopref.learning.objectives import LOGPROBS, OBJECTIVES, Knobs
 from nanopref.models.language import LM
 from nanopref.models.inference import reference_logprobs
 from nanopref.running import flags, optim, parallel
 from nanopref.running.flags import (
-    FeedbackFlags, LearningFlags, ObjectiveFlags, RewardFlags, RunFlags, SamplingFlags, StartFlags, flag, require,
+    CODE, FeedbackFlags, LearningFlags, ObjectiveFlags, RewardFlags, RunFlags, SamplingFlags, StartFlags, flag, require,
 )  # fmt: skip
 from nanopref.running.folder import Run
 from nanopref.running.sharding import accumulated
@@ -45,7 +45,10 @@ class Config(SamplingFlags, LearningFlags, ObjectiveFlags, FeedbackFlags, Reward
     """
 
     out: str = "out/dpo"
-    loss: str = flag("dpo", "the formulas: README, 'Every other loss'", among=tuple(OBJECTIVES))
+    loss: str = flag(
+        "dpo", "the formulas: README, 'Every other loss'; or a function f(h, beta) of your own, h being the margin of "
+        "the log-ratios of the pairs, that gives their losses", among=(*OBJECTIVES, CODE),
+    )  # fmt: skip
     beta: float | None = flag(None, "pull towards the reference: smaller moves further (default: by --loss)", above=0)
     logprobs: str | None = flag(None, "rewards by their sum, mean or odds (by --loss)", among=tuple(LOGPROBS))
     reference: str | None = flag(None, "whether π_ref is taken off (by --loss)", among=("model", "none"))
@@ -69,9 +72,10 @@ def train(config: Config) -> None:
     device = parallel.start(config.device, config.seed, config.dtype, config.parallel)
     config.init = config.init or rewards.made_from([*(config.reward or ()), *(config.chooser or ())])
     policy, tokenizer, origin = models.load_init(config, device)
-    config = objectives.resolve(flags.resolve(config, origin), OBJECTIVES[config.loss])
+    objective = objectives.named(config.loss)
+    config = objectives.resolve(flags.resolve(config, origin), objective)
     flags.check_people(config)
-    run, kinds = Run(config), objectives.kinds(OBJECTIVES)
+    run, kinds = Run(config), objectives.kinds(OBJECTIVES | {config.loss: objective})
     if file := config.judged or ("" if config.reward else config.data):
         groups, held_out_groups, notes = read_feedback(file, kinds, config.loss, config.votes, tokenizer)
     prompts = new_prompts(config.data, config.eval_prompts, config.seed, tokenizer)
@@ -95,7 +99,7 @@ def train(config: Config) -> None:
             groups, held_out_groups, notes = asked
         rows = prepare("DPO", groups, held_out_groups, notes, tokenizer, policy.context)
         for known in (groups, held_out_groups):  # for KTO each prompt also meets the answer to another
-            met = unrelated(known) if LOSSES[OBJECTIVES[config.loss].loss].reference_point else []
+            met = unrelated(known) if objectives.loss_of(objective).reference_point else []
             rows += encode(met, tokenizer, policy.context)[:1]
 
         # 3. What is taken off the value of each row, log π_ref, once. After this no reference model is held.
@@ -160,7 +164,7 @@ def preference_losses(
         grouped(x, batch.sizes)[0] for x in (logprobs / batch.mask.sum(-1), baseline + z0, batch.margins, batch.said)
     )
     offset = baseline + margins * (config.margin / config.beta)  # β(values - offset) is the reward less its margin γ
-    losses = LOSSES[OBJECTIVES[config.loss].loss].losses(values, offset, there, said, knobs)
+    losses = objectives.loss_of(objectives.named(config.loss)).losses(values, offset, there, said, knobs)
     losses = losses - config.likelihood * per_token[:, 0]  # of the chosen answer (Pang et al. 2024, eq. 1)
     return losses, objectives.figures(losses, config.beta * (values - baseline), there, said)
 

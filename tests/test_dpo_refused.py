@@ -11,6 +11,7 @@ from helpers import lines, refused, results, start, stopped
 
 import train_dpo
 from nanopref.learning.objectives import OBJECTIVES
+from nanopref.running.flags import CODE
 
 SMALL = {"batch_size": 8, "epochs": 1, "max_new_tokens": 4, "eval_prompts": 2, "device": "cpu"}
 GOOD = {"prompt": "a", "chosen": " b", "rejected": " c"}
@@ -102,7 +103,7 @@ def test_a_missing_file_or_folder_is_refused(tmp_path, capsys):
     [
         ({"beta": 0.0}, "--beta must be above 0"),
         ({"beta": float("nan")}, "--beta must be a finite number"),
-        ({"loss": "cross-entropy"}, f"--loss must be one of {', '.join(OBJECTIVES)}, not cross-entropy"),
+        ({"loss": "cross-entropy"}, f"--loss must be one of {', '.join([*OBJECTIVES, CODE])}, not cross-entropy"),
         ({"batch_size": 0}, "--batch-size must be at least 1"),
         ({"device": "gpu9"}, "no such device"),
         ({"device": "meta"}, "only cpu and cuda"),

@@ -39,7 +39,7 @@ SCRIPTS = Path(nanopref.__file__).parent.parent
 
 FEW = ["--eval-prompts", "256"]  # for a report that is a point of a figure
 FEW_PAIRS = ["--batch-size", "16", "--epochs", "3"]  # train_rm.py's own defaults are for several thousand pairs
-FREE = ("out", "seeds", "jobs", "redraw", "losses")  # flags with which an experiment goes on
+FREE = ("out", "seeds", "jobs", "redraw", "losses", "candidates")  # flags with which an experiment goes on
 
 
 @dataclass
@@ -63,9 +63,12 @@ class Variant(NamedTuple):
     script: str = "train_dpo.py"
 
 
-def results(config: ExperimentFlags, variants: dict[str, Variant]) -> dict[str, list[Path]]:
+def results(
+    config: ExperimentFlags, variants: dict[str, Variant], seeds: Sequence[int] | None = None
+) -> dict[str, list[Path]]:
     """The folders of finished runs, OUT/seed-…/NAME, of each variant; what failed is left out."""
     root, commands = Path(config.out).absolute(), {}
+    seeds = range(config.seeds) if seeds is None else seeds
     flags.require_odd(config.annotators)
     settings = {name: value for name, value in asdict(config).items() if name not in FREE}
     path, content = root / "config.json", json.dumps(settings | {"experiment": type(config).__doc__}, indent=2) + "\n"
@@ -73,7 +76,7 @@ def results(config: ExperimentFlags, variants: dict[str, Variant]) -> dict[str, 
     require(same, f"--out {root}: holds runs of another experiment, or with other flags; choose another, or remove it")
     root.mkdir(parents=True, exist_ok=True)
     write_atomic(path, content)
-    for seed in range(config.seeds):
+    for seed in seeds:
         folder = root / f"seed-{seed}"
         launch({folder / "sft": ["-m", "nanopref.sft", "--seed", str(seed)]}, 1)
         for name, variant in variants.items() if is_done(folder / "sft") else ():
@@ -88,7 +91,7 @@ def results(config: ExperimentFlags, variants: dict[str, Variant]) -> dict[str, 
             words += [word.replace("SEED", str(folder)) for word in variant.words]
             commands[folder / name] = [str(SCRIPTS / variant.script), *words]
     launch(commands, config.jobs)
-    everywhere = [root / f"seed-{seed}" for seed in range(config.seeds)]
+    everywhere = [root / f"seed-{seed}" for seed in seeds]
     return {name: [folder / name for folder in everywhere if is_done(folder / name)] for name in variants}
 
 

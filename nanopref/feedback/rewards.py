@@ -11,11 +11,8 @@
 `*0.7` behind one is its weight; the weighted numbers of several are added.
 """
 
-import importlib.util
-import inspect
 import json
 import math
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -35,8 +32,8 @@ from nanopref.models.inference import response_logprobs, response_scores
 from nanopref.models.language import LM
 from nanopref.models.sampling import Answer, pack, response_text
 from nanopref.models.scalar import ScalarModel
-from nanopref.running import parallel
-from nanopref.running.flags import RewardError, UserError, require
+from nanopref.running import functions, parallel
+from nanopref.running.flags import RewardError, UserError, is_code, require
 
 Reward = Callable[[Sequence[Answer]], Tensor]  # N answers -> [N] float32
 
@@ -89,7 +86,7 @@ def function_reward(name: str, function: Callable, tokenizer: Tokenizer, batch_s
 
 
 def _numbers(name: str, function: Callable, tokenizer: Tokenizer, batch_size: int, answers) -> list[float]:
-    together = {"prompts", "responses"} <= _parameters(function)
+    together = {"prompts", "responses"} <= functions.parameters(function)
     asked = [(answer.asked or response_text(answer.prompt, tokenizer), answer.text) for answer in answers]
     found: list[float] = []
     for i in range(0, len(asked), size := batch_size if together else 1):
@@ -103,23 +100,14 @@ def _numbers(name: str, function: Callable, tokenizer: Tokenizer, batch_size: in
             if len(prompts) > 1:  # one of them did it: the first that does so alone
                 for answer in answers[i : i + size]:
                     _numbers(name, function, tokenizer, 1, [answer])
-            raise UserError(f"--reward {name}: {_in_a_line(error)}; {_asked(prompts[0], responses[0])}") from None
+            raise UserError(
+                f"--reward {name}: {functions.in_a_line(error)}; {_asked(prompts[0], responses[0])}"
+            ) from None
         require(
             len(numbers) == len(prompts), f"--reward {name}: gives {len(numbers)} numbers for {len(prompts)} answers"
         )
         found += numbers
     return found
-
-
-def _parameters(function: Callable) -> set[str]:
-    try:
-        return set(inspect.signature(function).parameters)
-    except (ValueError, TypeError):  # as of some that are built in
-        return set()
-
-
-def _in_a_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _asked(prompt: str, response: str) -> str:
@@ -218,8 +206,8 @@ def load(words: Sequence[str], policy: LM | None, tokenizer: Tokenizer | None, c
                 parts[rule.name] = rule.weight, asked or partial(rule_reward, rule)
         elif kind == "implicit":
             parts[name] = 1.0, _implicit(name, policy, tokenizer, getattr(config, "init", ""), batch_size)
-        elif ".py:" in name:
-            parts[name] = 1.0, partial(function_reward, name, _imported(name), tokenizer, batch_size)
+        elif is_code(name):
+            parts[name] = 1.0, partial(function_reward, name, functions.load("--reward", name), tokenizer, batch_size)
         elif policy is None:
             models.find(name)  # so that a missing folder is called that
             raise UserError(f"--reward {name}: name the policy that it was trained for with --init")
@@ -285,21 +273,6 @@ def _implicit(name: str, policy: LM | None, tokenizer: Tokenizer, init: str, bat
         _check_fit(name, model, other, policy, tokenizer)
         pair.append(models.frozen(model, policy.device) if path else model)
     return implicit_reward(*pair, beta, batch_size)
-
-
-def _imported(name: str) -> Callable:
-    """The function that `file.py:function` names."""
-    path, _, function = name.rpartition(":")
-    require(Path(path).is_file(), f"--reward {name}: {path}: no such file")
-    spec = importlib.util.spec_from_file_location(f"reward_{Path(path).stem}", path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where dataclasses look for themselves
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # the code is not ours
-        raise UserError(f"--reward {name}: {path} cannot be imported: {_in_a_line(error)}") from None
-    found = getattr(module, function, None)
-    require(callable(found), f"--reward {name}: {path} has no function {function!r}")
-    return found
 
 
 def _flags_of(folder: str) -> dict[str, Any]:

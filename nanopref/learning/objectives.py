@@ -9,7 +9,7 @@ was said of each answer, see `Group.said`.
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,8 +19,8 @@ from torch import Tensor
 import kernels
 from kernels.reference import MARGIN_LOSSES, SMOOTHED
 from nanopref.data.groups import Group
-from nanopref.running import parallel
-from nanopref.running.flags import require
+from nanopref.running import functions, parallel
+from nanopref.running.flags import UserError, is_code, require
 
 
 class Knobs(NamedTuple):
@@ -43,6 +43,16 @@ def margin_losses(values: Tensor, baseline: Tensor, there: Tensor, said: Tensor,
     """
     pairs = *values.unbind(1), *baseline.unbind(1)
     return kernels.dpo_loss(*pairs, beta=knobs.beta, label_smoothing=knobs.label_smoothing, loss=loss)[0]
+
+
+def own_margin_losses(
+    values: Tensor, baseline: Tensor, there: Tensor, said: Tensor, knobs: Knobs, *, function: Callable[..., Tensor]
+) -> Tensor:
+    """The same of a function of the user's own, f(h, β) or f(h, β, label_smoothing), h being the margin [G] without β,
+    as of a row of `kernels.reference.MARGIN_LOSSES`."""
+    chosen, rejected = (values - baseline).unbind(1)
+    smoothing = (knobs.label_smoothing,) if "label_smoothing" in functions.parameters(function) else ()
+    return function(chosen - rejected, knobs.beta, *smoothing)
 
 
 def plackett_luce(values: Tensor, baseline: Tensor, there: Tensor, said: Tensor, knobs: Knobs) -> Tensor:
@@ -148,7 +158,7 @@ LOGPROBS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # log π(y|x) [B] a
 
 
 class Objective(NamedTuple):
-    """A loss, and the defaults of the flags that make of it what its authors published.
+    """A loss, by its row in LOSSES, and the defaults of the flags that make of it what its authors published.
 
     `formula` is for readers: h is the margin of the rewards of a pair, r an answer's, with the β that belongs to them.
     """
@@ -221,17 +231,34 @@ ANSWERS = {"pairs": 2, "labels": 2, "rankings": 4, "ratings": 4}  # answers to a
 SELECTED = {"best-worst": ("pairs", 4), "doubt": ("pairs", 4), "rso": ("pairs", 8), "best": ("responses", 16)}
 
 
+def named(name: str) -> Objective:
+    """What --loss names: a row of OBJECTIVES, or one like DPO's, whose loss is the user's own FILE.py:FUNCTION."""
+    return Objective("a function of h and β of your own", name) if is_code(name) else OBJECTIVES[name]
+
+
+def loss_of(objective: Objective) -> Loss:
+    """What it descends."""
+    return _own(objective.loss) if is_code(objective.loss) else LOSSES[objective.loss]
+
+
+@cache  # a run goes on with the function that it began with, whatever becomes of the file
+def _own(name: str) -> Loss:
+    function = functions.load("--loss", name)
+    smoothing = {"label_smoothing"} & functions.parameters(function)
+    return Loss(partial(own_margin_losses, function=function), ("pairs",), (*COMPARED, "margin", *smoothing))
+
+
 def kinds(objectives: dict[str, Objective]) -> dict[str, tuple[str, ...]]:
     """The kinds of feedback that each learns from."""
-    return {name: LOSSES[objective.loss].kinds for name, objective in objectives.items()}
+    return {name: loss_of(objective).kinds for name, objective in objectives.items()}
 
 
 def resolve(config: Any, objective: Objective) -> Any:
     """The config with each flag that was not given as the objective has it, and the kind of feedback that it takes.
 
-    Raises UserError for flags that the objective has no use for.
+    Raises UserError for flags that the objective has no use for, and for a function of the user's own that is no loss.
     """
-    loss, row = LOSSES[objective.loss], objective._asdict()
+    loss, row = loss_of(objective), objective._asdict()
     for name in dict.fromkeys(name for other in LOSSES.values() for name in other.flags):
         fits = not getattr(config, name, None) or name in loss.flags
         require(fits, f"--loss {config.loss} has no use for --{name.replace('_', '-')}")
@@ -254,7 +281,38 @@ def resolve(config: Any, objective: Objective) -> Any:
     fits = config.answers > 1 or config.feedback == "labels"
     require(fits, f"--answers {config.answers} make no {config.feedback}")
     require(selects or not config.chooser, "--chooser: it is --select that goes by its numbers")
+    if is_code(objective.loss):
+        _probe(loss, config)
     return config
+
+
+def _probe(loss: Loss, config: Any) -> None:
+    """Raise UserError unless a function of the user's own gives each pair a finite loss with a finite slope, by its
+    margin alone: else losses would depend on micro-batches."""
+    name, h = f"--loss {config.loss}", torch.linspace(-10, 10, 21, requires_grad=True)  # nats; 0 is where a run begins
+
+    def losses_of(h: Tensor) -> Tensor:
+        values = torch.stack([h, torch.zeros_like(h)], 1)
+        losses = loss.losses(values, torch.zeros_like(values), None, None, knobs(config, ()))
+        shape = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+        require(shape == [len(h)], f"{name}: gives {shape} for {len(h)} margins, where it must give a loss each")
+        return losses
+
+    try:
+        losses = losses_of(h)
+        (slopes,) = torch.autograd.grad(losses.sum(), h, allow_unused=True) if losses.requires_grad else (None,)
+        alone = losses_of(h[:1])
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:  # the code is not ours
+        raise UserError(f"{name}: {functions.in_a_line(error)}; it was asked for margins from -10 to 10") from None
+    require(slopes is not None and bool(slopes.any()), f"{name}: its losses have no gradient in the margins")
+    for what, found in (("loss", losses), ("slope", slopes)):
+        bad = (~found.isfinite()).nonzero().flatten().tolist()
+        at = f"gives a {what} of {found[bad[0]]:g} at a margin of {h[bad[0]]:g}" if bad else ""
+        require(not bad, f"{name}: {at}, where it must be a finite number")
+    same = torch.allclose(alone, losses[:1], rtol=1e-4, atol=1e-6)
+    require(same, f"{name}: the loss of a pair must follow from its own margin, and not from other pairs or chance")
 
 
 def knobs(config: Any, groups: Sequence[Group]) -> Knobs:

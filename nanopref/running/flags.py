@@ -35,6 +35,14 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+CODE = "FILE.py:FUNCTION"  # where it is among a flag's choices, a function of the user's own is one too
+
+
+def is_code(word: str) -> bool:
+    """Whether a flag's word names a function of the user's own; see functions.py."""
+    return ".py:" in word
+
+
 # ---- a flag ----------------------------------------------------------------------------------------------------------
 
 BOUNDS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
@@ -92,9 +100,8 @@ def check(config: Any) -> None:
                 words, holds = BOUNDS[rule]
                 require(holds(number, rules[rule]), f"{name} must be {words} {rules[rule]}, not {number}")
             if choices := rules.get("among"):
-                require(
-                    number is None or number in choices, f"{name} must be one of {', '.join(choices)}, not {number}"
-                )
+                fits = number is None or number in choices or (CODE in choices and is_code(number))
+                require(fits, f"{name} must be one of {', '.join(choices)}, not {number}")
     if hasattr(config, "kernels"):
         try:
             with kernels.use(config.kernels):
@@ -182,10 +189,12 @@ def _for_tyro(Config: type, f: Field) -> tuple:
     ]
     default = "" if f.default in ("", None, ()) or isinstance(f.default, bool) else f.default
     hint = f"(default: {'; '.join(here) or default})" if here or default != "" else ""
-    kind = Literal[tuple(rules["among"])] if "among" in rules else f.type
+    choices = rules.get("among", ())
+    kind = Literal[tuple(choices)] if choices and CODE not in choices else f.type
     kind = tuple[kind, ...] if "among" in rules and isinstance(f.default, tuple) else kind
     kind = kind | None if f.default is None else kind
-    options = tyro.conf.arg(help=rules.get("help", ""), help_behavior_hint=hint)
+    values = "{" + ",".join(choices) + "}" if CODE in choices else None  # of which `check` sees that it is one
+    options = tyro.conf.arg(help=rules.get("help", ""), help_behavior_hint=hint, metavar=values)
     return (f.name, Annotated[kind, options], *(() if f.default is MISSING else (field(default=f.default),)))
 
 

@@ -35,9 +35,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import kernels
-from nanopref.running import parallel, replace, tensorboard
+from nanopref.running import functions, parallel, replace, tensorboard
 from nanopref.running.files import lock, read_lines, read_object, seconds_of, write_atomic
-from nanopref.running.flags import RewardError, RunFlags, UserError, is_loss_of_a_process, is_out_of_memory, require
+from nanopref.running.flags import (
+    RewardError,
+    RunFlags,
+    UserError,
+    is_code,
+    is_loss_of_a_process,
+    is_out_of_memory,
+    require,
+)  # fmt: skip
 from nanopref.running.inputs import Inputs, digest, fingerprint, fingerprint_of_word, parts_of, paths_in
 from nanopref.running.logs import NOTHING, Logs
 from nanopref.running.optim import Both, batches
@@ -119,6 +127,7 @@ class Run:
     def _read(self) -> dict[str, list[list[str]]]:
         """The words of each flag that names what is read, each in parts, of which some may be paths."""
         found = {f"--{name}": words for name in READ if (words := getattr(self.config, name, None))}
+        found |= {"--loss": (loss,)} if is_code(loss := getattr(self.config, "loss", "")) else {}
         return {k: [[x]] if isinstance(x, str) else [parts_of(word) for word in x] for k, x in found.items()}
 
     def begin(self) -> None:
@@ -130,6 +139,10 @@ class Run:
         by_first(self._make)
         self._inputs = Inputs(self.folder)  # the same for all processes, who go by it
         self.pin_what_is_read()
+        if is_code(loss := getattr(self.config, "loss", "")):  # a judge that failed may be mended, a loss is what it is
+            file, hint = functions.file_of(loss), f"is not what the run in {self.folder} began with"
+            found = by_first(lambda: fingerprint(file))
+            self._inputs.pin("code of --loss", found, f"--loss {loss}: {file} {hint}: put that back, or --overwrite")
         kept = read_object(self.folder / "seconds.json").items()  # a run goes on without them
         self.seconds = {name: x for name, x in kept if isinstance(x, int | float) and math.isfinite(x)}
 
