@@ -107,7 +107,7 @@ def figures_of(words: list[str]) -> dict:
     text = functions.file_of(loss).read_text() if flags.is_code(loss) else loss
     chance = random.Random(hashlib.sha256(f"{text} {beta} {seed}".encode()).hexdigest())
     true = {"policy": chance.random(), "reference": 0.0, "reference_std": 1.0, "win_rate": 0.5}
-    return {"true_reward": true, "kl": 3 * chance.random(), "response_length": {"policy": 30}}
+    return {"true_reward": true, "kl": 3 * chance.random(), "response_length": {"policy": 30}, "ended": {"policy": 1.0}}
 
 
 @pytest.fixture
