@@ -323,7 +323,7 @@ def draw_auc(signals: dict[str, list[dict]], axis) -> None:
 
 def draw_negations(signals: dict[str, list[dict]], axis) -> None:
     shares = [[np.mean([seed["where"]["negated"][r] for seed in seeds]) for r in ROLES] for seeds in signals.values()]
-    heat(axis, np.array(shares), [LOOKS[name].label for name in signals], ROLES, 1.0)
+    heat(axis, np.array(shares), [LOOKS[name].label for name in signals], ROLES, 0.5)
     axis.set_title("whose is the credit of a negated judgement?", fontsize=11)
 
 
