@@ -199,7 +199,7 @@ class Truth:
         paid, said = np.bincount(group, self.paid), np.bincount(group, self.value != 0)
         negated = np.bincount(group, self.roles == "negator") > 0
         for name, which in (("plain", ~negated), ("negated", negated)):
-            credit = np.where((which & (said == 1) & (paid != 0))[group], signal * np.sign(paid)[group], 0.0)
+            credit = np.where((which & (said == 1))[group], signal * np.sign(paid)[group], 0.0)
             size = np.abs(credit).sum() or 1.0
             found[name] = {role: float(credit[self.roles == role].sum() / size) for role in ROLES}
         return found
