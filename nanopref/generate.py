@@ -1,6 +1,10 @@
-"""An answer to a prompt, as it is sampled, the best of several, or a conversation: `python -m nanopref.generate`"""
+"""An answer to a prompt, as it is sampled, the best of several, or a conversation: `python -m nanopref.generate`
+
+With --credit also which of its tokens the policy holds to be good and which bad.
+"""
 
 import codecs
+import os
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
@@ -10,10 +14,11 @@ from nanopref.data import chat
 from nanopref.data.chat import encode_prompt
 from nanopref.data.dialogues import NEXT, Dialogue
 from nanopref.data.tokenizer import Tokenizer
+from nanopref.evaluation import credit
 from nanopref.feedback import rewards
 from nanopref.models.frozen import rounded
 from nanopref.models.language import LM
-from nanopref.models.sampling import as_answer, check_room, check_sampling, generate, response_text, room_for_prompt
+from nanopref.models.sampling import as_answer, check_room, check_sampling, generate, room_for_prompt
 from nanopref.running import flags, parallel, terminal
 from nanopref.running.flags import RewardFlags, flag, require
 
@@ -34,6 +39,8 @@ class Config(RewardFlags):
     top_k: int = flag(0, "sample from the k most likely tokens only (0: all)", least=0)
     top_p: float = flag(1.0, "sample from the most likely tokens that hold this much probability", above=0, most=1)
     best_of: int = flag(1, "sample so many responses and print the one that --reward gives most", least=1, most=4096)
+    credit: bool = flag(False, "then show what each token is credited with by the run in --model: β log π/π_ref and, "
+                        "after PPO, what its critic says (with --reward as the judge, or the run's own)")  # fmt: skip
     seed: int = flag(0, "another seed, another response", least=0, below=2**32)
     device: str = flag("auto", "auto, cpu or cuda")
 
@@ -41,7 +48,9 @@ class Config(RewardFlags):
 def main(config: Config) -> None:
     flags.check(config)
     check_sampling(config.max_new_tokens, config.temperature, config.top_k, config.top_p)
-    require((config.best_of > 1) == (config.reward is not None), "--best-of n, above 1, and --reward go together")
+    together = (config.best_of > 1) == (config.reward is not None) or (config.credit and config.best_of == 1)
+    require(together, "--best-of n, above 1, and --reward go together")
+    require(not (config.chat and config.credit), "--credit is of a single answer: leave out --chat")
     require(config.chat or not config.system, "--system goes with --chat")
     alone = not config.chat or (not config.prompt and config.best_of == 1)
     require(alone, "--chat asks for what you say line by line: leave out --prompt and --best-of")
@@ -52,20 +61,33 @@ def main(config: Config) -> None:
     setting |= {"generator": parallel.generator(config.seed, "generate", device), "ends": chat.ends(tokenizer)}
     if config.chat:
         return converse(config, model, tokenizer, setting)
-    judge = rewards.load(config.reward, model, tokenizer, config) if config.best_of > 1 else None
+    words, critic = config.reward, credit.critic_of(config.model) if config.credit else ""
+    if critic and words is None:
+        words = credit.judges_of(config.model)
+    idle = config.credit and not critic and config.best_of == 1 and words is not None
+    require(not idle, f"--reward: {config.model} has no critic, for which it would judge")
+    judge = rewards.load(words, model, tokenizer, config) if words is not None else None
+    credits = credit.load(config.model, model, tokenizer, judge if critic else None) if config.credit else None
     prompt = encode_prompt(tokenizer, config.prompt)
     check_room([prompt], model)
     write(config.prompt)
-    if judge is None:
+    if config.best_of == 1:
         printer = Printer(tokenizer, setting["ends"])
-        sample(model, [prompt], config.max_new_tokens, on_token=printer.show, **setting)
+        (said,) = sample(model, [prompt], config.max_new_tokens, on_token=printer.show, **setting)
         printer.finish()
+        answer = as_answer(prompt, said, tokenizer, config.prompt)
     else:
         samples = sample(model, [prompt] * config.best_of, config.max_new_tokens, **setting)
-        scores = judge([as_answer(prompt, sample, tokenizer, config.prompt) for sample in samples])
-        write(response_text(samples[int(scores.argmax())].tokens, tokenizer), "\n")
+        answers = [as_answer(prompt, sample, tokenizer, config.prompt) for sample in samples]
+        scores = judge(answers)
+        answer = answers[int(scores.argmax())]
+        write(answer.text, "\n")
         mean, most = scores.mean().item(), scores.max().item()
         print(f"\nscore {most:.2f}: the best of {config.best_of}, whose mean is {mean:.2f}")
+    if credits:
+        found = {name: numbers for name, (numbers,) in credits([answer]).items()}
+        colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+        print(f"\n{credit.shown(credit.token_texts(answer.tokens, tokenizer), found, colour)}")
 
 
 def sample(model: LM, prompts: list[list[int]], max_new_tokens: int, **setting) -> list:

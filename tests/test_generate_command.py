@@ -1,6 +1,7 @@
 """`python -m nanopref.generate` as its users meet it."""
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from nanopref.data.dialogues import NEXT
 from nanopref.data.tokenizer import Tokenizer
 from nanopref.generate import Config, Printer, Stop, main
 from nanopref.models import sampling
+from nanopref.models.scalar import ScalarModel
 from nanopref.running import flags
 
 
@@ -107,6 +109,63 @@ def test_the_command_refuses_bad_folders_and_prompts(tmp_path, folder, capsys):
 @pytest.mark.parametrize("seed", [-1, 2**32])
 def test_the_command_refuses_a_seed_out_of_range(folder, capsys, seed):
     assert "--seed" in refusal(capsys, prompt="a", model=str(folder), seed=seed)
+
+
+# ---- credit ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def runs(folder, tmp_path_factory):
+    """A DPO run and a PPO run of the scripted model, whose reference knows nothing, and a judge by length."""
+    root, (policy, tokenizer) = tmp_path_factory.mktemp("runs"), models.load(folder)
+    models.save(scripted([], 24), tokenizer, root / "sft")
+    (root / "mine.py").write_text("def f(prompt, response):\n    return float(len(response))\n")
+    flags = {"init": str(root / "sft"), "beta": 0.5, "reward": [f"{root}/mine.py:f"], "missing_end": 1.0}
+    for name in ("dpo", "ppo"):
+        models.save(policy, tokenizer, root / name / "model")
+        (root / name / "config.json").write_text(json.dumps({"flags": flags | {"gamma": 1.0, "lam": 0.9}}))
+    models.save(ScalarModel(models.load(folder)[0]), tokenizer, root / "ppo" / "critic")
+    return root
+
+
+def test_credit_is_a_table_behind_the_answer(monkeypatch, runs):
+    said = answer(monkeypatch, runs / "dpo", credit=True)[-1].splitlines()
+    assert said[:2] == ["xyé🎬 ok", ""] and said[2].split() == ["token", "β", "log", "π_θ/π_ref"]
+    names = [line.split('"')[1] for line in said[4:-1]]
+    assert names == ["", "é", "", "", "", "🎬", " ", "o", "k", "<|endoftext|>"] and said[-1].startswith("together")
+    assert all(float(line.split()[-1]) > 0 for line in said[4:])  # the reference would have said anything
+    both = answer(monkeypatch, runs / "ppo", credit=True)[-1].splitlines()
+    assert both[2].endswith("GAE's advantage") and len(both[4].split()) == 4
+    other = answer(monkeypatch, runs / "ppo", credit=True, reward=("rules",))[-1].splitlines()
+    assert [line.split()[-2] for line in both[4:12]] == [line.split()[-2] for line in other[4:12]]
+    assert both[-2] != other[-2]  # the last token, at which the judge is heard
+
+
+@pytest.mark.parametrize("setting, colours", [("NO_COLOR=", True), ("NO_COLOR=1", False), ("TERM=dumb", False)])
+def test_credit_is_coloured_on_a_terminal_that_shows_colours(setting, colours, monkeypatch, runs):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv(*setting.split("="))
+    monkeypatch.setattr(Terminal, "isatty", lambda self: True)
+    shown = answer(monkeypatch, runs / "dpo", credit=True)[-1]
+    assert ("\x1b[38;5;16;48;5;" in shown) is colours and ("token " in shown) is not colours
+
+
+def test_the_best_of_several_has_credit_too(monkeypatch, runs):
+    said = answer(monkeypatch, runs / "dpo", credit=True, best_of=2, reward=(f"{runs}/mine.py:f",))[-1]
+    assert "score 5.00: the best of 2, whose mean is 5.00\n\ntoken" in said and "together" in said
+
+
+def test_credit_that_nothing_can_say_is_refused(folder, runs, capsys):
+    no_run = refusal(capsys, prompt="a", model=str(folder), credit=True)
+    assert f"--credit: {folder}: no run of train_dpo.py or train_ppo.py, which would say its β" in no_run
+    assert "--credit is of a single answer: leave out --chat" in refusal(
+        capsys, model=str(runs / "dpo"), credit=True, chat=True
+    )
+    said = refusal(capsys, prompt="a", model=str(runs / "dpo"), credit=True, reward=("true",))
+    assert f"--reward: {runs}/dpo has no critic, for which it would judge" in said
+    assert "go together" in refusal(capsys, prompt="a", model=str(runs / "dpo"), credit=True, best_of=2)
+    assert "go together" in refusal(capsys, prompt="a", model=str(runs / "ppo"), reward=("true",))
 
 
 # ---- a conversation --------------------------------------------------------------------------------------------------

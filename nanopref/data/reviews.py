@@ -86,6 +86,7 @@ ASPECT_OF |= dict.fromkeys(["movie", "it", *GENRES], "film")
 ASPECT_OF |= dict.fromkeys((name.lower() for name in SURNAMES), "acting")
 
 _SENTENCE_END = re.compile(r"[.!?\r\n]+")
+_SENTENCE = re.compile(r"[^.!?\r\n]+")
 _WORD = re.compile(rf"\b(?:{'|'.join([*VERDICTS, 'far from'])})\b|[a-z]+(?:'[a-z]+)?|[{''.join(PAUSES)}]")
 _DETAIL = re.compile(
     rf"\b(?:{'|'.join([*sorted(SURNAMES), *CHARACTERS, *PLACES])}|(?:{'|'.join(NUMBERS)}|\d+) minutes|minute \d+)\b",
@@ -100,25 +101,30 @@ def sentences(response: str) -> list[str]:
 
 def judgements(sentence: str) -> list[tuple[str, str, float]]:
     """What one lower-case sentence says, as (aspect, opinion word, value) in reading order, repetitions included."""
-    found: list[tuple[str, str, float, float]] = []
+    return [(about, word, value) for about, word, value, _ in _located(sentence)]
+
+
+def _located(sentence: str) -> list[tuple[str, str, float, int]]:
+    """The judgements of a sentence, each with the place where its opinion word begins."""
+    found: list[tuple[str, str, float, float, int]] = []
     aspect, negation, degree, weight = None, 1.0, 1.0, 1.0
-    words = [word for word in _WORD.findall(sentence) if word not in ARTICLES]
-    for word, following in zip(words, [*words, ""][1:], strict=True):
+    words = [(match[0], match.start()) for match in _WORD.finditer(sentence) if match[0] not in ARTICLES]
+    for (word, start), (following, _) in zip(words, [*words, ("", 0)][1:], strict=True):
         if word in ASPECT_OF:
             aspect = ASPECT_OF[word]
         elif word in OPINIONS:
             if about := ASPECT_OF.get(following, aspect):
-                found.append((about, word, OPINIONS[word] * degree * negation, weight))
+                found.append((about, word, OPINIONS[word] * degree * negation, weight, start))
             degree = 1.0
         elif word in VERDICTS:
-            found.append(("verdict", word, VERDICTS[word] * degree * negation, weight))
+            found.append(("verdict", word, VERDICTS[word] * degree * negation, weight, start))
             degree = 1.0
         elif word in DEGREES:
             degree = DEGREES[word]
         elif word in NEGATORS or word.endswith("n't"):
             negation *= -0.5
         elif word in TURNS:
-            found = [(about, term, value, 0.5) for about, term, value, _ in found]
+            found = [(about, term, value, 0.5, place) for about, term, value, _, place in found]
             negation, degree, weight = 1.0, 1.0, 1.0
         elif word in CONCESSIONS:
             negation, degree, weight = 1.0, 1.0, 0.5
@@ -126,19 +132,37 @@ def judgements(sentence: str) -> list[tuple[str, str, float]]:
             negation, degree = 1.0, 1.0
         elif word in PAUSES:
             negation, degree, weight = 1.0, 1.0, 1.0
-    return [(about, word, value * conceded) for about, word, value, conceded in found]
+    return [(about, word, value * conceded, start) for about, word, value, conceded, start in found]
+
+
+class Opinion(NamedTuple):
+    """A judgement of a response: where its opinion word stands there, response[start:end], what it is worth by itself,
+    and what S is paid for it, which is that or 0."""
+
+    start: int
+    end: int
+    value: float
+    paid: float
+
+
+def opinions(response: str) -> list[Opinion]:
+    """The judgements of any text in reading order, those that do not pay included. The sum of `paid` is S."""
+    lower, found, seen = response.lower().replace("’", "'"), [], set()
+    # where each character of the lower-case text stands in the response: "İ" alone becomes two
+    place = range(len(lower)) if len(lower) == len(response) else [i for i, c in enumerate(response) for _ in c.lower()]
+    for sentence in _SENTENCE.finditer(lower):
+        for aspect, word, value, start in _located(sentence[0]):
+            said = {(aspect, value > 0), (word, value > 0)}
+            start += sentence.start()
+            pays = seen.isdisjoint(said)
+            found.append(Opinion(place[start], place[start + len(word) - 1] + 1, value, value if pays else 0.0))
+            seen |= said if pays else set()
+    return found
 
 
 def true_reward(response: str) -> float:
     """The reward of any text, in [-5, 5]; 0 if it judges nothing. The formula is at the top of this file."""
-    total, paid = 0.0, set()
-    for sentence in sentences(response):
-        for aspect, word, value in judgements(sentence):
-            praise = value > 0
-            if (aspect, praise) not in paid and (word, praise) not in paid:
-                paid |= {(aspect, praise), (word, praise)}
-                total += value
-    return 5 * math.tanh(total / 8)
+    return 5 * math.tanh(sum(opinion.paid for opinion in opinions(response)) / 8)
 
 
 def specificity(response: str) -> float:

@@ -8,15 +8,29 @@ import numpy as np
 from nanopref.learning.objectives import is_right
 
 
+def correlation(x: Sequence[float], y: Sequence[float]) -> float:
+    """Pearson's; 0 where one of the two is constant."""
+    return float(np.corrcoef(x, y)[0, 1]) if np.std(x) and np.std(y) else 0.0
+
+
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
     """Spearman's: the correlation of the ranks, equal values sharing theirs; 0 where one of the two is constant."""
 
-    def ranks(values: Sequence[float]) -> np.ndarray:
-        _, place, count = np.unique(values, return_inverse=True, return_counts=True)
-        return (np.cumsum(count) - (count - 1) / 2)[place]
+    return correlation(ranks(x), ranks(y))
 
-    x, y = ranks(x), ranks(y)
-    return float(np.corrcoef(x, y)[0, 1]) if x.std() and y.std() else 0.0
+
+def ranks(values: Sequence[float]) -> np.ndarray:
+    """From 1 for the smallest; equal values share theirs."""
+    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(count) - (count - 1) / 2)[place]
+
+
+def auc(positive: Sequence[float], negative: Sequence[float]) -> float:
+    """How often one of the first is above one of the second, ties half: the area under the ROC curve (Mann and Whitney
+    1947); 1/2 where there is nothing to tell apart."""
+    n, m = len(positive), len(negative)
+    above = ranks(np.concatenate([positive, negative]))[:n].sum() - n * (n + 1) / 2
+    return float(above / (n * m)) if n and m else 0.5
 
 
 def calibration(gap: np.ndarray, bins: int = 10) -> list[dict[str, float]]:

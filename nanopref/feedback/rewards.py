@@ -242,37 +242,47 @@ TASK = {"true": true_reward, "specificity": specificity}  # what only the built-
 def load_model(name: str | Path, policy: LM, tokenizer: Tokenizer) -> ScalarModel:
     """The reward model of a folder, on the policy's device. Raises UserError where it cannot judge what that writes."""
     model, other = models.load_scalar(name)
-    _check_fit(name, model, other, policy, tokenizer)
+    _check_fit(f"--reward {name}", model, other, policy, tokenizer)
     models.frozen(model, policy.device)
     said = response_scores(model, Encoded.pack([[([tokenizer.end_of_text], [tokenizer.end_of_text])]]))
     require(bool(said.isfinite().all()), f"--reward {name}: gives a score that is no finite number")
     return model
 
 
-def _check_fit(name: str | Path, model: LM | ScalarModel, other: Tokenizer, policy: LM, tokenizer: Tokenizer) -> None:
-    require(other == tokenizer, f"--reward {name}: its tokenizer is not the policy's, so it would misread it")
+def _check_fit(asked: str, model: LM | ScalarModel, other: Tokenizer, policy: LM, tokenizer: Tokenizer) -> None:
+    require(other == tokenizer, f"{asked}: its tokenizer is not the policy's, so it would misread it")
     longest, needed = model.context, policy.context
-    require(longest >= needed, f"--reward {name}: its context of {longest} is less than the policy's {needed}")
+    require(longest >= needed, f"{asked}: its context of {longest} is less than the policy's {needed}")
 
 
 def _implicit(name: str, policy: LM | None, tokenizer: Tokenizer, init: str, batch_size: int) -> Reward | None:
     """The implicit reward of a run's policy, or of the one in hand, whose folder --init names."""
     folder = name.partition(":")[2]
-    start = made_from([folder or init])
-    hint = "no run of train_dpo.py or train_ppo.py, which would say its β and which policy it is held against"
-    found = _flags_of(folder or init) if start else {}
-    beta, usual = found.get("beta"), {"reference": "model", "logprobs": "sum"}
-    alike = all(found.get(name, value) == value for name, value in usual.items())
-    require(alike, f"--reward {name}: trained by --loss {found.get('loss')}, whose reward is not β log π/π_ref")
-    require(isinstance(beta, int | float), f"--reward {name}: {folder or init or 'no folder is named, so'}: {hint}")
+    start, found = held_against(folder or init, f"--reward {name}")
     if policy is None:
         return None
-    pair = []
-    for path in (folder, start):
-        model, other = models.load(path) if path else (policy, tokenizer)
-        _check_fit(name, model, other, policy, tokenizer)
-        pair.append(models.frozen(model, policy.device) if path else model)
-    return implicit_reward(*pair, beta, batch_size)
+    pair = [load_policy(path, policy, tokenizer, f"--reward {name}") if path else policy for path in (folder, start)]
+    return implicit_reward(*pair, found["beta"], batch_size)
+
+
+def held_against(folder: str, asked: str) -> tuple[str, dict[str, Any]]:
+    """Of the run in a folder, whose policy is a reward β log π/π_ref: the folder of π_ref, and its flags, β among them.
+    UserError, which begins with what was `asked`, where it says neither, or was fitted to another reward."""
+    start = made_from([folder])
+    found = _flags_of(folder) if start else {}
+    beta, usual = found.get("beta"), {"reference": "model", "logprobs": "sum"}
+    alike = all(found.get(name, value) == value for name, value in usual.items())
+    require(alike, f"{asked}: trained by --loss {found.get('loss')}, whose reward is not β log π/π_ref")
+    hint = "no run of train_dpo.py or train_ppo.py, which would say its β and which policy it is held against"
+    require(isinstance(beta, int | float), f"{asked}: {folder or 'no folder is named, so'}: {hint}")
+    return start, found
+
+
+def load_policy(path: str, policy: LM, tokenizer: Tokenizer, asked: str) -> LM:
+    """The policy in a folder, frozen, on the device of the one in hand. UserError where it would misread that one."""
+    model, other = models.load(path)
+    _check_fit(asked, model, other, policy, tokenizer)
+    return models.frozen(model, policy.device)
 
 
 def _flags_of(folder: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
@@ -29,6 +30,31 @@ def response_logprobs(
         model, encoded, description, batch_size,
         lambda batch: model(batch.inputs, batch.targets, batch.mask, temperature, packed=batch.packed).sum(-1),
     )  # fmt: skip
+
+
+def token_logprobs(
+    model: LM, encoded: Encoded, description: str = "log-probs", batch_size: int = 64, temperature: float = 1.0
+) -> Tensor:
+    """log π of each token that counts [N, T], 0 elsewhere, on the CPU; columns as in a batch of all rows."""
+    columns = int(encoded.row_lengths.max()) - 1
+
+    def say(batch: Batch) -> Tensor:
+        logprobs = model(batch.inputs, batch.targets, batch.mask, temperature, packed=batch.packed)
+        return F.pad(logprobs, (0, columns - logprobs.shape[1]))
+
+    return _by_batches(model, encoded, description, batch_size, say)
+
+
+def token_scores(model: ScalarModel, encoded: Encoded, description: str = "scores", batch_size: int = 64) -> Tensor:
+    """The mean of what the heads say at each token, of the text up to it [N, T + 1], on the CPU; what stands behind a
+    row's last token means nothing."""
+    columns = int(encoded.row_lengths.max())
+
+    def say(batch: Batch) -> Tensor:
+        scores = model(batch.tokens, packed=batch.packed).mean(-1)
+        return F.pad(scores, (0, columns - scores.shape[1]))
+
+    return _by_batches(model, encoded, description, batch_size, say)
 
 
 def reference_logprobs(run: Run, model: LM | None, *parts: Encoded, batch_size: int = 64) -> tuple[Tensor, ...]:

@@ -76,6 +76,37 @@ def test_the_published_formula_on_examples_worked_by_hand():
         assert s == total(text), text
 
 
+def test_where_opinions_stand_and_what_each_is_paid_by_hand():
+    for text, expected in {
+        "The acting is superb, but the plot is not very clever.": [("superb", 0.75, 0.75), ("clever", -0.625, -0.625)],
+        " Stiff cast! See it twice! İ\nSKIP IT": [("Stiff", -1, -1), ("See it twice", 1.5, 1.5), ("SKIP IT", -1, -1)],
+        "The cast is warm. The cast is warm.": [("warm", 1, 1), ("warm", 1, 0)],  # the same again
+        "The plot is clever. The score is clever.": [("clever", 1, 1), ("clever", 1, 0)],  # the word is used up
+        "The plot is clever. The story is never dull. The plot is dull.": [  # the aspect is; blame is paid for itself
+            ("clever", 1, 1), ("dull", 0.5, 0), ("dull", -1, -1)
+        ],
+        "İİ the film is good, İ": [("good", 1, 1)],  # of which each is two characters in lower case
+        "It is. Superb.": [],
+    }.items():  # fmt: skip
+        assert [(text[o.start : o.end], o.value, o.paid) for o in reviews.opinions(text)] == expected, text
+
+
+@given(st.one_of(TEXT, st.lists(st.sampled_from([*WORDS, "İ", "it’s", "\n", "ſ"]), max_size=40).map(" ".join)))
+@example("İ" * 9 + "The film is good. İ It is bad")
+def test_opinions_stand_at_their_words_in_order_and_pay_all_that_is_paid(text):
+    found, end = reviews.opinions(text), 0
+    for opinion in found:
+        word = text[opinion.start : opinion.end].lower().replace("i\u0307", "i")
+        assert word in reviews.OPINIONS or word in VERDICTS
+        assert end <= opinion.start and opinion.paid in (0, opinion.value)
+        end = opinion.end
+    assert true_reward(text) == 5 * math.tanh(math.fsum(o.paid for o in found) / 8)
+    said = [value for sentence in reviews.sentences(text) for _, _, value in reviews.judgements(sentence)]
+    assert said == [opinion.value for opinion in found]
+    if found:
+        assert found[0].paid == found[0].value
+
+
 def test_negation_flips_the_sign_and_dampens():
     for word, strength in reviews.OPINIONS.items():
         plain = true_reward(f"The plot is {word}.")

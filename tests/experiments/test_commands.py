@@ -9,7 +9,7 @@ import train_dpo
 import train_ppo
 import train_rm
 from nanopref.data import reviews
-from nanopref.experiments import active, constitution, front, online, relatives, runs
+from nanopref.experiments import active, constitution, credit, front, online, relatives, runs
 from nanopref.feedback import rewards
 from nanopref.learning import objectives
 from nanopref.learning.objectives import OBJECTIVES, SCORES
@@ -25,7 +25,7 @@ PAIR = {"prompt": "p", "chosen": " Nora Vale plays the captain.", "rejected": " 
 
 @pytest.mark.parametrize(
     "experiment, expected",
-    [(active, 7), (constitution, 2), (front, 15), (online, 11), (relatives, 6)],
+    [(active, 7), (constitution, 2), (credit, 5), (front, 15), (online, 11), (relatives, 6)],
     ids=lambda x: getattr(x, "__name__", "").rpartition(".")[2],
 )
 def test_each_run_has_flags_that_its_script_takes(experiment, expected, tmp_path, monkeypatch):
