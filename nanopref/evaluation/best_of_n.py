@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from torch import Tensor
 
 from nanopref.data.tokenizer import Tokenizer
 from nanopref.feedback.rewards import Reward
@@ -85,13 +86,20 @@ def measure(
     """Best-of-1, 2, 4 … of n answers to each prompt, by `score`: what that is worth, by itself and by the others, its
     KL and the bound on it. One row for each; `sampling` is as for `respond`."""
     answers = respond(policy, tokenizer, [x for x in prompts for _ in range(n)], stream="best of n", **sampling)
-    scores = score(answers).double().numpy().reshape(-1, n)
-    values = {"score": scores} | {
-        name: other(answers).double().numpy().reshape(-1, n) for name, other in others.items()
-    }
-    values["tokens"] = np.array([len(answer.tokens) for answer in answers]).reshape(-1, n)
+    values = {name: by_prompt(reward(answers), n) for name, reward in {"score": score, **others}.items()}
+    return curve(values | {"tokens": np.array([len(answer.tokens) for answer in answers]).reshape(-1, n)}, n)
+
+
+def by_prompt(scores: Tensor, n: int) -> np.ndarray:
+    """[prompts · n] -> [prompts, n] in float64."""
+    return scores.double().numpy().reshape(-1, n)
+
+
+def curve(values: dict[str, np.ndarray], largest: int) -> list[dict[str, float]]:
+    """Best-of-1, 2, 4 … `largest` by values["score"], of pools [prompts, N]: each value, the KL and the bound on it."""
+    scores = values["score"]
     return [
         {"n": k, **{name: float(best_of(scores, value, k).mean()) for name, value in values.items()}}
         | {"kl": float(kl(scores, k).mean()), "bound": kl_bound(k)}
-        for k in (2**i for i in range(n.bit_length()))
+        for k in (2**i for i in range(largest.bit_length()))
     ]

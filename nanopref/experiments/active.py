@@ -102,10 +102,7 @@ def quality(folder: Path) -> float:
     return rank_correlation(rewards.true_reward(answers).numpy(), scores.numpy())
 
 
-def main(config: Config) -> None:
-    flags.check(config)
-    runs.present(config, lambda: measure(config), show)
-
+main = runs.experiment(measure, show)
 
 if __name__ == "__main__":
     flags.main(main, Config)

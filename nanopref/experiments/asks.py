@@ -21,13 +21,13 @@ from nanopref.running.parallel import say, start
 
 
 @dataclass
-class Config:
+class Config(runs.FigureFlags):
     """How often a chat model that is asked which of two answers is better agrees with the people who were.
 
     Example: python -m nanopref.experiments.asks --model SmolLM2-1.7B-Instruct --data hh_harmless.jsonl.gz
     """
 
-    out: str = flag("out/asks", "the folder of table.md, results.json and plot.png")
+    out: str = "out/asks"
     model: str = flag("", "the chat model: a run folder, a Hugging Face folder, or a hub name")
     data: str = flag("", "pairs (README)")
     pairs: int = flag(200, "how many of them, drawn at random", least=1)
@@ -37,8 +37,8 @@ class Config:
     device: str = flag("auto", "auto, cpu or cuda")
 
 
-def main(config: Config) -> None:
-    flags.check(config)
+def measure(config: Config) -> dict:
+    """{question: shares of pairs, and of how many}"""
     require(bool(config.model and config.data), "--model and --data: name a chat model and a file of pairs")
     kind, groups, _ = read(config.data)
     require(kind == "pairs", f"--data {config.data}: holds {kind} and no pairs")
@@ -62,13 +62,17 @@ def main(config: Config) -> None:
         lead = asking.margins(both).double().numpy()
         require(bool(np.isfinite(lead).all()), f"--model {config.model}: says what is no finite number")
         once = np.where(chosen_first, both[:, 0], -both[:, 1])
-        found[name] = measure(lead, longer) | {"once": share(once), "says_a": share(both.numpy().ravel())}
+        found[name] = agreement(lead, longer) | {"once": share(once), "says_a": share(both.numpy().ravel())}
         if name != "which is better":
             principles += weight * lead
     if len(questions) > 2:
-        found["all principles"] = measure(principles, longer)
+        found["all principles"] = agreement(principles, longer)
     found["the longer one"] = {"right": share(longer)}
 
+    return found
+
+
+def show(found: dict) -> tuple[str, list]:
     header = ["", "agrees", "95%", "asked once", "says A", "for the longer one", "mean log-odds, absolute"]
     lines = [header]
     for name, figures in found.items():
@@ -87,7 +91,10 @@ def main(config: Config) -> None:
         axis.set_yticks(range(len(names)), names)
         axis.set(title="agrees with people: share of pairs, 95%", xlim=(0, 1))
 
-    runs.save(config, runs.markdown(lines), {"pairs": len(pairs), **found}, [draw])
+    return runs.markdown(lines), [draw]
+
+
+main = runs.experiment(measure, show)
 
 
 def share(lead: np.ndarray) -> tuple[float, int]:
@@ -95,7 +102,7 @@ def share(lead: np.ndarray) -> tuple[float, int]:
     return float(np.mean(is_right(np.asarray(lead, dtype=np.float64)))), len(lead)
 
 
-def measure(lead: np.ndarray, longer: np.ndarray) -> dict:
+def agreement(lead: np.ndarray, longer: np.ndarray) -> dict:
     """Of log-odds for the chosen answers [M]: how often they are right and are for the longer answer, and how large."""
     return {"right": share(lead), "longer": share((lead * longer)[longer != 0]), "size": float(np.abs(lead).mean())}
 

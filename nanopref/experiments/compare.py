@@ -7,9 +7,11 @@ from `frontier`, `scaling` and `noise`, where these were run.
 """
 
 import json
+import math
 import random
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +25,6 @@ from nanopref.feedback import rewards
 from nanopref.running import flags
 from nanopref.running.files import read_object
 from nanopref.running.flags import flag
-from nanopref.running.folder import read_metrics
 
 NAMES = {"dpo": "DPO", "ppo": "RLHF: reward model and PPO"}
 GRID = {  # learning rates and β, each around what works
@@ -45,7 +46,6 @@ class Config(ExperimentFlags):
     """
 
     out: str = "out/compare"
-    seeds: int = 2
     prompts: int = 1280
     iterations: int = flag(16, "rounds of PPO", least=1)
     frontier: str = flag("out/frontier", "the folder of that experiment, for reward at equal KL")
@@ -54,40 +54,54 @@ class Config(ExperimentFlags):
 
 
 def measure(config: Config) -> dict:
-    runs.results(config, {"rm": Variant([*runs.FEW_PAIRS], script="train_rm.py")})
     words = {"dpo": [*runs.FEW], "ppo": [*runs.FEW, "--reward", "SEED/rm", "--iterations", str(config.iterations)]}
-    grid, settings = {}, {method: dict(zip(("lr", "beta"), axes, strict=True)) for method, axes in GRID.items()}
-    for method, axes in settings.items():
-        for lr in axes["lr"]:
-            for beta in axes["beta"]:
-                more = [*words[method], "--lr", f"{lr:g}", "--beta", f"{beta:g}"]
-                script = {"kind": "", "script": "train_ppo.py"} if method == "ppo" else {}
-                grid[f"{method} {lr:g},{beta:g}"] = Variant(more, **script)
-    folders = runs.results(config, grid)
-    middle = {method: folders[f"{method} {axes['lr'][1]:g},{axes['beta'][1]:g}"] for method, axes in settings.items()}
+    settings = {
+        f"{method} {lr:g},{beta:g}": Variant(
+            [*words[method], "--lr", f"{lr:g}", "--beta", f"{beta:g}"],
+            **({"kind": "", "script": "train_ppo.py"} if method == "ppo" else {}),
+        )
+        for method, (lrs, betas) in GRID.items()
+        for lr in lrs
+        for beta in betas
+    }
+    middle = {method: f"{method} {lrs[1]:g},{betas[1]:g}" for method, (lrs, betas) in GRID.items()}
+    # one at a time, since their seconds count; of no use to the grid, whose runs have another number of threads
+    alone = replace(config, jobs=1)
+    rms = runs.results(alone, {"rm": Variant(runs.FEW_PAIRS, script="train_rm.py")})["rm"]
+    timed = runs.results(alone, {f"{method} timed": settings[name] for method, name in middle.items()})
+    folders = runs.results(config, settings)
+    of_both = [[rm, run] for run in timed["ppo timed"] for rm in rms if rm.parent == run.parent]
+    stages = {"dpo": [[run] for run in timed["dpo timed"]], "ppo": of_both}
     elsewhere = {name: read_object(Path(getattr(config, name)) / "results.json") for name in
                  ("frontier", "scaling", "wrong")}  # fmt: skip
     return {
         "grid": runs.by_setting(folders),
-        "cost": {"dpo": [cost([run]) for run in middle["dpo"]],
-                 "ppo": [cost([run.parent / "rm", run]) for run in middle["ppo"]]},
+        "tried": {method: config.seeds * len(lrs) * len(betas) for method, (lrs, betas) in GRID.items()},
+        "cost": {method: [cost(of_seed) for of_seed in stages[method]] for method in NAMES},
         "prompts": {
-            kind: {method: [gain(run, kind) for run in middle[method]] for method in NAMES} for kind in KINDS
+            kind: {method: [gain(run, kind) for run in folders[middle[method]]] for method in NAMES} for kind in KINDS
         },
         **elsewhere,
     }  # fmt: skip
 
 
 def cost(stages: list[Path]) -> dict:
-    """Of runs that follow one another: seconds a stage, tokens that a model wrote, and the largest peak of memory."""
-    seconds, tokens, memory = {}, 0.0, 0.0
+    """Of runs that follow one another, without their evaluation: seconds a stage, answers that a model gave, and the
+    largest peak of memory, which is that of whole runs."""
+    seconds: dict[str, float] = {}
+    answers, memory = 0, 0.0
     for run in stages:
-        report = json.loads((run / "report.json").read_text())
-        seconds |= report["seconds"]
+        report, settings = json.loads((run / "report.json").read_text()), runs.flags_of(run)
+        for stage, spent in report["seconds"].items():
+            seconds[stage] = seconds.get(stage, 0) + (spent if stage != "evaluation" else 0)
         memory = max(memory, report["peak_memory_MiB"])
-        rows = read_metrics(run) if "ppo" in report["seconds"] else []
-        tokens += sum(row["response_length"] for row in rows) * runs.flags_of(run)["batch_size"]
-    return {"seconds": seconds, "tokens": tokens, "memory": memory}
+        answers += settings["iterations"] * settings["batch_size"] if "iterations" in settings else 0
+        answers += settings["eval_prompts"] if "heads" in settings else 0  # to scale a reward model's scores by
+    return {
+        "seconds": {stage: spent for stage, spent in seconds.items() if spent},
+        "answers": answers,
+        "memory": memory,
+    }
 
 
 # ---- prompts of another kind ----------------------------------------------------------------------------------------
@@ -127,33 +141,40 @@ def gain(run: Path, kind: str, n: int = 256) -> float:
 
 
 def labels_for(rows: dict[str, list[dict]], gain: float) -> str:
-    """About how many pairs bring this gain, between the numbers that were tried, on a log scale."""
+    """How many pairs bring this gain first, between the numbers that were tried, on a log scale."""
     points = sorted((int(n), mean_error([run["gain"] for run in seeds])[0]) for n, seeds in rows.items() if seeds)
-    n, gains = np.array(points).T
-    gains = np.maximum.accumulate(gains)
-    if gain > gains[-1]:
-        return f"over {n[-1]:,.0f}"
-    return f"under {n[0]:,.0f}" if gain <= gains[0] else f"{np.exp(np.interp(gain, gains, np.log(n))):,.0f}"
+    if points and gain <= points[0][1]:
+        return f"under {points[0][0]:,}"
+    for (n, low), (more, high) in pairwise(points):
+        if low <= gain <= high:
+            return f"{math.exp(np.interp(gain, (low, high), np.log((n, more)))):,.0f}"
+    return f"over {points[-1][0]:,}" if points else ""
 
 
 def column(found: dict, method: str) -> dict[str, str]:
     """What the table says of a method."""
     costs, grid, said = found["cost"][method], found["grid"][method], {}
-    said["stages after SFT and pairs, and seconds of each"] = ", ".join(
-        f"{stage} {with_error([run['seconds'][stage] for run in costs], 0)}" for stage in costs[0]["seconds"]
-    )
+    stages = dict.fromkeys(stage for run in costs for stage in run["seconds"])
+    seconds = {stage: with_error([run["seconds"].get(stage, 0.0) for run in costs], 0) for stage in stages}
+    said["stages after SFT and pairs, and their seconds"] = ", ".join(f"{x} {spent}" for x, spent in seconds.items())
     said["seconds together"] = with_error([sum(run["seconds"].values()) for run in costs], 0)
-    said["tokens sampled while it learns"] = f"{np.mean([run['tokens'] for run in costs]):,.0f}"
-    said["peak memory, MiB"] = with_error([run["memory"] for run in costs], 0)
+    said["answers sampled while it learns"] = with_error([run["answers"] for run in costs], 0)
+    said["peak memory of the whole run, MiB"] = with_error([run["memory"] for run in costs], 0)
     said["networks held while it learns"] = NETWORKS[method]
-    for kl in (2, 4, 8) if found["frontier"] else ():
-        gained = frontier.gain_at(found["frontier"][method], kl)
-        said[f"gain at {kl} nats, std"] = "not reached" if np.isnan(gained) else f"{gained:+.2f}"
+    for kl in (1, 2, 4) if found["frontier"] else ():
+        said[f"gain at {kl} nats, std"] = with_error(frontier.gain_at(found["frontier"][method], kl), sign="+") or "–"
     for wanted in (0.5, 1.0, 1.5) if found["scaling"] else ():
         said[f"pairs for a gain of {wanted} std"] = labels_for(found["scaling"]["pairs"][method], wanted)
-    means = [mean_error([run["gain"] for run in seeds])[0] for seeds in grid.values() if seeds]
-    said["gain over the grid of lr × β: mean, deviation"] = f"{np.mean(means):+.2f}, {np.std(means):.2f}"
-    said["lowest and highest there"] = f"{min(means):+.2f} to {max(means):+.2f}"
+    means: dict[str, list[float]] = {}  # by β, which says how far a run may go: what the learning rate does to it
+    for setting, seeds in grid.items():
+        if seeds:
+            means.setdefault(setting.partition(",")[2], []).append(mean_error([run["gain"] for run in seeds])[0])
+    ranges = (f"{max(gains) - min(gains):.2f}" for gains in means.values())
+    said["gain, highest less lowest over learning rates, at each β"] = ", ".join(ranges)
+    everything = [gain for gains in means.values() for gain in gains] or [float("nan")]
+    said["lowest and highest gain of the grid"] = f"{min(everything):+.2f} to {max(everything):+.2f}"
+    tried = found["tried"][method]
+    said["runs of the grid that failed"] = f"{tried - sum(map(len, grid.values()))} of {tried}"
     for share, seeds in found["wrong"].get(method, {}).items():
         if share in found["wrong"].get("ppo", {}):
             said[f"gain with {float(share):.0%} of labels wrong"] = with_error([run["gain"] for run in seeds], sign="+")
@@ -197,10 +218,7 @@ def heat(settings: dict[str, list[dict]], title: str):
     return draw
 
 
-def main(config: Config) -> None:
-    flags.check(config)
-    runs.present(config, lambda: measure(config), show)
-
+main = runs.experiment(measure, show)
 
 if __name__ == "__main__":
     flags.main(main, Config)

@@ -25,13 +25,13 @@ ESTIMATORS = ("maximum likelihood", "rank centrality", "Cramér-Rao bound")
 
 
 @dataclass
-class Config:
+class Config(runs.FigureFlags):
     """Errors of rewards over the number of comparisons, beside the least that they can be; and the time it takes.
 
     Example: python -m nanopref.experiments.comparisons --alternatives 30 --timed 100 1000 10000
     """
 
-    out: str = flag("out/comparisons", "the folder of table.md, results.json and plot.png")
+    out: str = "out/comparisons"
     seeds: int = flag(20, "how many sets of comparisons, each of rewards of its own", least=1)
     alternatives: int = flag(100, "how many, with rewards drawn evenly from -2 to 2", least=2)
     fewest: int = flag(50, "comparisons of each alternative at the left end", least=1)
@@ -42,8 +42,7 @@ class Config:
     )  # fmt: skip
 
 
-def main(config: Config) -> None:
-    flags.check(config)
+def measure(config: Config) -> dict:
     Path(config.out).mkdir(parents=True, exist_ok=True)
     n, z = config.alternatives, 1.96
     sizes = [config.fewest * n // 2 * 2**k for k in range(config.doublings + 1)]
@@ -62,6 +61,12 @@ def main(config: Config) -> None:
             errors[:, k] += [np.mean(x) / config.seeds for x in squares]
             held[k] += np.mean(np.abs(rewards - truth) <= z * deviations) / config.seeds
     errors = np.sqrt(errors)
+    found = {"comparisons": sizes, "held": held.tolist(), "measured": n * config.seeds}
+    return found | {"seconds": [timed(n) for n in config.timed]} | dict(zip(ESTIMATORS, errors.tolist(), strict=True))
+
+
+def show(found: dict) -> tuple[str, list]:
+    sizes, errors = found["comparisons"], [found[name] for name in ESTIMATORS]
     slopes = [np.polyfit(np.log(sizes), np.log(row), 1)[0] for row in errors]
 
     def draw_errors(axis) -> None:
@@ -74,20 +79,21 @@ def main(config: Config) -> None:
         axis.legend(frameon=False)
 
     def draw_held(axis) -> None:
-        chance = 1.96 * np.sqrt(0.95 * 0.05 / (n * config.seeds))
+        chance = 1.96 * np.sqrt(0.95 * 0.05 / found["measured"])
         axis.axhspan(0.95 - chance, 0.95 + chance, color="grey", alpha=0.2, label="95% and what chance adds to it")
-        axis.semilogx(sizes, held, "o-", markersize=4, label="maximum likelihood")
+        axis.semilogx(sizes, found["held"], "o-", markersize=4, label="maximum likelihood")
         axis.legend(frameon=False)
         axis.set(title="truth within 1.96 standard errors", xlabel="comparisons m", ylabel="share", ylim=(0.9, 1))
 
     lines = [["comparisons", *ESTIMATORS, "within 1.96 standard errors"]]
-    lines += [[f"{m:,}", *(f"{x:.4f}" for x in errors[:, k]), f"{held[k]:.1%}"] for k, m in enumerate(sizes)]
+    lines += [[f"{m:,}", *(f"{row[k]:.4f}" for row in errors), f"{found['held'][k]:.1%}"] for k, m in enumerate(sizes)]
     table = runs.markdown([*lines, ["slope, log-log", *(f"{slope:.3f}" for slope in slopes), ""]])
-    seconds = [timed(n) for n in config.timed]
-    if seconds:
+    if seconds := found["seconds"]:
         table += "\n" + runs.markdown([list(seconds[0]), *(list(map(str, row.values())) for row in seconds)])
-    found = {"comparisons": sizes, "held": held.tolist(), "seconds": seconds}
-    runs.save(config, table, found | dict(zip(ESTIMATORS, errors.tolist(), strict=True)), [draw_errors, draw_held])
+    return table, [draw_errors, draw_held]
+
+
+main = runs.experiment(measure, show)
 
 
 def compared(truth: np.ndarray, m: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -57,6 +57,7 @@ def revised(config: Config, folder: Path, seed: int) -> Path:
 def measure(config: Config) -> dict[str, list]:
     """{"rules": their names, way: [share of answers that break each, by round]}"""
     root, names = Path(config.out), [rule.name for rule in rules.load(config.rules)]
+    require(len(names) > 1, "--rules: the pictures of one rule would be of little use; give at least two")
     judge = f"rules:{Path(config.rules).absolute()}" if config.rules else "rules"
     words = ["--reward", judge, "--rounds", str(config.rounds), "--answers", "4", "--select", "best-worst"]
     ways = {"rules": Variant(words, kind="")}
@@ -90,12 +91,7 @@ def show(found: dict[str, list]) -> tuple[str, list]:
     return runs.markdown(lines), [draw]
 
 
-def main(config: Config) -> None:
-    flags.check(config)
-    require(
-        len(rules.load(config.rules)) > 1, "--rules: the pictures of one rule would be of little use; give at least two"
-    )
-    runs.present(config, lambda: measure(config), show)
+main = runs.experiment(measure, show)
 
 
 def broken_by_round(folder: Path, names: list[str]) -> list[list[float]]:

@@ -25,7 +25,7 @@ METHODS = {
     "unlikelihood": ["--loss", "unlikelihood"],
 }
 FIGURES = {"gain": ("gain in true reward, std", 2), "kl": ("KL, nats", 1), "tokens": ("tokens an answer", 0),
-           "ended": ("answers that end", 2), "repeated": ("words that repeat the three before", 3)}  # fmt: skip
+           "ended": ("answers that end", 2), "repeated": ("runs of four words that were there", 3)}  # fmt: skip
 
 
 @dataclass
@@ -55,7 +55,7 @@ def read(run: Path) -> dict:
     said = runs.answers(run, runs.seed_of(run), 256)
     curves = {name: [row[name] for row in read_metrics(run)] for name in ("chosen_reward", "rejected_reward")}
     beta = runs.flags_of(run)["beta"]
-    nats = {name: [x / beta for x in curve] for name, curve in curves.items()}
+    nats = {name: [(x - curve[0]) / beta for x in curve] for name, curve in curves.items()}  # without π_ref too
     return runs.read_report(run) | nats | {"repeated": repeated(said), "text": [answer.text for answer in said[:2]]}
 
 
@@ -74,12 +74,12 @@ def show(found: dict) -> tuple[str, list]:
 
     def rewards(axis) -> None:
         for number, (method, seeds) in enumerate(found.items()):
-            shape, steps = figures.look(method, number), min(len(run["chosen_reward"]) for run in seeds)
-            for name, width in (("chosen_reward", 1.6), ("rejected_reward", 0.8)):
+            shape, steps = figures.look(method, number), min((len(run["chosen_reward"]) for run in seeds), default=0)
+            for name, width in (("chosen_reward", 1.6), ("rejected_reward", 0.8)) if seeds else ():
                 mean = np.mean([run[name][:steps] for run in seeds], axis=0)
                 label = f"{shape.label}: {name.removesuffix('_reward')}"
                 axis.plot(mean, color=shape.color, linestyle=shape.line, linewidth=width, label=label)
-        axis.set(title="log π/π_ref of the pairs (thin: the rejected)", xlabel="step", ylabel="nats an answer")
+        axis.set(title="log π of the pairs (thin: the rejected)", xlabel="step", ylabel="nats an answer, since step 0")
         axis.set_yscale("symlog", linthresh=10)
         axis.legend(frameon=False, fontsize=7)
 
@@ -88,15 +88,12 @@ def show(found: dict) -> tuple[str, list]:
         for method, seeds in found.items()
     ]
     gains = figures.bars(ends, title="what came of it", ylabel=figures.GAIN)
-    said = ((figures.look(method).label, seeds[0]["text"][0].strip()) for method, seeds in found.items())
+    said = ((figures.look(method).label, seeds[0]["text"][0].strip()) for method, seeds in found.items() if seeds)
     texts = "".join(f"\n{label}: {text}\n" for label, text in said)
     return runs.markdown(lines) + texts, [rewards, gains]
 
 
-def main(config: Config) -> None:
-    flags.check(config)
-    runs.present(config, lambda: measure(config), show)
-
+main = runs.experiment(measure, show)
 
 if __name__ == "__main__":
     flags.main(main, Config)

@@ -210,10 +210,7 @@ def shapes(axis, found: dict, candidates: dict[str, dict]) -> None:
     axis.legend(frameon=False, fontsize=7)
 
 
-def main(config: Config) -> None:
-    flags.check(config)
-    runs.present(config, lambda: measure(config), show)
-
+main = runs.experiment(measure, show)
 
 if __name__ == "__main__":
     flags.main(main, Config)

@@ -56,7 +56,9 @@ def mean_error(values: Sequence[float]) -> tuple[float, float]:
 
 
 def with_error(values: Sequence[float], digits: int = 2, sign: str = "") -> str:
-    """Mean ± standard error, as a table says it."""
+    """Mean ± standard error, as a table says it; nothing of nothing."""
+    if not len(values):
+        return ""
     mean, error = mean_error(values)
     return f"{mean:{sign}.{digits}f}" + ("" if np.isnan(error) else f" ± {error:.{digits}f}")
 
@@ -136,5 +138,5 @@ def table(
     lines = [[head, *((columns or {}).get(setting, setting) for setting in settings)]]
     for method, row in found.items():
         cells = ([run[y] for run in row.get(setting, ())] for setting in settings)
-        lines.append([look(method).label, *(with_error(cell, digits, sign) if cell else "" for cell in cells)])
+        lines.append([look(method).label, *(with_error(cell, digits, sign) for cell in cells)])
     return lines

@@ -83,9 +83,7 @@ def show(found: dict[str, list]) -> tuple[str, list]:
     return runs.markdown(lines), [draw]
 
 
-def main(config: Config) -> None:
-    flags.check(config)
-    runs.present(config, lambda: measure(config), show)
+main = runs.experiment(measure, show)
 
 
 def best_of_the_sum(config: Config, sft: list) -> dict[str, list[list[float]]]:

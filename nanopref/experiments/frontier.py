@@ -1,8 +1,8 @@
 """Reward against KL (Rafailov et al. 2023, figure 2, left): `python -m nanopref.experiments.frontier`
 
-How much true reward does each method buy, and for how many nats from the reference? All learn from the same pairs, each
-over a range of β, except that preferred-FT has passes over the pairs, best-of-n its n, and that PPO with the true
-reward and online DPO ask more of people, or of the truth.
+How much true reward does each method buy, and for how many nats from the reference? All learn from the same pairs, in
+one pass, over a range of β; preferred-FT has passes instead, best-of-n its n. PPO's reward model has three passes over
+these pairs. Online DPO has as many judged, of its own answers, in four rounds; PPO with the true reward sees the truth.
 """
 
 import json
@@ -15,7 +15,7 @@ from nanopref import models
 from nanopref.evaluation.best_of_n import measure as measure_pool
 from nanopref.evaluation.compare import new_prompts
 from nanopref.experiments import figures, runs
-from nanopref.experiments.figures import mean_error, with_error
+from nanopref.experiments.figures import with_error
 from nanopref.experiments.runs import ExperimentFlags, Variant
 from nanopref.feedback import rewards
 from nanopref.running import flags
@@ -81,7 +81,7 @@ def measure(config: Config) -> dict:
 
 def pool(config: Config, rm: Path) -> list[dict]:
     """Best of 2, 4, 8 … n by a reward model: gain in true reward, in deviations of the reference, and KL."""
-    path, seed = rm.parent / "pool.json", runs.seed_of(rm)
+    path, seed = rm / "pool.json", runs.seed_of(rm)
     if not path.exists():
         policy, tokenizer = models.load(rm.parent / "sft")
         policy.to(start("auto", seed))
@@ -93,40 +93,41 @@ def pool(config: Config, rm: Path) -> list[dict]:
         write_atomic(path, json.dumps([row | {"deviation": deviation} for row in found]) + "\n")
     rows = json.loads(path.read_text())
     first = rows[0]["true_reward"]
-    return [row | {"gain": (row["true_reward"] - first) / row["deviation"]} for row in rows if 1 < row["n"] <= config.n]
+    gains = [{"gain": (row["true_reward"] - first) / row["deviation"], "seed": seed} for row in rows]
+    return [row | gain for row, gain in zip(rows, gains, strict=True) if 1 < row["n"] <= config.n]
 
 
 def show(found: dict) -> tuple[str, list]:
     words = {"title": "what a nat buys", "xlabel": "KL to the reference, nats a response", "ylabel": figures.GAIN}
     panel = figures.panel(found, x="kl", scale="log", **words)
-    header = ["", "β, passes or n", "gain in true reward, std", "KL, nats", "gain at 1, 2, 4, 8 nats"]
+    nats = (1, 2, 4, 8)
+    header = ["", "β, passes or n", "gain in true reward, std", "KL, nats"]
     lines = []
     for method, settings in found.items():
-        at = " ".join("–" if np.isnan(x) else f"{x:.2f}" for x in (gain_at(settings, kl) for kl in (1, 2, 4, 8)))
-        for i, (setting, seeds) in enumerate(settings.items()):
-            if seeds:
-                gain, kl = ([run[name] for run in seeds] for name in ("gain", "kl"))
-                name = figures.look(method).label if i == 0 else ""
-                lines.append([name, setting, with_error(gain, sign="+"), with_error(kl, 1), at if i == 0 else ""])
-    return runs.markdown([header, *lines]), [panel]
+        for setting, seeds in settings.items():
+            gain, kl = ([run[name] for run in seeds] for name in ("gain", "kl"))
+            lines.append([figures.look(method).label, setting, with_error(gain, sign="+"), with_error(kl, 1)])
+    at = [["gain at", *(f"{kl} nats" for kl in nats)]]
+    for method, settings in found.items():
+        cells = (with_error(gain_at(settings, kl), sign="+") or "–" for kl in nats)
+        at.append([figures.look(method).label, *cells])
+    return runs.markdown([header, *lines]) + "\n" + runs.markdown(at), [panel]
 
 
-def gain_at(settings: dict[str, list[dict]], kl: float) -> float:
-    """The gain of a method at a KL, between the two settings on either side (linear in √KL, as in Gao et al. 2022);
-    NaN beyond those that were run."""
-    seeds = [seeds for seeds in settings.values() if seeds]
-    points = sorted(
-        (max(0.0, mean_error([run["kl"] for run in runs])[0]), mean_error([run["gain"] for run in runs])[0])
-        for runs in seeds
-    )
-    x, y = np.array([(0.0, 0.0), *points]).T  # the reference itself has gained nothing
-    return float(np.interp(np.sqrt(kl), np.sqrt(x), y)) if kl <= x[-1] else float("nan")
+def gain_at(settings: dict[str, list[dict]], kl: float) -> list[float]:
+    """The gain of a method at a KL, between its settings on either side (linear in √KL, as in Gao et al. 2022): one a
+    seed, of those that have such settings."""
+    found = []
+    for seed in sorted({run["seed"] for seeds in settings.values() for run in seeds}):
+        of_seed = (run for seeds in settings.values() for run in seeds if run["seed"] == seed)
+        points = sorted((max(0.0, run["kl"]), run["gain"]) for run in of_seed)
+        x, y = np.array(points).T
+        if x[0] <= kl <= x[-1]:
+            found.append(float(np.interp(np.sqrt(kl), np.sqrt(x), y)))
+    return found
 
 
-def main(config: Config) -> None:
-    flags.check(config)
-    runs.present(config, lambda: measure(config), show)
-
+main = runs.experiment(measure, show)
 
 if __name__ == "__main__":
     flags.main(main, Config)

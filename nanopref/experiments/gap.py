@@ -1,14 +1,15 @@
-"""Why is PPO ahead of DPO here, where the paper has it behind? `python -m nanopref.experiments.gap`
+"""What does PPO have that DPO lacks? `python -m nanopref.experiments.gap`
 
-In `frontier` both had the same pairs, and PPO with its reward model gained more for as many nats, unlike in Rafailov et
-al. 2023, figure 2. PPO differs from DPO in the loss, in that its reward model labels as many answers as one likes, and
-in that these are the policy's own. So DPO is given these, one by one: more passes; pairs that the same reward model
-labels, of the reference's answers, as few and more; the same in rounds, of its own answers; and labels by the truth.
+In Rafailov et al. 2023, figure 2, DPO is ahead of PPO at every KL; in `frontier`, from the same pairs, it need not be.
+PPO differs in the loss, in that its reward model labels as many answers as one likes, and in that these are the
+policy's own. So DPO is given these, one by one: more passes; labels by the same reward model, which has not seen these
+answers, as few and more; the same in rounds, of the policy's own answers; and labels by the truth.
 """
 
 from dataclasses import dataclass
 
 from nanopref.experiments import figures, runs
+from nanopref.experiments.figures import with_error
 from nanopref.experiments.frontier import gain_at
 from nanopref.experiments.runs import ExperimentFlags, Variant
 from nanopref.running import flags
@@ -34,13 +35,14 @@ class Config(ExperimentFlags):
 
     out: str = "out/gap"
     prompts: int = 1280
-    betas: tuple[float, ...] = flag((0.1, 0.3), "of DPO and PPO", above=0)
+    betas: tuple[float, ...] = flag((0.1, 0.3, 1.0), "of DPO and PPO", above=0)
     iterations: int = flag(24, "rounds of PPO", least=1)
 
 
 def measure(config: Config) -> dict:
     runs.results(config, {"rm": Variant(runs.FEW_PAIRS, script="train_rm.py")})
-    few, many = ["--prompts", str(config.prompts)], ["--prompts", str(4 * config.prompts)]
+    others = ["--seed", "100NUMBER"]  # prompts that the reward model was not fitted on
+    few, many = [*others, "--prompts", str(config.prompts)], [*others, "--prompts", str(4 * config.prompts)]
     given = {  # flags, and the kind of feedback that is read
         "people": ([], "pairs"),
         "passes": (["--epochs", "4"], "pairs"),
@@ -67,17 +69,12 @@ def show(found: dict) -> tuple[str, list]:
     table += "\n" + runs.markdown(figures.table(named, head="KL, nats", y="kl", digits=1, columns=betas))
     nats = (2, 4, 6)
     lines = [["gain at", *(f"{kl} nats" for kl in nats)]]
-    lines += [
-        [name, *(f"{gain_at(rows, kl):+.2f}".replace("+nan", "–") for kl in nats)] for name, rows in named.items()
-    ]
+    lines += [[name, *(with_error(gain_at(rows, kl), sign="+") or "–" for kl in nats)] for name, rows in named.items()]
     words = {"title": "what DPO lacks", "xlabel": "KL to the reference, nats", "ylabel": figures.GAIN}
     return table + "\n" + runs.markdown(lines), [figures.panel(named, x="kl", **words)]
 
 
-def main(config: Config) -> None:
-    flags.check(config)
-    runs.present(config, lambda: measure(config), show)
-
+main = runs.experiment(measure, show)
 
 if __name__ == "__main__":
     flags.main(main, Config)

@@ -6,6 +6,7 @@ By default the rarer label weighs as much in all as the other.
 
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from random import Random
 
 from nanopref.experiments import runs
@@ -40,8 +41,7 @@ def as_many(rows: list[dict], rng: Random, bad: int) -> list[dict]:
     return rng.sample(rows, len(few_good(rows, rng, bad)))
 
 
-def main(config: Config) -> None:
-    flags.check(config)
+def make(config: Config) -> dict[str, list[Path]]:
     change, kto = partial(few_good, bad=config.bad), ["--loss", "kto", "--lr", str(config.lr)]
     variants = {
         "kto-balanced": Variant(kto, "labels", partial(as_many, bad=config.bad)),
@@ -50,7 +50,10 @@ def main(config: Config) -> None:
             [*kto, "--good-weight", "1", "--bad-weight", "1"], "labels", change
         ),
     }
-    runs.conclude(config, lambda: runs.results(config, variants))
+    return runs.results(config, variants)
+
+
+main = runs.comparison(make)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ Each --loss with its own defaults, from the same SFT model and, where they take 
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from nanopref.experiments import runs
 from nanopref.experiments.runs import ExperimentFlags, Variant
@@ -23,12 +24,12 @@ class Config(ExperimentFlags):
     losses: tuple[str, ...] = flag((), "the objectives (default: all)", among=tuple(OBJECTIVES))
 
 
-def main(config: Config) -> None:
-    flags.check(config)
+def make(config: Config) -> dict[str, list[Path]]:
     chosen = config.losses or [name for name in OBJECTIVES if name != "sigmoid"]  # which is dpo
-    variants = {name: Variant(["--loss", name], kinds(OBJECTIVES)[name][0]) for name in chosen}
-    formulas = {name: OBJECTIVES[name].formula for name in OBJECTIVES}
-    runs.conclude(config, lambda: runs.results(config, variants), formulas)
+    return runs.results(config, {name: Variant(["--loss", name], kinds(OBJECTIVES)[name][0]) for name in chosen})
+
+
+main = runs.comparison(make, {name: objective.formula for name, objective in OBJECTIVES.items()})
 
 
 if __name__ == "__main__":

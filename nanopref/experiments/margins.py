@@ -67,10 +67,7 @@ def show(found: dict[str, list[dict]]) -> tuple[str, list]:
     return runs.gains(found) + "\n" + runs.markdown(lines), [runs.over_kl(found), draw]
 
 
-def main(config: Config) -> None:
-    flags.check(config)
-    runs.present(config, lambda: measure(config), show)
-
+main = runs.experiment(measure, show)
 
 if __name__ == "__main__":
     flags.main(main, Config)

@@ -69,10 +69,7 @@ def show(found: dict) -> tuple[str, list]:
     return runs.markdown(lines) + "\n" + runs.markdown(costs), panels
 
 
-def main(config: Config) -> None:
-    flags.check(config)
-    runs.present(config, lambda: measure(config), show)
-
+main = runs.experiment(measure, show)
 
 if __name__ == "__main__":
     flags.main(main, Config)

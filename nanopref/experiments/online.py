@@ -26,7 +26,7 @@ class Config(ExperimentFlags):
     rounds: int = flag(4, "of what is online", least=2)
 
 
-def run_all(config: Config) -> dict[str, list[Path]]:
+def make(config: Config) -> dict[str, list[Path]]:
     rounds = ["--rounds", str(config.rounds)]
     people = {
         "people": [],
@@ -51,9 +51,7 @@ def run_all(config: Config) -> dict[str, list[Path]]:
     return runs.results(config, variants)
 
 
-def main(config: Config) -> None:
-    flags.check(config)
-    runs.conclude(config, lambda: run_all(config))
+main = runs.comparison(make)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ RL; where that peaks is how far a reward model can be trusted. Direct alignment 
 """
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from nanopref import models
-from nanopref.evaluation.best_of_n import best_of, kl
+from nanopref.evaluation.best_of_n import by_prompt, curve
 from nanopref.evaluation.compare import new_prompts
 from nanopref.experiments import figures, runs
 from nanopref.experiments.figures import mean_error, with_error
@@ -39,9 +38,8 @@ class Config(ExperimentFlags):
     """
 
     out: str = "out/overoptimisation"
-    seeds: int = 2
     pairs: tuple[int, ...] = flag((500, 2000, 8000, 32000), "of each reward model", least=20)
-    prompts: int = 32000
+    prompts: int = 33000
     n: int = flag(128, "largest n; the pool has four times as many answers to each prompt", least=2)
     pool_prompts: int = flag(48, "prompts of the pool", least=1)
     iterations: int = flag(32, "rounds of PPO", least=1)
@@ -54,7 +52,7 @@ def measure(config: Config) -> dict:
     """{method: {pairs: [{kl, score, gain: lists along the way}, one a seed]}}; the reference has score and gain 0."""
     rms, ppo, dpo = {}, {}, {}
     for n in config.pairs:
-        # passes for about the same work, and more pairs a step where there are many
+        # more pairs a step where there are many, more passes where there are few
         passes, batch = max(1, min(6, 4000 // n)), 64 if n >= 8000 else 16
         words = ["--epochs", str(passes), "--batch-size", str(batch)]
         rms[f"rm {n}"] = Variant(words, change=partial(first, n=n), script="train_rm.py")
@@ -82,15 +80,15 @@ def pool(config: Config, rm: Path) -> dict:
     if not path.exists():
         policy, tokenizer = models.load(sft)
         policy.to(start("auto", seed))
-        prompts = tuple(new_prompts("", config.pool_prompts, seed))
-        answers = runs.answers(sft, seed, prompts=tuple(x for x in prompts for _ in range(4 * config.n)))
-        scores = rewards.model_reward(rewards.load_model(rm, policy, tokenizer))(answers)
-        score, true = (x.double().numpy().reshape(len(prompts), -1) for x in (scores, rewards.true_reward(answers)))
-        scale, found = deviation(sft, seed)[1], {"kl": [], "score": [], "gain": []}
-        for n in (2**i for i in range(config.n.bit_length())):
-            found["kl"].append(float(kl(score, n).mean()))
-            found["score"].append(float(best_of(score, score, n).mean() - score.mean()))
-            found["gain"].append(float(best_of(score, true, n).mean() - true.mean()) / scale)
+        prompts, size = new_prompts("", config.pool_prompts, seed), 4 * config.n
+        answers = runs.answers(sft, seed, prompts=tuple(x for x in prompts for _ in range(size)))
+        score = rewards.model_reward(rewards.load_model(rm, policy, tokenizer))
+        values = {"score": by_prompt(score(answers), size), "gain": by_prompt(rewards.true_reward(answers), size)}
+        values["gain"] /= deviation(sft, seed)[1]
+        rows = curve(values, config.n)
+        found = {name: [row[name] for row in rows] for name in ("kl", "score", "gain")}
+        for name in values:
+            found[name] = [x - found[name][0] for x in found[name]]
         write_atomic(path, json.dumps(found) + "\n")
     return json.loads(path.read_text())
 
@@ -103,28 +101,28 @@ def rounds(run: Path) -> dict:
     return {"kl": [row["kl"] for row in rows], "score": [row["score"] for row in rows], "gain": gains}
 
 
-def fit(method: str, seeds: Sequence[dict]) -> tuple[float, float, float]:
-    """α, β and where d (α - β shape(d)) is highest: d, or ∞ where it never falls. Least squares over all seeds."""
-    d = np.sqrt(np.clip(np.concatenate([run["kl"] for run in seeds]), 0, None))
-    gain = np.concatenate([run["gain"] for run in seeds])
+def fit(method: str, run: dict) -> tuple[float, float, float]:
+    """α, β and where d (α - β shape(d)) is highest: ∞ if it never falls, 0 if it never rises. Least squares."""
+    d, gain = np.sqrt(np.clip(run["kl"], 0, None)), np.array(run["gain"])
     gain, d = gain[d > 0.05], d[d > 0.05]
     alpha, minus_beta = np.linalg.lstsq(np.stack([d, d * SHAPES[method](d)], axis=1), gain, rcond=None)[0]
     if minus_beta >= 0:
         return float(alpha), float(-minus_beta), float("inf")
     peak = alpha / -minus_beta / 2 if method == "best-of-n" else np.exp(alpha / -minus_beta - 1)
-    return float(alpha), float(-minus_beta), float(peak)
+    return float(alpha), float(-minus_beta), max(0.0, float(peak))
 
 
 def show(found: dict) -> tuple[str, list]:
     panels, lines = [], [["", "pairs", "α", "β", "peak at √KL", "furthest √KL", "score there", "gain there, std"]]
     for method in ("best-of-n", "ppo"):
         for pairs, seeds in found[method].items():
-            alpha, beta, peak = fit(method, seeds)
-            ends = [[run[name][-1] for run in seeds] for name in ("kl", "score", "gain")]
-            where = "beyond" if peak > max(max(run["kl"]) ** 0.5 for run in seeds) else f"{peak:.1f}"
-            cells = [f"{alpha:.2f}", f"{beta:.2f}", where, with_error(np.sqrt(np.clip(ends[0], 0, None)), 1)]
-            label = figures.look(method).label
-            lines.append([label, f"{int(pairs):,}", *cells, *(with_error(end) for end in ends[1:])])
+            alphas, betas, peaks = zip(*(fit(method, run) for run in seeds), strict=True) if seeds else ((), (), ())
+            kl, score, gain = ([run[name][-1] for run in seeds] for name in ("kl", "score", "gain"))
+            furthest = np.sqrt(np.clip(kl, 0, None))
+            within = all(peak <= far for peak, far in zip(peaks, furthest, strict=True))
+            cells = [with_error(alphas), with_error(betas), with_error(peaks, 1) if within else "beyond"]
+            cells += [with_error(furthest, 1), with_error(score), with_error(gain)]
+            lines.append([figures.look(method).label, f"{int(pairs):,}", *cells])
         panels.append(partial(draw, found=found[method], method=method))
     table = runs.markdown(lines)
     dpo = {f"{int(name.removeprefix('dpo-')):,} pairs": rows for name, rows in found["dpo"].items()}
@@ -135,28 +133,27 @@ def show(found: dict) -> tuple[str, list]:
 
 
 def draw(axis, found: dict, method: str) -> None:
-    """Score (thin) and true reward (with its fit, dotted) over √KL, by the number of pairs of the reward model."""
+    """Score (dashed) and true reward (with its fits, dotted) over √KL, by the number of pairs of the reward model."""
     for number, (pairs, seeds) in enumerate(found.items()):
-        shape, steps = figures.look(f"{int(pairs):,} pairs", number), min(len(run["kl"]) for run in seeds)
-        d = np.sqrt(np.clip(np.mean([run["kl"][:steps] for run in seeds], axis=0), 0, None))
-        score, gain = (np.array([run[name][:steps] for run in seeds]) for name in ("score", "gain"))
-        every = max(1, steps // 8)
+        shape = figures.look(f"{int(pairs):,} pairs", number)
+        if not seeds:
+            continue
+        steps = min(len(run["kl"]) for run in seeds)
+        kl, score, gain = (np.array([run[name][:steps] for run in seeds]) for name in ("kl", "score", "gain"))
+        d, mean = np.sqrt(np.clip(kl.mean(0), 0, None)), gain.mean(0)
         axis.plot(d, score.mean(0), color=shape.color, linewidth=0.7, linestyle="--")
-        axis.plot(d, gain.mean(0), color=shape.color, label=shape.label, marker=shape.marker, markevery=every)
+        axis.plot(d, mean, color=shape.color, label=shape.label, marker=shape.marker, markevery=max(1, steps // 8))
         error = np.nan_to_num([mean_error(column)[1] for column in gain.T])
-        axis.fill_between(d, gain.mean(0) - error, gain.mean(0) + error, color=shape.color, alpha=0.15, linewidth=0)
-        alpha, beta, _ = fit(method, seeds)
+        axis.fill_between(d, mean - error, mean + error, color=shape.color, alpha=0.15, linewidth=0)
         x = np.linspace(0.05, d.max(), 50)
-        axis.plot(x, x * (alpha - beta * SHAPES[method](x)), color=shape.color, linewidth=0.9, linestyle=":")
+        fits = [x * (alpha - beta * SHAPES[method](x)) for alpha, beta, _ in (fit(method, run) for run in seeds)]
+        axis.plot(x, np.mean(fits, axis=0), color=shape.color, linewidth=0.9, linestyle=":")
     axis.set(title=f"{figures.look(method).label} (dashed: the score; dotted: fits)", xlabel="√KL, √nats")
     axis.set_ylabel("gain, std of the reference")
     axis.legend(frameon=False, fontsize=8)
 
 
-def main(config: Config) -> None:
-    flags.check(config)
-    runs.present(config, lambda: measure(config), show)
-
+main = runs.experiment(measure, show)
 
 if __name__ == "__main__":
     flags.main(main, Config)

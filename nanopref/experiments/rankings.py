@@ -6,6 +6,7 @@ the same things one by one; or one, drawn at random, which is what a pair tells.
 
 from dataclasses import dataclass
 from itertools import combinations
+from pathlib import Path
 from random import Random
 
 from nanopref.experiments import runs
@@ -44,15 +45,17 @@ def one_pair(rows: list[dict], rng: Random) -> list[dict]:
     return found
 
 
-def main(config: Config) -> None:
-    flags.check(config)
+def make(config: Config) -> dict[str, list[Path]]:
     # as many steps either way: a ranking of four holds six pairs
     variants = {
         "plackett-luce": Variant(["--loss", "plackett-luce", "--batch-size", "12"], "rankings"),
         "dpo-on-all-pairs": Variant(["--loss", "dpo", "--batch-size", "72"], "rankings", all_pairs),
         "dpo-on-one-pair": Variant(["--loss", "dpo", "--batch-size", "12"], "rankings", one_pair),
     }
-    runs.conclude(config, lambda: runs.results(config, variants))
+    return runs.results(config, variants)
+
+
+main = runs.comparison(make)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ answers to the prompt; with replay a round learns from the answers of the round 
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from nanopref.experiments import runs
 from nanopref.experiments.runs import ExperimentFlags, Variant
@@ -24,8 +25,7 @@ class Config(ExperimentFlags):
     iterations: int = flag(32, "rounds of answering and learning", least=2)
 
 
-def main(config: Config) -> None:
-    flags.check(config)
+def make(config: Config) -> dict[str, list[Path]]:
     half = str(config.iterations // 2)
     words = {
         "ppo": [],
@@ -37,7 +37,10 @@ def main(config: Config) -> None:
     }
     common = ["--reward", "true", "--iterations", str(config.iterations)]
     variants = {name: Variant([*common, *more], kind="", script="train_ppo.py") for name, more in words.items()}
-    runs.conclude(config, lambda: runs.results(config, variants))
+    return runs.results(config, variants)
+
+
+main = runs.comparison(make)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ A run that is done is not run again, so an experiment that was stopped goes on w
 is said and left out, and the same command tries it anew.
 """
 
+import inspect
 import json
 import os
 import random
@@ -15,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -43,19 +44,23 @@ FREE = ("out", "seeds", "jobs", "redraw", "losses", "candidates")  # flags with 
 
 
 @dataclass
-class ExperimentFlags:
+class FigureFlags:
     out: str = flag("", "the experiment's folder: its runs, table.md, results.json and plot.png")
+    redraw: bool = flag(False, "run nothing: draw again what results.json in --out says")
+
+
+@dataclass
+class ExperimentFlags(FigureFlags):
     seeds: int = flag(3, "how many seeds, from 0", least=1)
     jobs: int = flag(os.cpu_count() or 1, "runs at once, which share the processor's cores", least=1)
     prompts: int = flag(2560, "prompts whose answers are judged", least=20)
     annotators: int = flag(3, "who vote on each answer (odd)", least=1)
     noise: float = flag(0.5, "how often they err, in units of reward; 0: never", least=0)
-    redraw: bool = flag(False, "run nothing: draw again what results.json in --out says")
 
 
 class Variant(NamedTuple):
     """A run of a script: its flags, the kind of feedback that it reads and what is done to that before; or no kind,
-    where it asks for itself. SEED in a flag is the folder of the runs of its seed."""
+    where it asks for itself. SEED in a flag is the folder of the runs of its seed, NUMBER that seed."""
 
     words: list[str]
     kind: str = "pairs"
@@ -67,15 +72,9 @@ def results(
     config: ExperimentFlags, variants: dict[str, Variant], seeds: Sequence[int] | None = None
 ) -> dict[str, list[Path]]:
     """The folders of finished runs, OUT/seed-…/NAME, of each variant; what failed is left out."""
-    root, commands = Path(config.out).absolute(), {}
-    seeds = range(config.seeds) if seeds is None else seeds
     flags.require_odd(config.annotators)
-    settings = {name: value for name, value in asdict(config).items() if name not in FREE}
-    path, content = root / "config.json", json.dumps(settings | {"experiment": type(config).__doc__}, indent=2) + "\n"
-    same = not path.exists() or path.read_text() == content
-    require(same, f"--out {root}: holds runs of another experiment, or with other flags; choose another, or remove it")
-    root.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, content)
+    root, commands = claim(config), {}
+    seeds = range(config.seeds) if seeds is None else seeds
     for seed in seeds:
         folder = root / f"seed-{seed}"
         launch({folder / "sft": ["-m", "nanopref.sft", "--seed", str(seed)]}, 1)
@@ -88,11 +87,24 @@ def results(
                 words += ["--judged", str(judged)]
             elif variant.script != "train_ppo.py":
                 words += ["--prompts", str(config.prompts)]
-            words += [word.replace("SEED", str(folder)) for word in variant.words]
+            words += [word.replace("SEED", str(folder)).replace("NUMBER", str(seed)) for word in variant.words]
             commands[folder / name] = [str(SCRIPTS / variant.script), *words]
     launch(commands, config.jobs)
     everywhere = [root / f"seed-{seed}" for seed in seeds]
     return {name: [folder / name for folder in everywhere if is_done(folder / name)] for name in variants}
+
+
+def claim(config: FigureFlags) -> Path:
+    """The experiment's folder. Raises UserError where that holds another, or one with other flags."""
+    root = Path(config.out).absolute()
+    settings = {name: value for name, value in asdict(config).items() if name not in FREE}
+    settings["experiment"] = Path(inspect.getfile(type(config))).stem
+    path, content = root / "config.json", json.dumps(settings, indent=2) + "\n"
+    same = not path.exists() or path.read_text() == content
+    require(same, f"--out {root}: holds runs of another experiment, or with other flags; choose another, or remove it")
+    root.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, content)
+    return root
 
 
 def is_done(run: Path) -> bool:
@@ -123,7 +135,9 @@ def launch(commands: dict[Path, list[str]], jobs: int) -> None:
     """Run Python with these words for each folder that has no report yet, so many at once. What fails is said, and does
     not end the others."""
     waiting = {out: words for out, words in commands.items() if not is_done(out)}
-    # as many threads however many runs are left, since they decide how sums are rounded
+    if not waiting:
+        return
+    # as many threads however many of these runs are left, since they decide how sums are rounded
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // min(jobs, len(commands))))}
 
     def run(out: Path) -> None:
@@ -150,27 +164,27 @@ def launch(commands: dict[Path, list[str]], jobs: int) -> None:
         say(f"{len(failed)} of {len(waiting)} runs failed and are left out; the same command tries them again")
 
 
-def present(
-    config: ExperimentFlags, measure: Callable[[], dict], show: Callable[[dict], tuple[str, Sequence[report.Panel]]]
-) -> None:
-    """An experiment: measure, and show what was found as a table and panels; with --redraw what results.json says."""
-    path = Path(config.out) / "results.json"
-    if config.redraw:
+def experiment(
+    measure: Callable[[Any], dict], show: Callable[[dict], tuple[str, Sequence[report.Panel]]]
+) -> Callable[[Any], None]:
+    """What an experiment does with its flags: measure, and show what was found as a table and panels; with --redraw
+    what results.json says. `measure` gives what JSON can hold."""
+
+    def main(config: FigureFlags) -> None:
+        flags.check(config)
+        path = Path(config.out) / "results.json"
+        if not config.redraw:
+            found = measure(config)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, json.dumps(found, indent=2) + "\n")
         found = read_object(path)
         require(bool(found), f"--redraw: {path}: nothing was measured there yet; leave the flag out")
-    else:
-        found = json.loads(json.dumps(measure()))  # as it would be read
-    table, panels = show(found)
-    save(config, table, found, panels)
+        table, panels = show(found)
+        report.plot(panels, Path(config.out) / "plot.png")
+        write_atomic(Path(config.out) / "table.md", table)
+        say(f"\n{table}\nin {config.out}: table.md, results.json, plot.png")
 
-
-def save(config: ExperimentFlags, table: str, found: dict, panels: Sequence[report.Panel]) -> None:
-    """table.md (also printed), results.json and plot.png."""
-    root = Path(config.out)
-    report.plot(panels, root / "plot.png")
-    write_atomic(root / "results.json", json.dumps(found, indent=2) + "\n")
-    write_atomic(root / "table.md", table)
-    say(f"\n{table}\nin {root}: table.md, results.json, plot.png")
+    return main
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:
@@ -210,22 +224,20 @@ def by_setting(folders: dict[str, list[Path]], read: Callable[[Path], dict] = re
     found: dict[str, dict] = {}
     for name, runs in folders.items():
         method, setting = name.rsplit(" ", 1)
-        found.setdefault(method, {})[setting] = [read(run) for run in runs]
+        found.setdefault(method, {})[setting] = [read(run) | {"seed": seed_of(run)} for run in runs]
     return found
 
 
-def conclude(
-    config: ExperimentFlags,
-    variants: Callable[[], dict[str, list[Path]]],
-    about: dict[str, str] | None = None,
-) -> None:
-    """An experiment whose runs are compared as they are: gain, win rate, KL and length of each, and what it is `about`.
-    `variants` makes the runs, or finds them made."""
+def comparison(
+    make: Callable[[Any], dict[str, list[Path]]], about: dict[str, str] | None = None
+) -> Callable[[Any], None]:
+    """An experiment whose runs, which `make` makes, are compared as they are: gain, win rate, KL and length of each,
+    beside what it is `about`."""
 
-    def measure() -> dict[str, list[dict]]:
-        return {name: [read_report(run) for run in made] for name, made in variants().items()}
+    def measure(config: ExperimentFlags) -> dict[str, list[dict]]:
+        return {name: [read_report(run) for run in made] for name, made in make(config).items()}
 
-    present(config, measure, lambda found: (gains(found, about), [over_kl(found)]))
+    return experiment(measure, lambda found: (gains(found, about), [over_kl(found)]))
 
 
 def gains(found: dict[str, list[dict]], about: dict[str, str] | None = None) -> str:

@@ -1,23 +1,22 @@
 """What do size and labels buy? `python -m nanopref.experiments.scaling`
 
 Models of 0.1 to 11 million parameters, each after SFT of its own, learn by DPO from pairs of their own answers, and as
-reward models from the same pairs. And one size learns from more and more pairs, by DPO, and by PPO with a reward model
-that had those pairs.
+reward models all from the same pairs. And one size learns from more and more pairs: by DPO in as many steps, whatever
+their number, and by PPO with a reward model that had those pairs, in fewer passes the more there were.
 """
 
-import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from nanopref import models
-from nanopref.experiments import figures, runs
+from nanopref import models, sft
+from nanopref.experiments import active, figures, runs
 from nanopref.experiments.labels import first
 from nanopref.experiments.runs import ExperimentFlags, Variant
 from nanopref.running import flags
 from nanopref.running.flags import flag
 
-ACCURACY = "held-out pairs ranked right"
+QUALITY = "rank correlation of the score with the true reward"
 
 
 @dataclass
@@ -28,72 +27,73 @@ class Config(ExperimentFlags):
     """
 
     out: str = "out/scaling"
-    seeds: int = 2
-    prompts: int = 2560
+    prompts: int = 2880
     sizes: tuple[str, ...] = flag(("nano", "tiny", "mini"), "presets of models", among=tuple(models.PRESETS))
     pairs: tuple[int, ...] = flag((320, 640, 1280, 2560), "numbers of pairs", least=20)
     iterations: int = flag(16, "rounds of PPO", least=1)
 
 
 def measure(config: Config) -> dict:
-    root = Path(config.out).absolute()
-    people = ["--noise", str(config.noise), "--annotators", str(config.annotators), "--prompts", "1280"]
-    found: dict[str, dict] = {"size": {}, "pairs": {}}
-    by_size: dict[str, Variant] = {}
+    """{"size" or "pairs": {method: {parameters or pairs: figures, one a seed}}}"""
+    root, sizes = runs.claim(config), {}
+    people = ["--noise", str(config.noise), "--annotators", str(config.annotators)]
+    policies, rms = {}, {}
     for size in config.sizes:
-        folders = {root / f"seed-{seed}" / f"sft {size}": seed for seed in range(config.seeds)}
+        start = "sft" if size == sft.Config.preset else f"sft {size}"
+        folders = {root / f"seed-{seed}" / start: seed for seed in range(config.seeds)}
         words = ["-m", "nanopref.sft", "--preset", size, "--seed"]
         runs.launch({folder: [*words, str(seed)] for folder, seed in folders.items()}, config.jobs)
-        init = ["--init", f"SEED/sft {size}"]
-        by_size[f"dpo {size}"] = Variant([*runs.FEW, *people, *init], kind="")
-        by_size[f"rm {size}"] = Variant([*runs.FEW_PAIRS, *init], "pairs", partial(first, n=1280), "train_rm.py")
-    of_rms = {name: by_size.pop(name) for name in list(by_size) if name.startswith("rm")}
-    for method, settings in runs.by_setting(runs.results(config, by_size)).items():
-        found["size"][method] = {str(parameters(root, size)): seeds for size, seeds in settings.items()}
-    for method, settings in runs.by_setting(runs.results(config, of_rms), read_accuracy).items():
-        found["size"][method] = {str(parameters(root, size)): seeds for size, seeds in settings.items()}
+        sizes[size] = [parameters(folder) for folder in folders if runs.is_done(folder)]
+        init, half = ["--init", f"SEED/{start}"], config.prompts // 2
+        policies[f"dpo {size}"] = Variant([*runs.FEW, *people, *init, "--prompts", str(half)], kind="")
+        rms[f"rm {size}"] = Variant([*runs.FEW_PAIRS, *init], change=partial(first, n=half), script="train_rm.py")
+    by_size = runs.by_setting(runs.results(config, policies))
+    by_size |= runs.by_setting(runs.results(config, rms), quality)
+    by_size = {
+        method: {str(sizes[size][0]): seeds for size, seeds in settings.items() if sizes[size]}
+        for method, settings in by_size.items()
+    }
 
     by_pairs, rms, ppo = {}, {}, {}
     for n in config.pairs:
-        words, change = ["--epochs", str(max(1, min(4, 2560 // n)))], partial(first, n=n)
-        by_pairs[f"dpo {n}"] = Variant([*runs.FEW, *words], change=change)
-        rms[f"rm {n}"] = Variant(runs.FEW_PAIRS, change=change, script="train_rm.py")
+        change, passes = partial(first, n=n), max(1, config.pairs[-1] // n)  # as many steps for all
+        by_pairs[f"dpo {n}"] = Variant([*runs.FEW, "--epochs", str(passes)], change=change)
+        words = ["--batch-size", "16", "--epochs", str(min(8, 2 + passes))]
+        rms[f"rm {n}"] = Variant(words, change=change, script="train_rm.py")
         words = [*runs.FEW, "--reward", f"SEED/rm {n}", "--iterations", str(config.iterations)]
         ppo[f"ppo {n}"] = Variant(words, kind="", script="train_ppo.py")
-    found["pairs"] = runs.by_setting(runs.results(config, rms), read_accuracy)
-    found["pairs"] |= runs.by_setting(runs.results(config, by_pairs | ppo))
-    return found
+    found = runs.by_setting(runs.results(config, rms), quality)
+    found |= runs.by_setting(runs.results(config, by_pairs | ppo))
+    return {"size": by_size, "pairs": found}
 
 
-def parameters(root: Path, size: str) -> float:
-    """Of a model of this size, in millions."""
-    model, _ = models.load(root / "seed-0" / f"sft {size}")
+def parameters(folder: Path) -> float:
+    """Of a run's model, in millions."""
+    model, _ = models.load(folder)
     return round(sum(p.numel() for p in model.parameters()) / 1e6, 2)
 
 
-def read_accuracy(run: Path) -> dict:
-    return json.loads((run / "report.json").read_text())["held_out"]
+def quality(rm: Path) -> dict:
+    """Of a reward model: rank correlation with the true reward on new answers of the usual SFT model."""
+    return {"quality": active.quality(rm)}
 
 
 def show(found: dict) -> tuple[str, list]:
     table, panels = "", []
     for by, xlabel in (("size", "parameters, millions"), ("pairs", "pairs")):
         policies = {method: rows for method, rows in found[by].items() if method != "rm"}
-        rms = {"rm": found[by]["rm"]}
+        rms = {"rm": found[by].get("rm", {})}
         for y, digits, says in (("gain", 2, figures.GAIN), ("true_reward", 2, "true reward"), ("kl", 1, "KL, nats")):
             table += runs.markdown(figures.table(policies, head=f"{says}, by {xlabel}", y=y, digits=digits)) + "\n"
-        table += runs.markdown(figures.table(rms, head=f"{ACCURACY}, by {xlabel}", y="accuracy", digits=3)) + "\n"
+        table += runs.markdown(figures.table(rms, head=f"{QUALITY}, by {xlabel}", y="quality", digits=3)) + "\n"
         words = {"xlabel": xlabel, "scale": "log"}
         y, says = ("true_reward", "true reward") if by == "size" else ("gain", figures.GAIN)
         panels.append(figures.panel(policies, title=f"policies, by {xlabel}", y=y, ylabel=says, **words))
-        panels.append(figures.panel(rms, title="reward models", y="accuracy", ylabel=ACCURACY, legend=False, **words))
+        panels.append(figures.panel(rms, title="reward models", y="quality", ylabel=QUALITY, legend=False, **words))
     return table, panels
 
 
-def main(config: Config) -> None:
-    flags.check(config)
-    runs.present(config, lambda: measure(config), show)
-
+main = runs.experiment(measure, show)
 
 if __name__ == "__main__":
     flags.main(main, Config)

@@ -2,10 +2,11 @@
 `python -m nanopref.experiments.temperature`
 
 The policies of `frontier`, each method with the setting that came nearest to so many nats, answer new prompts at
-temperatures from 0 to 1. Against each answer stands a review that the grammar wrote, as human summaries do in the
-paper; the true reward says which wins.
+temperatures from 0 to 1; best-of-n takes one of 16, which at 0 are all the same. Against each answer stands a review
+that the grammar wrote, as human summaries do in the paper; the true reward says which wins.
 """
 
+import hashlib
 import json
 import random
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from nanopref.data import reviews
 from nanopref.evaluation.compare import new_prompts
 from nanopref.evaluation.metrics import win_rate
 from nanopref.experiments import figures, runs
-from nanopref.experiments.runs import ExperimentFlags
+from nanopref.experiments.runs import FigureFlags
 from nanopref.feedback import rewards
 from nanopref.running import flags
 from nanopref.running.files import read_object, write_atomic
@@ -29,7 +30,7 @@ BEST_OF = 16  # answers of which best-of-n takes one
 
 
 @dataclass
-class Config(ExperimentFlags):
+class Config(FigureFlags):
     """How often each method of `frontier` beats the reviews that SFT learnt from, by the temperature.
 
     Example: python -m nanopref.experiments.temperature --frontier out/frontier
@@ -47,21 +48,27 @@ def measure(config: Config) -> dict:
     root, found = Path(config.frontier).absolute(), {}
     measured = read_object(root / "results.json")
     require(bool(measured), f"--frontier {root}: nothing was measured there; run nanopref.experiments.frontier first")
-    chosen = {"sft": "sft"}
+    out, chosen, kls = runs.claim(config), {"sft": "sft", "best-of-n": "rm"}, {"sft": 0.0}
     for method, settings in measured.items():
-        kls = {setting: np.mean([run["kl"] for run in seeds]) for setting, seeds in settings.items() if seeds}
-        if method != "best-of-n" and kls:
-            chosen[method] = f"{method} {min(kls, key=lambda setting: abs(kls[setting] - config.kl))}"
-    places = [(method, name, run) for method, name in chosen.items() for run in sorted(root.glob(f"seed-*/{name}"))]
-    places += [("best-of-n", "rm", run) for run in sorted(root.glob("seed-*/rm"))]
-    Path(config.out).mkdir(parents=True, exist_ok=True)
+        nats = {setting: float(np.mean([run["kl"] for run in seeds])) for setting, seeds in settings.items() if seeds}
+        if method == "best-of-n":
+            kls[method] = nats.get(str(BEST_OF), float("nan"))
+        elif nats:
+            setting = min(nats, key=lambda setting: abs(nats[setting] - config.kl))
+            chosen[method], kls[method] = f"{method} {setting}", nats[setting]
+    places = [(method, run) for method, name in chosen.items() for run in sorted(root.glob(f"seed-*/{name}"))]
+    places = [(method, run) for method, run in places if runs.is_done(run)]
     with progress("policies", len(places), "policy") as bar:
-        for method, name, run in places:
-            path = Path(config.out) / f"{run.parent.name} {name}.json"
-            if not path.exists():
-                write_atomic(path, json.dumps([wins(config, run, x) for x in config.temperatures]) + "\n")
-            for temperature, row in zip(config.temperatures, json.loads(path.read_text()), strict=True):
-                found.setdefault(method, {}).setdefault(f"{temperature:g}", []).append(row | {"run": name})
+        for method, run in places:
+            path = out / f"{run.parent.name} {run.name}.json"
+            made = hashlib.sha256((run / "report.json").read_bytes()).hexdigest()
+            rows = read_object(path)
+            if rows.get("report") != made:  # none yet, or of a run that was made anew
+                rows = {"report": made, "rows": [wins(config, run, x) for x in config.temperatures]}
+                write_atomic(path, json.dumps(rows) + "\n")
+            for temperature, row in zip(config.temperatures, rows["rows"], strict=True):
+                row |= {"run": run.name, "kl": kls[method]}
+                found.setdefault(method, {}).setdefault(f"{temperature:g}", []).append(row)
             bar.update()
     return found
 
@@ -88,15 +95,16 @@ def wins(config: Config, run: Path, temperature: float) -> dict:
 def show(found: dict) -> tuple[str, list]:
     words = {"xlabel": "temperature of sampling", "ylabel": "win rate against the grammar's reviews"}
     lines = figures.table(found, head="win rate at temperature", y="win_rate")
-    of = ["run", *(next(iter(rows.values()))[0]["run"] for rows in found.values())]
+    named = {"rm": f"best of {BEST_OF}", "sft": "SFT"}
+    of = [["run", "KL at 1, nats"]]
+    for rows in found.values():
+        first = next(iter(rows.values()))[0]
+        of.append([named.get(first["run"], first["run"]), f"{first['kl']:.1f}"])
     panel = figures.panel(found, title="is it robust to temperature?", y="win_rate", **words)
-    return runs.markdown([[*line, run] for line, run in zip(lines, of, strict=True)]), [panel]
+    return runs.markdown([[*line, *run] for line, run in zip(lines, of, strict=True)]), [panel]
 
 
-def main(config: Config) -> None:
-    flags.check(config)
-    runs.present(config, lambda: measure(config), show)
-
+main = runs.experiment(measure, show)
 
 if __name__ == "__main__":
     flags.main(main, Config)

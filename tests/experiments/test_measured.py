@@ -3,12 +3,14 @@
 import json
 import random
 import re
+import shutil
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from small_models import message_of
 
 import train_dpo
@@ -18,6 +20,7 @@ from nanopref import sft
 from nanopref.data import reviews
 from nanopref.evaluation import report
 from nanopref.experiments import (
+    active,
     compare,
     degeneration,
     figures,
@@ -98,8 +101,11 @@ class MadeUp:
         (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def sampled(self, config, sft: Path, seed: int, kind: str) -> Path:
-        path = sft.parent / f"{kind}.jsonl"
-        path.write_text("".join(f'{{"prompt": "{i}", "chosen": "a", "rejected": "b"}}\n' for i in range(40)))
+        """As many rows as prompts, twice as many labels."""
+        path, n = sft.parent / f"{kind}.jsonl", config.prompts * (2 if kind == "labels" else 1)
+        row = {"pairs": {"chosen": "a", "rejected": "b"}, "labels": {"completion": "a", "label": 1}}.get(kind)
+        row = json.dumps(row or {"responses": ["a", "b", "c", "d"]})
+        path.write_text("".join(f'{{"prompt": "{i}", {row[1:]}\n' for i in range(n)))
         return path
 
 
@@ -116,67 +122,117 @@ def made_up(tmp_path, monkeypatch) -> MadeUp:
     monkeypatch.setattr(runs, "write_atomic", lambda path, content: Path(path).write_text(content))  # many, unsynced
     monkeypatch.setattr(runs, "sampled", found.sampled)
     monkeypatch.setattr(runs, "answers", answers)
-    monkeypatch.setattr(scaling, "parameters", lambda root, size: {"nano": 0.1, "tiny": 0.9, "mini": 3.7}[size])
+    sizes = {"sft nano": 0.1, "sft": 0.9, "sft mini": 3.7}
+    monkeypatch.setattr(scaling, "parameters", lambda run: sizes[run.name])
+    monkeypatch.setattr(active, "quality", lambda rm: 0.8 + runs.seed_of(rm) / 100)
     curve = {"kl": [0.0, 0.2, 0.6], "score": [0.0, 0.5, 0.9], "gain": [0.0, 0.4, 0.5]}
-    rows = [{"n": n, "kl": 0.3 * n, "gain": 0.2 * n} for n in (2, 4)]
     monkeypatch.setattr(overoptimisation, "pool", lambda config, rm: curve)
-    monkeypatch.setattr(frontier, "pool", lambda config, rm: rows)
+    rows = [{"n": n, "kl": 0.3 * n, "gain": 0.2 * n} for n in (2, 16)]
+    monkeypatch.setattr(frontier, "pool", lambda config, rm: [row | {"seed": runs.seed_of(rm)} for row in rows])
     return found
 
 
 EXPECTED = {  # runs of one seed, besides SFT
-    frontier: 1 + 6 * 4 - 1 + 3 + 3 + 2 * 4, noise: 2 + 4 * 4 + 3 * 2, labels: 7 + 1 + 4, degeneration: 3,
-    scaling: 3 * 3 + 4 * 3, gap: 1 + 7 * 2, overoptimisation: 4 + 4 + 2 * 4, compare: 1 + 18,
+    frontier: 1 + 6 * 4 - 1 + 3 + 3 + 2 * 4, noise: 2 + 4 * 4 + 3 * 2, labels: 7 + 1 + 2, degeneration: 3,
+    scaling: 2 + 3 * 2 + 4 * 3, gap: 1 + 7 * 3, overoptimisation: 4 + 4 + 2 * 4, compare: 1 + 2 + 18,
 }  # fmt: skip
+SMALL = {overoptimisation: {"prompts": 400, "pairs": (50, 100, 200, 400), "dpo_pairs": (50, 100)}}
+
+
+def configured(experiment, folder: Path, **settings):
+    """Its flags, with few pairs where it would take many, and nothing in the folders of others."""
+    nowhere = dict.fromkeys(("frontier", "scaling", "wrong") if experiment is compare else (), str(folder / "nothing"))
+    return experiment.Config(out=str(folder / "out"), **{"seeds": 2} | nowhere | SMALL.get(experiment, {}) | settings)
 
 
 @pytest.mark.parametrize("experiment", EXPECTED, ids=lambda x: x.__name__.rpartition(".")[2])
 def test_from_runs_to_a_table_and_a_picture_and_again_without_runs(experiment, made_up, tmp_path, capsys):
     out = tmp_path / "out"
-    config = partial(experiment.Config, out=str(out), seeds=2, **elsewhere(experiment, tmp_path))
-    experiment.main(config())
+    experiment.main(configured(experiment, tmp_path))
     of_first = [name for name in made_up.started if name.startswith("out/seed-0/") and not name.endswith("/sft")]
     assert len(of_first) == EXPECTED[experiment] and len(made_up.started) == 2 * (len(of_first) + 1)
     for name, settings in made_up.started.items():
-        assert settings["seed"] == int(name.split("/")[1].removeprefix("seed-"))
+        seed = int(name.split("/")[1].removeprefix("seed-"))
+        assert settings["seed"] in (seed, 1000 + seed)
     made = {name: (out / name).read_bytes() for name in ("table.md", "results.json", "plot.png")}
     assert made["plot.png"][:4] == b"\x89PNG" and "nan" not in made["table.md"].decode()
     assert "±" in made["table.md"].decode()
     started = len(made_up.started)
     (out / "table.md").unlink()
-    experiment.main(config(redraw=True, seeds=5))
+    experiment.main(configured(experiment, tmp_path, redraw=True, seeds=5))
     assert len(made_up.started) == started and (out / "table.md").read_bytes() == made["table.md"]
 
 
-def elsewhere(experiment, folder: Path) -> dict[str, str]:
-    """Folders of other experiments that it would read, where there is nothing."""
-    names = ("frontier", "scaling", "wrong") if experiment is compare else ()
-    return dict.fromkeys(names, str(folder / "nothing"))
-
-
 @pytest.mark.parametrize("experiment", EXPECTED, ids=lambda x: x.__name__.rpartition(".")[2])
-def test_a_seed_that_lacks_a_run_is_left_out_of_that_point_alone(experiment, made_up, tmp_path, capsys, monkeypatch):
-    config = experiment.Config(out=str(tmp_path / "out"), seeds=2, **elsewhere(experiment, tmp_path))
-    monkeypatch.setattr(report, "plot", lambda panels, path: None)
-    experiment.main(config)
-    last = [name for name in made_up.started if name.startswith("out/seed-1/")][-1]
+def test_what_fails_is_left_out_of_table_and_picture(experiment, made_up, tmp_path, capsys, monkeypatch):
+    """One run of a single seed, whichever; and then it is made after all."""
     drawn = []
-    monkeypatch.setattr(report, "plot", lambda panels, path: drawn.extend(map(report.shows_something, panels)))
-    made_up.failing = {last}
-    for path in (tmp_path / last).iterdir():
-        path.unlink()
-    experiment.main(config)
-    assert drawn and all(drawn) and last in made_up.started
+    monkeypatch.setattr(report, "plot", lambda panels, path: drawn.append([report.shows_something(x) for x in panels]))
+    experiment.main(configured(experiment, tmp_path, seeds=1))
+    whole, table = list(made_up.started), (tmp_path / "out" / "table.md").read_text()
+    for name in [x for x in whole if not x.endswith("/sft")][:: 1 if len(whole) < 15 else 4]:
+        made_up.failing = {name}
+        shutil.rmtree(tmp_path / name)
+        experiment.main(configured(experiment, tmp_path, seeds=1))
+        without = (tmp_path / "out" / "table.md").read_text()
+        made_from = ("rm", "base")  # those that began there are done
+        assert without != table or any(x in name for x in made_from), name
+        made_up.failing = set()
+        experiment.main(configured(experiment, tmp_path, seeds=1))
+        assert (tmp_path / "out" / "table.md").read_text() == table, name
+    assert any(map(any, drawn))
+
+
+def rows_of(folder: Path, name: str) -> int:
+    return len((folder / "out" / "seed-0" / f"{name}.jsonl").read_text().splitlines())
+
+
+def test_as_many_judgements_for_each_kind_of_feedback(made_up, tmp_path, capsys, no_picture):
+    labels.main(configured(labels, tmp_path, judgements=1000))
+    costs = {"dpo pairs": 1, "kto labels": 1, "plack": 5, "infonca ratings": 4, "dpo base": 1, "kto base": 1}
+    costs["plackett-luce rankings"] = costs.pop("plack")
+    for name, cost in costs.items():
+        assert rows_of(tmp_path, name) * cost == 1000, name
+        assert made_up.started[f"out/seed-0/{name}"]["batch_size"] == max(1, 32 // cost)
+    few = partial(labels.main, configured(labels, tmp_path / "few", prompts=100, judgements=120))
+    assert "120 rows are wanted, and their answers made but 100; ask for more" in message_of(few)
+
+
+def test_as_many_steps_whatever_the_number_of_pairs(made_up, tmp_path, capsys, no_picture):
+    scaling.main(configured(scaling, tmp_path))
+    for n in (320, 640, 1280, 2560):
+        assert rows_of(tmp_path, f"dpo {n}") == rows_of(tmp_path, f"rm {n}") == n
+        assert made_up.started[f"out/seed-0/dpo {n}"]["epochs"] * n == 2560
 
 
 def test_compare_takes_what_the_others_measured(made_up, tmp_path, capsys):
     for experiment in (frontier, scaling, noise):
         experiment.main(experiment.Config(out=str(tmp_path / experiment.__name__), seeds=2))
     names = {"frontier": frontier.__name__, "scaling": scaling.__name__, "wrong": noise.__name__}
-    compare.main(compare.Config(out=str(tmp_path / "out"), **{k: str(tmp_path / v) for k, v in names.items()}))
-    table = (tmp_path / "out" / "table.md").read_text()
-    for says in ("gain at 4 nats, std", "pairs for a gain of 1.0 std", "gain with 20% of labels wrong"):
-        assert says in table, says
+    elsewhere = {k: str(tmp_path / v) for k, v in names.items()}
+    compare.main(configured(compare, tmp_path, **elsewhere))
+    rows = [line.strip("| ").split(" | ") for line in (tmp_path / "out" / "table.md").read_text().splitlines()]
+    said = {row[0]: row[1:] for row in rows}
+    measured = json.loads((tmp_path / frontier.__name__ / "results.json").read_text())
+    for method, cell in zip(("dpo", "ppo"), said["gain at 4 nats, std"], strict=True):
+        assert cell == figures.with_error(frontier.gain_at(measured[method], 4), sign="+")
+    assert {"pairs for a gain of 1.0 std", "gain with 20% of labels wrong"} < said.keys()
+    assert said["runs of the grid that failed"] == ["0 of 18", "0 of 18"]
+
+
+def test_what_a_run_costs_is_without_its_evaluation_and_adds_up(tmp_path):
+    """Seconds of stages by the same name too; the reward model's scores are scaled over as many answers as it says."""
+    for name, seconds, settings in (
+        ("rm", {"reference": 2.0, "reward model": 30.0, "evaluation": 5.0}, {"heads": 1, "eval_prompts": 512}),
+        ("ppo", {"reference": 1.0, "ppo": 60.0, "evaluation": 7.0}, {"iterations": 16, "batch_size": 128}),
+    ):
+        (tmp_path / name).mkdir()
+        made = {"seconds": seconds, "peak_memory_MiB": 700.0 + len(name)}
+        (tmp_path / name / "report.json").write_text(json.dumps(made))
+        (tmp_path / name / "config.json").write_text(json.dumps({"flags": settings}))
+    found = compare.cost([tmp_path / "rm", tmp_path / "ppo"])
+    assert found["seconds"] == {"reference": 3.0, "reward model": 30.0, "ppo": 60.0}
+    assert found["answers"] == 512 + 16 * 128 and found["memory"] == 703.0
 
 
 def test_temperature_takes_the_setting_next_to_so_many_nats(made_up, tmp_path, capsys, monkeypatch):
@@ -192,20 +248,47 @@ def test_temperature_takes_the_setting_next_to_so_many_nats(made_up, tmp_path, c
         return wins(config, run if run.name != "rm" else run.parent / "sft", t)
 
     monkeypatch.setattr(temperature, "wins", watched)
+    (tmp_path / "there" / "seed-1" / "kto 0.5" / "report.json").unlink()  # a run that is under way
     temperature.main(config())
-    assert set(asked) >= {"sft", "rm", "dpo 0.5", "ppo 1", "kto 0.5"} and len(asked) == 12 * 2 * 5  # β of 4 nats: 1/2
+    assert set(asked) >= {"sft", "rm", "dpo 0.5", "ppo 1", "kto 0.5"}  # at β = 1/2 a run has 4 nats, PPO at 1 has 2
+    assert len(asked) == (12 * 2 - 1) * 5
     temperature.main(config())
-    assert len(asked) == 12 * 2 * 5
+    assert len(asked) == (12 * 2 - 1) * 5
+    report_of = tmp_path / "there" / "seed-0" / "dpo 0.5" / "report.json"
+    report_of.write_text(report_of.read_text() + " ")  # a run that was made anew
+    temperature.main(config())
+    assert len(asked) == 12 * 2 * 5 and asked[-5:] == ["dpo 0.5"] * 5
+    other = partial(temperature.main, config(temperatures=(0.0, 1.0)))
+    assert "holds runs of another experiment, or with other flags" in message_of(other)
+
+
+def test_best_of_sixteen_is_the_answer_with_the_highest_score(made_up, tmp_path, monkeypatch):
+    """And wins against the grammar's reviews as the true reward says, a tie counting half."""
+    rm = tmp_path / "seed-3" / "rm"
+    monkeypatch.setattr(temperature.models, "load", lambda folder: (torch.nn.Linear(1, 1), None))
+    monkeypatch.setattr(temperature.rewards, "load_model", lambda *_: None)
+    monkeypatch.setattr(temperature.rewards, "model_reward", lambda _: temperature.rewards.true_reward)
+    found = temperature.wins(temperature.Config(answers=4), rm, 0.5)
+    prompts = compare.new_prompts("", 4, 3)
+    said = answers(
+        tmp_path / "seed-3" / "sft", 3, temperature=0.5, prompts=tuple(x for x in prompts for _ in range(16))
+    )
+    best = [max(reviews.true_reward(a.text) for a in said[i : i + 16]) for i in range(0, 64, 16)]
+    assert found["true_reward"] == pytest.approx(np.mean(best)) and found["win_rate"] > 0.5
 
 
 # ---- what is computed from runs --------------------------------------------------------------------------------------
 
 
 def test_the_gain_at_a_kl_lies_between_the_settings_on_either_side():
-    """In √KL, from the reference on, which has gained nothing at 0."""
-    settings = {"a": [{"kl": 4.0, "gain": 1.0}, {"kl": 4.0, "gain": 2.0}], "b": [{"kl": 16.0, "gain": 2.5}], "c": []}
-    assert frontier.gain_at(settings, 4) == 1.5 and frontier.gain_at(settings, 9) == 2.0
-    assert frontier.gain_at(settings, 1) == 0.75 and np.isnan(frontier.gain_at(settings, 17))
+    """In √KL, one a seed that has gone so far, and not less far at every setting."""
+
+    def run(kl: float, gain: float, seed: int) -> dict:
+        return {"kl": kl, "gain": gain, "seed": seed}
+
+    settings = {"a": [run(4.0, 1.0, 0), run(4.0, 2.0, 1)], "b": [run(16.0, 2.0, 0)], "c": []}
+    assert frontier.gain_at(settings, 4) == [1.0, 2.0] and frontier.gain_at(settings, 9) == [1.5]
+    assert frontier.gain_at(settings, 1) == [] == frontier.gain_at(settings, 17) == frontier.gain_at({}, 1)
 
 
 @pytest.mark.parametrize("method, peak", [("best-of-n", 2.5), ("ppo", np.exp(1.5))])
@@ -213,10 +296,24 @@ def test_the_fits_of_gao_et_al_find_what_they_were_made_of(method, peak):
     """α = 1, β = 0.2 and 0.4; the peak by hand from the derivative."""
     beta, d = (0.2, 0.4)[method == "ppo"], np.linspace(0.1, 6, 40)
     shape = d if method == "best-of-n" else np.log(d)
-    seeds = [{"kl": (d[i::2] ** 2).tolist(), "gain": (d * (1 - beta * shape))[i::2].tolist()} for i in (0, 1)]
-    assert overoptimisation.fit(method, seeds) == pytest.approx((1, beta, peak))
-    rising = [{"kl": (d**2).tolist(), "gain": (d * (1 + 0.1 * shape)).tolist()}]
-    assert overoptimisation.fit(method, rising)[2] == float("inf")
+    run = {"kl": (d**2).tolist(), "gain": (d * (1 - beta * shape)).tolist()}
+    assert overoptimisation.fit(method, run) == pytest.approx((1, beta, peak))
+    run["gain"] = (d * (1 + 0.1 * shape)).tolist()
+    assert overoptimisation.fit(method, run)[2] == float("inf")
+    run["gain"] = (-d * (1 + shape)).tolist()
+    assert overoptimisation.fit(method, run)[2] == pytest.approx(0.0 if method == "best-of-n" else np.exp(-2))
+
+
+def test_rounds_of_ppo_are_counted_from_the_reference(made_up, tmp_path):
+    """Gain in deviations of its true reward, which other answers of it tell."""
+    run = tmp_path / "seed-2" / "ppo"
+    run.mkdir(parents=True)
+    rows = [{"kl": 0.5 * i, "score": i / 4, "true_reward": 0.25 * i} for i in range(3)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    true = [reviews.true_reward(a.text) for a in answers(tmp_path / "seed-2" / "sft", 2)]
+    found = overoptimisation.rounds(run)
+    assert found["kl"] == [0.0, 0.5, 1.0] and found["score"] == [0.0, 0.25, 0.5]
+    assert found["gain"] == pytest.approx([(0.25 * i - np.mean(true)) / np.std(true) for i in range(3)], abs=1e-5)
 
 
 def test_labels_that_are_needed_for_a_gain():

@@ -207,22 +207,29 @@ def test_a_seed_without_a_beginning_is_left_out(tmp_path, monkeypatch, capsys):
 def test_what_was_measured_is_drawn_again_without_running_anything(tmp_path, capsys, no_picture):
     measured = []
 
-    def measure() -> dict:
+    def measure(config) -> dict:
         measured.append(1)
         return {"a": (1, 2.5)}
 
     def show(found: dict) -> tuple[str, list]:
         return f"table of {found}\n", []
 
-    config = rankings.Config(out=str(tmp_path))
-    runs.present(config, measure, show)
+    main = runs.experiment(measure, show)
+    main(rankings.Config(out=str(tmp_path)))
     before = (tmp_path / "table.md").read_text()
     assert before == "table of {'a': [1, 2.5]}\n"  # as it is read, the second time too
     (tmp_path / "table.md").unlink()
-    runs.present(rankings.Config(out=str(tmp_path), redraw=True), measure, show)
+    main(rankings.Config(out=str(tmp_path), redraw=True))
     assert measured == [1] and (tmp_path / "table.md").read_text() == before
     with pytest.raises(UserError, match="nothing was measured there yet; leave the flag out"):
-        runs.present(rankings.Config(out=str(tmp_path / "new"), redraw=True), measure, show)
+        main(rankings.Config(out=str(tmp_path / "new"), redraw=True))
+
+
+def test_what_was_measured_is_kept_where_it_cannot_be_shown(tmp_path, no_picture):
+    main = runs.experiment(lambda config: {"a": 1}, lambda found: found["b"])
+    with pytest.raises(KeyError):
+        main(rankings.Config(out=str(tmp_path)))
+    assert json.loads((tmp_path / "results.json").read_text()) == {"a": 1}
 
 
 def test_every_objective_is_in_the_table_but_for_the_one_that_is_another():
