@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from matplotlib.ticker import LogLocator
 
-from nanopref.experiments import runs
+from nanopref.experiments import figures, runs
 from nanopref.feedback.bradley_terry import maximum_likelihood, rank_centrality
 from nanopref.feedback.voting import annotate, bradley_terry_probability
 from nanopref.running import flags
@@ -72,9 +71,7 @@ def show(found: dict) -> tuple[str, list]:
     def draw_errors(axis) -> None:
         for name, row, slope, style in zip(ESTIMATORS, errors, slopes, ("o-", "s-", "k:"), strict=True):
             axis.loglog(sizes, row, style, markersize=4, label=f"{name}, slope {slope:.3f}")
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_formatter("")
+        figures.plain_log_ticks(axis.yaxis)
         axis.set(title="error of a reward", xlabel="comparisons m", ylabel="root of the mean square")
         axis.legend(frameon=False)
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from matplotlib.ticker import LogLocator
 
 from nanopref.evaluation.report import Panel
 
@@ -87,6 +88,13 @@ def curve(
         axis.fill_between(x, y - dy, y + dy, color=shape.color, alpha=0.15, linewidth=0)
 
 
+def plain_log_ticks(axis) -> None:
+    """Ticks of a logarithmic axis at 1, 2, 5, 10 …, as plain numbers."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("")
+
+
 def bars(found: Sequence[tuple[str, str, Sequence[float]]], *, title: str, ylabel: str) -> Panel:
     """A bar for each (method, label, values, one a seed), with a standard error either way; each seed is a point."""
 
@@ -123,8 +131,11 @@ def panel(
             ticks = sorted({float(setting) for settings in found.values() for setting in settings})
             axis.minorticks_off()
             axis.set_xticks(ticks, [f"{tick:,g}" for tick in ticks])
-        if legend:
-            axis.legend(frameon=False, fontsize=8)
+        elif scale == "log":
+            plain_log_ticks(axis.xaxis)
+        if legend:  # beside the curves where they are many
+            beside = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if len(found) > 6 else {}
+            axis.legend(frameon=False, fontsize=8, **beside)
 
     return draw
 

@@ -98,7 +98,7 @@ def pool(config: Config, rm: Path) -> list[dict]:
 
 
 def show(found: dict) -> tuple[str, list]:
-    words = {"title": "what a nat buys", "xlabel": "KL to the reference, nats a response", "ylabel": figures.GAIN}
+    words = {"title": "reward against KL", "xlabel": "KL to the reference, nats a response", "ylabel": figures.GAIN}
     panel = figures.panel(found, x="kl", scale="log", **words)
     nats = (1, 2, 4, 8)
     header = ["", "β, passes or n", "gain in true reward, std", "KL, nats"]
