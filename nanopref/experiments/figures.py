@@ -24,6 +24,8 @@ LOOKS = {  # colours after Okabe and Ito, which differ in lightness too
     "online-dpo": Look("online DPO", "#332288", "<", "-."),
     "ppo": Look("PPO, learned reward", "#D55E00", "P"),
     "ppo-true": Look("PPO, true reward", "#000000", "*", "--"),
+    "rloo": Look("RLOO", "#009E73", "^", "--"),
+    "trpo": Look("TRPO", "#000000", "D", ":"),
     "best-of-n": Look("best of n", "#E69F00", "h"),
     "preferred": Look("preferred-FT", "#999999", "x", ":"),
     "unlikelihood": Look("unlikelihood", "#882255", "X", ":"),
