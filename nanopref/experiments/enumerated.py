@@ -98,6 +98,20 @@ def fit(start: Tensor, loss: Callable[[Tensor], Tensor], steps: int = 60) -> tup
     return table.detach(), path
 
 
+def fit_slowly(start: Tensor, loss: Callable[[Tensor], Tensor], n: int = 1000) -> tuple[Tensor, list]:
+    """The same by Adam in small steps, for a loss that is flat where long steps lead: KTO's, with rare responses."""
+    table, path = start.clone().requires_grad_(), []
+    optimizer = torch.optim.Adam([table], lr=0.05)
+    for step in range(n):
+        optimizer.param_groups[0]["lr"] = 0.05 * (1 - step / n)
+        optimizer.zero_grad()
+        loss(table).backward()
+        optimizer.step()
+        if (step + 1) % 20 == 0:
+            path.append((step + 1, table.detach().clone()))
+    return table.detach(), path
+
+
 # ---- losses, as expectations over all that can be said ---------------------------------------------------------------
 
 

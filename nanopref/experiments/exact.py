@@ -7,6 +7,7 @@ can be any; PPO, RLOO and TRPO are train_ppo.py on the GPT.
 """
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from nanopref.experiments.enumerated import (
     cases,
     expected_loss,
     fit,
+    fit_slowly,
     kl,
     logprobs,
     make_world,
@@ -47,7 +49,7 @@ SAMPLED = {  # flags of train_ppo.py
     "rloo": ["--advantage", "rloo", "--group", "8", "--epochs", "2", "--lr", "3e-3"],
     "trpo": ["--update", "trpo", "--advantage", "rloo", "--group", "8", "--trust-region", "0.03"],
 }
-STRENGTHS = (0.0, 0.5, 1.0, 2.0, 4.0)  # of what no reward explains, in logits
+STRENGTHS = (0.0, 1.0, 2.0, 4.0)  # of what no reward explains, in logits
 
 
 @dataclass
@@ -77,7 +79,10 @@ def figures_of(policy: Tensor, best: Tensor, world: World, beta: float) -> dict[
     off = beta * (policy - reference) - r
     off = off - (best.exp().nan_to_num(0) * off).sum(1, keepdim=True)
     spread = (best.exp() * off**2).sum(1).mean().sqrt()
-    found = {"kl": kl(best, policy) if zeros else kl(policy, best), "way": kl(reference, best)}
+    found = {
+        "kl": kl(best, policy) if zeros else kl(policy, best),
+        "way": kl(best, reference) if zeros else kl(reference, best),
+    }
     found |= {"J": objective(policy, reference, r, beta).item(), "off": spread.item()}
     return found | {"largest": off.abs().max().item()}
 
@@ -88,7 +93,7 @@ def fitted(world: World, case: Case, steps: int = 60) -> tuple[Tensor, list[tupl
     def loss(table: Tensor) -> Tensor:
         return expected_loss(case.loss, logprobs(table), world.reference + case.z0, case.feedback, case.knobs)
 
-    return fit(world.start, loss, steps)
+    return fit_slowly(world.start, loss) if case.loss == "kto" else fit(world.start, loss, steps)
 
 
 def ascended(world: World, beta: float, start: Tensor) -> tuple[Tensor, list[tuple[int, Tensor]]]:
@@ -163,29 +168,36 @@ def measure(config: Config) -> dict:
             folders[folder / name] = [str(runs.SCRIPTS / "train_ppo.py"), *words, *more]
     runs.launch(folders, config.jobs)
     found: dict = {"beta": config.beta, "methods": {}, "best": [], "betas": {}, "circles": {}}
-    for seed, world in enumerate(worlds):
-        _, reference, r = world
-        best, most = optimum(reference, r, config.beta), soft_value(reference, r, config.beta).mean().item()
-        found["best"].append({"J": objective(best, reference, r, config.beta).item(), "beta_log_Z": most})
-        of_seed = exact_methods(world, config.beta)
-        prompts = read_prompts(root / f"seed-{seed}" / "prompts.jsonl")[0]
-        for name in SAMPLED:
-            folder = root / f"seed-{seed}" / name
-            if runs.is_done(folder):
-                policy, tokenizer = models.load(folder)
-                table = table_of(policy, [tokenizer.encode(x) for x in prompts])
-                rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-                # J(π*) - J(π) = β KL(π‖π*), and J is what a round has measured
-                curve = [(x["step"], (most - x["score"] + config.beta * x["kl"]) / config.beta) for x in rows]
-                of_seed[name] = figures_of(logprobs(table), best, world, config.beta) | {"curve": curve}
-        for name, row in of_seed.items():
-            found["methods"].setdefault(name, []).append(row)
-        for beta, row in at_every_beta(world, config.betas).items():
-            found["betas"].setdefault(beta, []).append(row)
-        for strength in STRENGTHS:
-            row = beyond_bradley_terry(world, config.beta, strength)
-            found["circles"].setdefault(f"{strength:g}", []).append(row)
+    with ThreadPoolExecutor(config.jobs) as pool:
+        of_seeds = list(pool.map(partial(of_seed, config), range(config.seeds), worlds))
+    for row in of_seeds:
+        found["best"].append(row.pop("best"))
+        for table, figures_ in row.items():
+            for name, values in figures_.items():
+                found[table].setdefault(name, []).append(values)
     return found
+
+
+def of_seed(config: Config, seed: int, world: World) -> dict[str, dict]:
+    """Everything that is fitted in one world, and what came of its runs."""
+    _, reference, r = world
+    root = Path(config.out).absolute() / f"seed-{seed}"
+    best, most = optimum(reference, r, config.beta), soft_value(reference, r, config.beta).mean().item()
+    methods, prompts = exact_methods(world, config.beta), read_prompts(root / "prompts.jsonl")[0]
+    for name in SAMPLED:
+        if runs.is_done(root / name):
+            policy, tokenizer = models.load(root / name)
+            table = table_of(policy, [tokenizer.encode(x) for x in prompts])
+            rows = map(json.loads, (root / name / "metrics.jsonl").read_text().splitlines())
+            # J(π*) - J(π) = β KL(π‖π*), and J is what a round has measured
+            curve = [(x["step"], (most - x["score"] + config.beta * x["kl"]) / config.beta) for x in rows]
+            methods[name] = figures_of(logprobs(table), best, world, config.beta) | {"curve": curve}
+    return {
+        "best": {"J": objective(best, reference, r, config.beta).item(), "beta_log_Z": most},
+        "methods": methods,
+        "betas": at_every_beta(world, config.betas),
+        "circles": {f"{c:g}": beyond_bradley_terry(world, config.beta, c) for c in STRENGTHS},
+    }
 
 
 # ---- what is shown ---------------------------------------------------------------------------------------------------
