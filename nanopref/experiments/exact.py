@@ -44,11 +44,13 @@ from nanopref.running.flags import flag
 
 COMMON = ["--missing-end", "0", "--max-new-tokens", str(STEPS), "--batch-size", "384", "--minibatch", "128"]
 COMMON += ["--micro-batch", "384", "--eval-prompts", "1", "--device", "cpu"]
+STEPPED = ["--epochs", "2", "--lr", "3e-3"]
 SAMPLED = {  # flags of train_ppo.py
-    "ppo": ["--epochs", "2", "--lr", "3e-3", "--value-clip", "10"],
-    "rloo": ["--advantage", "rloo", "--group", "8", "--epochs", "2", "--lr", "3e-3"],
-    "trpo": ["--update", "trpo", "--advantage", "rloo", "--group", "8", "--trust-region", "0.03"],
+    "ppo": [*STEPPED, "--iterations", "120", "--value-clip", "10"],
+    "rloo": [*STEPPED, "--iterations", "120", "--advantage", "rloo", "--group", "8"],
+    "trpo": ["--iterations", "45", "--update", "trpo", "--advantage", "rloo", "--group", "8"],
 }
+SAMPLED["trpo"] += ["--trust-region", "0.05", "--cg-steps", "5"]
 STRENGTHS = (0.0, 1.0, 2.0, 4.0)  # of what no reward explains, in logits
 
 
@@ -64,7 +66,6 @@ class Config:
     jobs: int = flag(2, "runs at once", least=1)
     beta: float = flag(1.0, "price of a nat of KL", above=0, most=1)
     betas: tuple[float, ...] = flag((0.125, 0.25, 0.5, 1.0, 2.0), "those at which DPO and RLHF are fitted too", above=0)
-    iterations: int = flag(100, "rounds of the methods that sample", least=2)
     redraw: bool = flag(False, "run nothing: draw again what results.json in --out says")
 
 
@@ -163,7 +164,6 @@ def measure(config: Config) -> dict:
         folder = root / f"seed-{seed}"
         words = ["--init", str(folder / "init"), "--data", str(folder / "prompts.jsonl"), "--seed", str(seed)]
         words += ["--reward", f"{folder / 'reward.py'}:score", "--beta", f"{config.beta:g}", *COMMON]
-        words += ["--iterations", str(config.iterations)]
         for name, more in SAMPLED.items():
             folders[folder / name] = [str(runs.SCRIPTS / "train_ppo.py"), *words, *more]
     runs.launch(folders, config.jobs)
