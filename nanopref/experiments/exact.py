@@ -4,6 +4,9 @@ A GPT that answers with at most four of four letters, and the token that ends it
 asked. So π* ∝ π_ref e^{r/β} is known, and so is how far from it each method comes. A loss is descended as its
 expectation over all comparisons there are, by a policy that has a logit for each token behind each beginning, and so
 can be any; PPO, RLOO and TRPO are train_ppo.py on the GPT.
+
+KTO's loss alone is not descended to the end: it is flat where a good response has become rare (1 - σ and σ have no
+slope there), so that some stay rare; its figure is KL(optimum‖π_θ), as its optimum has zeros.
 """
 
 import json
@@ -243,7 +246,8 @@ def show(found: dict) -> tuple[str, list]:
                     axis.plot(x, y, color=shape.color, linestyle=shape.line, linewidth=1.2, label=label)
             axis.axhline(TARGETS.get(names[0], TARGET), color="grey", linewidth=0.5)
             axis.set(title=title, xlabel=xlabel, ylabel="KL to its optimum, nats", yscale="log")
-            axis.legend(frameon=False, fontsize=7)
+            if any(name in methods for name in names):
+                axis.legend(frameon=False, fontsize=7)
 
         return panel
 
