@@ -24,6 +24,7 @@ LOOKS = {  # colours after Okabe and Ito, which differ in lightness too
     "online-dpo": Look("online DPO", "#332288", "<", "-."),
     "ppo": Look("PPO, learned reward", "#D55E00", "P"),
     "ppo-true": Look("PPO, true reward", "#000000", "*", "--"),
+    "rlhf": Look("RLHF", "#000000", "*"),
     "rloo": Look("RLOO", "#009E73", "^", "--"),
     "trpo": Look("TRPO", "#000000", "D", ":"),
     "best-of-n": Look("best of n", "#E69F00", "h"),
