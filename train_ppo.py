@@ -187,7 +187,8 @@ def train(config: Config) -> None:
     # 8. What came of it: policy and reference answer the same new prompts.
     with run.stage("evaluation"):
         result, answers = compare(policy, reference, tokenizer, held_out_prompts, score=reward, **setting_of(config))
-    stop_if_collapsed(run, result["kl"], not any(answer["policy"] for answer in answers))
+    empty = len(answers) > 1 and not any(answer["policy"] for answer in answers)  # of one, it says nothing
+    stop_if_collapsed(run, result["kl"], empty)
     models.save(policy, tokenizer, run.folder / "model")
     if learner.critic is not None:
         models.save(learner.critic, tokenizer, run.folder / "critic")
