@@ -8,6 +8,7 @@ from helpers import lines, refused, stopped
 import train_ppo
 from nanopref import models
 from nanopref.data.tokenizer import Tokenizer
+from nanopref.evaluation import compare
 from nanopref.feedback import rollout
 from nanopref.models.gpt2 import GPT, GPTConfig
 from nanopref.models.scalar import ScalarModel
@@ -160,6 +161,26 @@ def test_a_collapse_in_the_last_round_is_noticed_too(init, judge, tmp_path, caps
     assert "beyond --max-kl" in errors
     policy, reference = (models.load(folder)[0].state_dict() for folder in (tmp_path / "out", init))
     torch.testing.assert_close(policy, reference)
+
+
+@pytest.mark.parametrize("prompts, collapsed", [(1, False), (2, True)])
+def test_of_a_single_answer_that_is_empty_nothing_follows(
+    prompts, collapsed, init, judge, tmp_path, capsys, monkeypatch, no_picture
+):
+    """Of all of several it does."""
+
+    def silent(*args, **setting):
+        result, answers = compare.compare(*args, **setting)
+        return result, [row | {"policy": ""} for row in answers]
+
+    monkeypatch.setattr(train_ppo, "compare", silent)
+    options = SMALL | {"init": init, "reward": (judge,), "iterations": 1, "eval_prompts": prompts, "max_kl": 1e4}
+    config = train_ppo.Config(out=str(tmp_path / "out"), **options)
+    if collapsed:
+        assert "every response is empty" in stopped(train_ppo.train, config, capsys)
+    else:
+        train_ppo.train(config)
+    assert (tmp_path / "out" / "report.json").exists() != collapsed
 
 
 def test_the_last_good_policy_is_written_when_the_state_is(init, judge, tmp_path, monkeypatch, no_picture):

@@ -44,6 +44,7 @@ from nanopref.experiments.enumerated import (
     table_of,
 )  # fmt: skip
 from nanopref.experiments.figures import mean_error
+from nanopref.experiments.runs import FigureFlags
 from nanopref.learning.objectives import Knobs
 from nanopref.running import flags
 from nanopref.running.flags import flag
@@ -61,18 +62,17 @@ STRENGTHS = (0.0, 1.0, 2.0, 4.0)  # of what no reward explains, in logits
 
 
 @dataclass
-class Config:
+class Config(FigureFlags):
     """Each method's distance from the optimum of its objective, where that is known in closed form.
 
     Example: python -m nanopref.experiments.exact --seeds 1 --beta 1
     """
 
-    out: str = flag("out/exact", "the experiment's folder: its runs, table.md, results.json and plot.png")
+    out: str = "out/exact"
     seeds: int = flag(3, "how many worlds, from 0: each a reference, a reward and the runs' seed", least=1)
     jobs: int = flag(2, "runs at once", least=1)
     beta: float = flag(1.0, "price of a nat of KL", above=0, most=1)
     betas: tuple[float, ...] = flag((0.125, 0.25, 0.5, 1.0, 2.0), "those at which DPO and RLHF are fitted too", above=0)
-    redraw: bool = flag(False, "run nothing: draw again what results.json in --out says")
 
 
 # ---- what is measured ------------------------------------------------------------------------------------------------
@@ -164,7 +164,7 @@ def beyond_bradley_terry(world: World, beta: float, strength: float) -> dict[str
 
 
 def measure(config: Config) -> dict:
-    root, folders = Path(config.out).absolute(), {}
+    root, folders = runs.claim(config), {}
     worlds = [make_world(root / f"seed-{seed}", seed) for seed in range(config.seeds)]
     for seed in range(config.seeds):
         folder = root / f"seed-{seed}"
@@ -273,9 +273,7 @@ def show(found: dict) -> tuple[str, list]:
     return "\n".join(runs.markdown(rows) for rows in ([header, *lines], betas, circles)), panels
 
 
-def main(config: Config) -> None:
-    flags.check(config)
-    runs.present(config, lambda: measure(config), show)
+main = runs.experiment(measure, show)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ LOOKS = {  # colours after Okabe and Ito, which differ in lightness too
     "dpo": Look("DPO", "#0072B2", "o"),
     "ipo": Look("IPO", "#56B4E9", "s", "--"),
     "cdpo": Look("cDPO", "#009E73", "^", "-."),
-    "robust": Look("robust DPO", "#CC79A7", "D", ":"),
+    "robust": Look("robust DPO", "#8C8C00", "D", ":"),
     "slic": Look("SLiC", "#009E73", "^", "-."),
     "kto": Look("KTO", "#CC79A7", "D", ":"),
     "discopop": Look("DiscoPOP", "#8C8C00", "v", "--"),
