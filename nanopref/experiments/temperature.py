@@ -58,7 +58,7 @@ def measure(config: Config) -> dict:
             chosen[method], kls[method] = f"{method} {setting}", nats[setting]
     places = [(method, run) for method, name in chosen.items() for run in sorted(root.glob(f"seed-*/{name}"))]
     places = [(method, run) for method, run in places if runs.is_done(run)]
-    with progress("policies", len(places), "policy") as bar:
+    with progress("policies", len(places), "model") as bar:
         for method, run in places:
             path = out / f"{run.parent.name} {run.name}.json"
             made = hashlib.sha256((run / "report.json").read_bytes()).hexdigest()
