@@ -67,6 +67,7 @@ def test_a_token_is_of_the_word_in_which_it_ends():
     assert [text[w.start : w.end] for w in found] == ["The", "plot", "isn't", "du", "ll", "."]
     sums = by_word([2**i for i in range(len(texts))], texts, found)
     assert sums.tolist() == [1, 2 + 4, 8 + 16, 32 + 128 + 64, 256 + 512, 1024 + 2048]
+    assert by_word([1, 2], [" The pl", "ot "], words(" The plot ")).tolist() == [0, 3]
 
 
 @given(st.lists(st.sampled_from([" the", "plo", "t", " is", " good", ".", " ", "\n", "", "’", "é"]), min_size=1))
