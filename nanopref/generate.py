@@ -50,6 +50,7 @@ def main(config: Config) -> None:
     check_sampling(config.max_new_tokens, config.temperature, config.top_k, config.top_p)
     together = (config.best_of > 1) == (config.reward is not None) or (config.credit and config.best_of == 1)
     require(together, "--best-of n, above 1, and --reward go together")
+    require(config.reward is not None or not config.doubt, "--doubt: there is no --reward that has any")
     require(not (config.chat and config.credit), "--credit is of a single answer: leave out --chat")
     require(config.chat or not config.system, "--system goes with --chat")
     alone = not config.chat or (not config.prompt and config.best_of == 1)
@@ -61,12 +62,12 @@ def main(config: Config) -> None:
     setting |= {"generator": parallel.generator(config.seed, "generate", device), "ends": chat.ends(tokenizer)}
     if config.chat:
         return converse(config, model, tokenizer, setting)
-    words, critic = config.reward, credit.critic_of(config.model) if config.credit else ""
-    if critic and words is None:
-        words = credit.judges_of(config.model)
-    idle = config.credit and not critic and config.best_of == 1 and words is not None
+    critic = credit.critic_of(config.model) if config.credit else ""
+    idle = config.credit and not critic and config.best_of == 1 and config.reward is not None
     require(not idle, f"--reward: {config.model} has no critic, for which it would judge")
-    judge = rewards.load(words, model, tokenizer, config) if words is not None else None
+    judge = rewards.load(config.reward, model, tokenizer, config) if config.reward is not None else None
+    if critic and judge is None:
+        judge = credit.judge_of(config.model, model, tokenizer)
     credits = credit.load(config.model, model, tokenizer, judge if critic else None) if config.credit else None
     prompt = encode_prompt(tokenizer, config.prompt)
     check_room([prompt], model)

@@ -121,9 +121,10 @@ def runs(folder, tmp_path_factory):
     models.save(scripted([], 24), tokenizer, root / "sft")
     (root / "mine.py").write_text("def f(prompt, response):\n    return float(len(response))\n")
     flags = {"init": str(root / "sft"), "beta": 0.5, "reward": [f"{root}/mine.py:f"], "missing_end": 1.0}
+    flags |= {"gamma": 1.0, "lam": 0.9, "doubt": 0.0}
     for name in ("dpo", "ppo"):
         models.save(policy, tokenizer, root / name / "model")
-        (root / name / "config.json").write_text(json.dumps({"flags": flags | {"gamma": 1.0, "lam": 0.9}}))
+        (root / name / "config.json").write_text(json.dumps({"flags": flags}))
     models.save(ScalarModel(models.load(folder)[0]), tokenizer, root / "ppo" / "critic")
     return root
 
@@ -166,6 +167,8 @@ def test_credit_that_nothing_can_say_is_refused(folder, runs, capsys):
     assert f"--reward: {runs}/dpo has no critic, for which it would judge" in said
     assert "go together" in refusal(capsys, prompt="a", model=str(runs / "dpo"), credit=True, best_of=2)
     assert "go together" in refusal(capsys, prompt="a", model=str(runs / "ppo"), reward=("true",))
+    said = refusal(capsys, prompt="a", model=str(runs / "ppo"), credit=True, doubt=1.0)
+    assert "--doubt: there is no --reward that has any" in said  # the run's own judge has the run's
 
 
 # ---- a conversation --------------------------------------------------------------------------------------------------

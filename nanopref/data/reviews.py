@@ -85,7 +85,6 @@ ASPECT_OF = {name: aspect for aspect, (names, *_) in ASPECTS.items() for name in
 ASPECT_OF |= dict.fromkeys(["movie", "it", *GENRES], "film")
 ASPECT_OF |= dict.fromkeys((name.lower() for name in SURNAMES), "acting")
 
-_SENTENCE_END = re.compile(r"[.!?\r\n]+")
 _SENTENCE = re.compile(r"[^.!?\r\n]+")
 _WORD = re.compile(rf"\b(?:{'|'.join([*VERDICTS, 'far from'])})\b|[a-z]+(?:'[a-z]+)?|[{''.join(PAUSES)}]")
 _DETAIL = re.compile(
@@ -95,8 +94,8 @@ _DETAIL = re.compile(
 
 
 def sentences(response: str) -> list[str]:
-    """A text in lower case, cut where `judgements` expects it; some may be empty."""
-    return _SENTENCE_END.split(response.lower().replace("’", "'"))
+    """A text in lower case, cut where `judgements` expects it; some may be blank."""
+    return _SENTENCE.findall(response.lower().replace("’", "'"))
 
 
 def judgements(sentence: str) -> list[tuple[str, str, float]]:
@@ -170,7 +169,7 @@ def specificity(response: str) -> float:
 
     A detail is a performer, a character, a place of this world, or a time in minutes. Text without a sentence has 0.
     """
-    sentences = [s for s in _SENTENCE_END.split(response) if s.strip()]
+    sentences = [s for s in _SENTENCE.findall(response) if s.strip()]
     seen, concrete = set(), 0
     for sentence in sentences:
         details = {detail.lower() for detail in _DETAIL.findall(sentence)}

@@ -6,12 +6,13 @@ section 4): where it is the best there is, with V* as what may still be earned l
     β log π*(y_t|x, y_<t)/π_ref(y_t|x, y_<t) = r_t + V*(x, y_<=t) - V*(x, y_<t)
 
 Summed over a response that is its implicit reward. PPO's critic, which learns V of its policy, is the right side by
-another road, and GAE's advantage is what the policy in fact learnt from.
+another road, and GAE's advantage is what the policy would learn from next, before it is whitened.
 """
 
 import codecs
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 from torch import Tensor
 
@@ -36,7 +37,8 @@ Credit = Callable[[Sequence[Answer]], dict[str, list[list[float]]]]  # by its na
 
 def load(folder: str, policy: LM, tokenizer: Tokenizer, judge: Rewards | None = None) -> Credit:
     """How the run in a folder, whose policy is the one in hand, credits tokens: by its policy, and given a judge of
-    whole responses by its critic too. Rewards and log-probs are as the run has them.
+    whole responses by its critic too. Log-probs are at the run's temperature, --missing-end is taken off the scores,
+    and β is the last that the run had.
 
     UserError where the run does not say its β and reference.
     """
@@ -64,15 +66,19 @@ def load(folder: str, policy: LM, tokenizer: Tokenizer, judge: Rewards | None = 
 
 
 def critic_of(folder: str) -> str:
-    """Where a run of train_ppo.py has its critic; nothing where it has none."""
+    """Where a run of train_ppo.py has its critic; nothing where it has none, or one that knows --whiten-rewards: by
+    what each round was divided nothing says, so its values are in no unit."""
     path = Path(folder) / "critic"
-    return str(path) if (path / "config.json").is_file() else ""
+    if not (path / "config.json").is_file() or rewards.held_against(folder, "--credit")[1].get("whiten_rewards"):
+        return ""
+    return str(path)
 
 
-def judges_of(folder: str) -> tuple[str, ...]:
-    """Whom a run of train_ppo.py asked, in the notation of --reward."""
+def judge_of(folder: str, policy: LM, tokenizer: Tokenizer) -> Rewards:
+    """Whom a run of train_ppo.py asked, with its --doubt."""
     _, config = rewards.held_against(folder, "--credit")
-    return tuple(config.get("reward") or [str(Path(folder) / "rm")])
+    words = config.get("reward") or [str(Path(folder) / "rm")]
+    return rewards.load(words, policy, tokenizer, SimpleNamespace(**config))
 
 
 # ---- to be read ------------------------------------------------------------------------------------------------------

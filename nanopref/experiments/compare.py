@@ -18,6 +18,7 @@ import numpy as np
 
 from nanopref.data import reviews
 from nanopref.evaluation.compare import new_prompts
+from nanopref.evaluation.report import Panel
 from nanopref.experiments import figures, frontier, runs
 from nanopref.experiments.figures import mean_error, with_error
 from nanopref.experiments.runs import ExperimentFlags, Variant
@@ -195,25 +196,23 @@ def show(found: dict) -> tuple[str, list]:
     return runs.markdown(lines), [*panels, figures.bars(bars, title="prompts of another kind", ylabel=figures.GAIN)]
 
 
-def heat(settings: dict[str, list[dict]], title: str):
-    """A panel with the mean gain at each learning rate and β."""
+def heat(settings: dict[str, list[dict]], title: str) -> Panel:
+    """A panel with the mean gain at each learning rate and β, and the KL that it cost."""
     points = {tuple(map(float, name.split(","))): seeds for name, seeds in settings.items()}
     lrs, betas = (sorted({point[i] for point in points}) for i in (0, 1))
 
+    def said(seeds: list[dict]) -> str:
+        gains, kls = ([run[name] for run in seeds] for name in ("gain", "kl"))
+        return f"{with_error(gains, sign='+')}\n{np.mean(kls):.1f} nats" if seeds else "failed"
+
+    def names(numbers: list[float]) -> list[str]:
+        return [f"{x:g}" for x in numbers]
+
     def draw(axis) -> None:
-        for (lr, beta), seeds in points.items():
-            x, y = lrs.index(lr), betas.index(beta)
-            gain = mean_error([run["gain"] for run in seeds])[0] if seeds else 0.0
-            shade = min(1.0, max(0.0, gain / 3))
-            axis.bar(x, 1, 1, y - 0.5, color=f"{1 - shade:.3f}")
-            gains, kls = ([run[name] for run in seeds] for name in ("gain", "kl"))
-            words = f"{with_error(gains, sign='+')}\n{np.mean(kls):.1f} nats" if seeds else "failed"
-            ink = "white" if shade > 0.5 else "black"
-            axis.text(x, y, words, color=ink, fontsize=8, horizontalalignment="center", verticalalignment="center")
-        axis.set_xticks(range(len(lrs)), [f"{x:g}" for x in lrs])
-        axis.set_yticks(range(len(betas)), [f"{x:g}" for x in betas])
-        axis.set(title=title, xlabel="learning rate", ylabel="β", xlim=(-0.5, len(lrs) - 0.5))
-        axis.set_ylim(-0.5, len(betas) - 0.5)
+        cells = [[points.get((lr, beta), []) for lr in lrs] for beta in betas]
+        gains = [[np.mean([run["gain"] for run in seeds] or np.nan) / 3 for seeds in row] for row in cells]
+        figures.heat(axis, gains, [[said(seeds) for seeds in row] for row in cells], names(lrs), names(betas), size=8)
+        axis.set(title=title, xlabel="learning rate", ylabel="β")
 
     return draw
 

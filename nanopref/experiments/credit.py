@@ -3,59 +3,56 @@
 A policy is a token-level Q-function (Rafailov et al. 2024, "From r to Q*"), a critic a token-level value, and nobody
 knows what the tokens of an answer are worth. Here the true reward tells: S of reviews.py is a sum over opinion words.
 So the credit of each token, see evaluation/credit.py, is added up over words, clauses, sentences and responses, and set
-beside what the true reward pays there. A third kind of credit is the change of the reward model's score from one
-prefix to the next; and of what is no credit, the list of opinion words, read without what stands around them, says how
-much of the truth needs no context.
+beside what the true reward pays there. The token that ends an answer is of no word: its credit counts for the response
+alone, where a policy's is then its implicit reward and a critic's the score less what was expected at first. A third
+kind of credit is the change of the reward model's score from one prefix to the next; and of what is no credit, the list
+of opinion words, read without what stands around them, says how much of the truth needs no context.
 """
 
-import re
-from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.colors import LinearSegmentedColormap
 
 from nanopref import models
 from nanopref.data import reviews
 from nanopref.evaluation import credit
 from nanopref.evaluation.metrics import auc, correlation, rank_correlation
 from nanopref.experiments import figures, runs
-from nanopref.experiments.figures import Look, mean_error, with_error
+from nanopref.experiments.figures import with_error
 from nanopref.experiments.runs import ExperimentFlags, Variant
+from nanopref.experiments.words import ROLES, by_word, words
 from nanopref.feedback import rewards
 from nanopref.models.inference import token_scores
 from nanopref.models.sampling import Answer, pack
 from nanopref.running import flags
 from nanopref.running.files import read_object, write_atomic
-from nanopref.running.flags import RewardFlags, flag, require
+from nanopref.running.flags import flag, require
 from nanopref.running.parallel import start
 
-LEVELS = ("word", "clause", "sentence", "response")
-ROLES = ("negator", "opinion", "degree", "aspect", "rest")
-LOOKS = {  # of each signal
-    "true": Look("true reward", "", ""),
-    "alone": Look("opinion words alone", "#999999", "x", ":"),
-    "rm": Look("reward model: by prefix", "#009E73", "D", "-."),
-}
-for _run, (_name, _colour) in {
-    "dpo 0.15": ("DPO β 0.15", "#56B4E9"), "dpo 0.5": ("DPO β 0.5", "#0072B2"),
-    "ppo": ("PPO, learned reward", "#D55E00"), "ppo-true": ("PPO, true reward", "#000000"),
-}.items():  # fmt: skip
-    LOOKS[f"{_run} log-ratio"] = Look(f"{_name}: log-ratio", _colour, "o")
-    LOOKS[f"{_run} value"] = Look(f"{_name}: critic", _colour, "s", "--")
-    LOOKS[f"{_run} advantage"] = Look(f"{_name}: GAE", _colour, "^", ":")
-COLUMNS = {  # of the table: the level and figure of each
-    "word ρ": ("word", "spearman"), "word r": ("word", "pearson"), "clause ρ": ("clause", "spearman"),
-    "sentence ρ": ("sentence", "spearman"), "response ρ": ("response", "spearman"),
-    "AUC: praise or blame, words": ("word", "praise"), "clauses": ("clause", "praise"),
-    "paid or not, words": ("word", "paid"), "paid or said again, clauses": ("clause", "again"),
+NAMES = {"true": "true reward", "alone": "opinion words alone", "rm": "reward model: by prefix"} | {
+    f"{run} {signal}": f"{name}: {label}"
+    for run, name in {
+        "dpo 0.15": "DPO β 0.15", "dpo 0.5": "DPO β 0.5", "ppo": "PPO, learned reward", "ppo-true": "PPO, true reward"
+    }.items()
+    for signal, label in {"log-ratio": "log-ratio", "value": "critic", "advantage": "GAE"}.items()
 }  # fmt: skip
-PLACES = [(kind, role) for kind in ("plain", "negated") for role in ROLES if (kind, role) != ("plain", "negator")]
+# the columns of the tables, and where in what was measured each is
+AGREEMENT = {
+    "word ρ": ("word", "spearman"), "word r": ("word", "pearson"), "clause ρ": ("clause", "spearman"),
+    "sentence ρ": ("sentence", "spearman"), "response ρ, its end too": ("response", "spearman"),
+    "AUC: praise or blame, words": ("word", "praise"), "AUC: praise or blame, clauses": ("clause", "praise"),
+    "AUC: paid or not, words": ("word", "paid"), "AUC: paid or said again, clauses": ("clause", "again"),
+    "word ρ, own answers": ("own", "word", "spearman"),
+}  # fmt: skip
+PLACES = {
+    f"{kind}: {role}": ("where", kind, role)
+    for kind in ("plain", "negated") for role in ROLES if (kind, role) != ("plain", "negator")
+}  # fmt: skip
 
 
 @dataclass
@@ -79,59 +76,7 @@ def variants(config: Config) -> dict[str, Variant]:
     return found
 
 
-# ---- what the true reward pays, word by word -------------------------------------------------------------------------
-
-
-class Word(NamedTuple):
-    """A word of a response, a phrase that is read as one ("skip it", "far from"), or a mark."""
-
-    start: int
-    end: int
-    value: float  # what an opinion word says, 0 elsewhere
-    paid: float  # and what of that is paid
-    clause: int  # in which clause and sentence it stands, from 0
-    sentence: int
-    role: str  # one of ROLES
-
-
-_WORD = re.compile(rf"\b(?:{'|'.join([*reviews.VERDICTS, 'far from'])})\b|[\w'’]+|[^\w\s]", re.I)
-_BEGINS = {"and", *reviews.TURNS, *reviews.CONCESSIONS}  # a clause, as in reviews.py
-
-
-def words(response: str) -> list[Word]:
-    """All words and marks of a response; a word that begins a clause is of it, a mark of the clause that it ends."""
-    found: list[Word] = []
-    opinions, ended, clause, sentence = {o.start: o for o in reviews.opinions(response)}, "", 0, 0
-    for match in _WORD.finditer(response):
-        word = match[0].lower().replace("’", "'")
-        ended += "\n" * bool(found and re.search(r"[\r\n]", response[found[-1].end : match.start()]))
-        sentence += bool(found and set(ended) & set(".!?\n"))
-        clause += bool(found and (ended or word in _BEGINS))
-        ended = word if word in reviews.PAUSES or word in ".!?" else ""
-        inside = [opinions[i] for i in range(*match.span()) if i in opinions]
-        value, paid = sum(o.value for o in inside), sum(o.paid for o in inside)
-        found.append(Word(*match.span(), value, paid, clause, sentence, role(word, value)))
-    return found
-
-
-def role(word: str, value: float) -> str:
-    """What a word does in its clause."""
-    if value:
-        return "opinion"
-    if word in reviews.NEGATORS or word.endswith("n't"):
-        return "negator"
-    return "degree" if word in reviews.DEGREES else "aspect" if word in reviews.ASPECT_OF else "rest"
-
-
-def by_word(numbers: Sequence[float], texts: Sequence[str], found: Sequence[Word]) -> np.ndarray:
-    """The credit of each token added up over each word: [words]. A token is of the word in which it ends, spaces behind
-    it left aside; what stands behind all words is of the last one."""
-    sums, ends, at = np.zeros(len(found)), [word.end for word in found], 0
-    for number, text in zip(numbers, texts, strict=True):
-        last = at + max(len(text.rstrip()), 1) - 1
-        at += len(text)
-        sums[min(bisect_right(ends, last), len(ends) - 1)] += number
-    return sums
+# ---- how credit goes with what is paid -------------------------------------------------------------------------------
 
 
 class Truth:
@@ -143,22 +88,20 @@ class Truth:
             *((a, t, found) for a, t in zip(answers, texts, strict=True) if (found := words(a.text))), strict=True
         )
         flat = [word for found in self.words for word in found]
-        self.value, self.paid = (np.array([getattr(word, name) for word in flat]) for name in ("value", "paid"))
-        of = [i for i, found in enumerate(self.words) for _ in found]
-        keys = {"word": range(len(flat)), "response": of}
-        keys |= {
-            level: [(i, getattr(w, level)) for i, w in zip(of, flat, strict=True)] for level in ("clause", "sentence")
-        }
-        self.groups = {}  # at each level, which group each word is of
-        for level, of_each in keys.items():
-            number: dict[Any, int] = {}
-            self.groups[level] = np.array([number.setdefault(key, len(number)) for key in of_each])
-        self.roles = np.array([word.role for word in flat])
+        self.value, self.paid, self.roles, clause, sentence = (
+            np.array([getattr(word, name) for word in flat]) for name in ("value", "paid", "role", "clause", "sentence")
+        )
+        response = np.repeat(np.arange(len(self.words)), [len(found) for found in self.words])
+        begins = np.diff(response, prepend=0) > 0
+        clause, sentence = (np.cumsum(begins | (np.diff(x, prepend=0) > 0)) for x in (clause, sentence))
+        # at each level, which group each word is of
+        self.groups = {"word": np.arange(len(flat)), "clause": clause, "sentence": sentence, "response": response}
 
-    def of_words(self, numbers: Sequence[Sequence[float]]) -> np.ndarray:
-        """Credit of the tokens of each answer -> of all words."""
-        each = zip(numbers, self.texts, self.words, strict=True)
-        return np.concatenate([by_word(n[: len(t)], t, found) for n, t, found in each])
+    def aligned(self, numbers: Sequence[Sequence[float]]) -> tuple[np.ndarray, np.ndarray]:
+        """Credit of the tokens of each answer -> of all words, and of what ends each answer, 0 where nothing does."""
+        each = list(zip(numbers, self.texts, self.words, strict=True))
+        of_words = np.concatenate([by_word(n[: len(texts)], texts, found) for n, texts, found in each])
+        return of_words, np.array([sum(n[len(texts) :]) for n, texts, _ in each])
 
     def counts(self) -> dict[str, int]:
         """Of what there is how much."""
@@ -173,13 +116,14 @@ class Truth:
         ]
         return np.array([(reviews.OPINIONS | reviews.VERDICTS).get(text, 0.0) for text in texts])
 
-    def agreement(self, signal: np.ndarray) -> dict[str, Any]:
+    def agreement(self, signal: np.ndarray, ends: np.ndarray | float = 0.0) -> dict[str, Any]:
         """At each level, how well a signal [words] goes with what is paid, and how well it tells apart praise that is
-        paid from blame, what is paid from what is not (by its size), and what is paid from what is said again."""
+        paid from blame, what is paid from what is not (by its size), and what is paid from what is said again. `ends`
+        [answers] is what of the signal is of no word, and is added for responses."""
         found: dict[str, Any] = {}
-        for level in LEVELS:
-            group = self.groups[level]
+        for level, group in self.groups.items():
             credit, paid, value = (np.bincount(group, x) for x in (signal, self.paid, self.value))
+            credit = credit + ends if level == "response" else credit
             towards, size = credit * np.sign(value), np.abs(credit)
             found[level] = {
                 "spearman": rank_correlation(credit, paid),
@@ -215,19 +159,18 @@ def measure(config: Config) -> dict:
     signals: dict[str, list[dict]] = {}
     example, counts = {}, []
     for rm in rms:
-        of_seed = {name: rm.parent / name for name, done in folders.items() if rm.parent / name in done}
-        common = truth_of(rm.parent / "sft", runs.seed_of(rm))
-        everything = {"alone": common.alone()}
-        own: dict[str, dict] = {}
-        for name, folder in of_seed.items():
-            theirs, say = truth_of(folder, runs.seed_of(rm)), creditor(folder)
-            for signal, numbers in say(common.answers).items():
-                everything[f"{name} {signal}"] = common.of_words(numbers)
-            own |= {f"{name} {s}": theirs.agreement(theirs.of_words(n)) for s, n in say(theirs.answers).items()}
-        everything["rm"] = common.of_words(by_reward_model(rm, common.answers))
+        common, own = truth_of(rm.parent / "sft", runs.seed_of(rm)), {}
+        everything = {"alone": (common.alone(), 0.0)}  # what of each signal is of words, and of ends
+        for folder in (rm.parent / name for name, done in folders.items() if rm.parent / name in done):
+            theirs = truth_of(folder, runs.seed_of(rm))
+            for signal, numbers in by_run(folder, common.answers).items():
+                everything[f"{folder.name} {signal}"] = common.aligned(numbers)
+            for signal, numbers in by_run(folder, theirs.answers).items():
+                own[f"{folder.name} {signal}"] = theirs.agreement(*theirs.aligned(numbers))
+        everything["rm"] = common.aligned(by_reward_model(rm, common.answers))
         for name, signal in everything.items():
-            signals.setdefault(name, []).append(common.agreement(signal) | {"own": own.get(name)})
-        example = example or example_of(common, everything)
+            signals.setdefault(name, []).append(common.agreement(*signal) | {"own": own.get(name)})
+        example = example or example_of(common, {name: of_words for name, (of_words, _) in everything.items()})
         counts.append(common.counts())
     require(bool(signals), f"--out {config.out}: no seed has a finished reward model")
     return {"signals": signals, "example": example, "counts": counts}
@@ -240,13 +183,12 @@ def truth_of(folder: Path, seed: int) -> Truth:
     return Truth(answers, [credit.token_texts(tokens, tokenizer) for tokens in said])
 
 
-def creditor(folder: Path) -> Callable[[Sequence[Answer]], dict[str, list[list[float]]]]:
-    """How a run credits tokens, with the judge that it was trained with."""
+def by_run(folder: Path, answers: Sequence[Answer]) -> dict[str, list[list[float]]]:
+    """How a run credits the tokens of each answer, with the judge that it was trained with."""
     policy, tokenizer = models.load(folder)
     policy.to(start("auto", 0))
-    words = credit.judges_of(str(folder)) if credit.critic_of(str(folder)) else ()
-    judge = rewards.load(words, policy, tokenizer, RewardFlags()) if words else None
-    return credit.load(str(folder), policy, tokenizer, judge)
+    judge = credit.judge_of(str(folder), policy, tokenizer) if credit.critic_of(str(folder)) else None
+    return credit.load(str(folder), policy, tokenizer, judge)(answers)
 
 
 def by_reward_model(rm: Path, answers: Sequence[Answer]) -> list[list[float]]:
@@ -279,84 +221,50 @@ def example_of(truth: Truth, everything: dict[str, np.ndarray]) -> dict:
 
 
 def show(found: dict) -> tuple[str, list]:
-    signals = found["signals"]
-    lines, where = [["", *COLUMNS, "word ρ, own answers"]], [["", *(f"{kind}: {role}" for kind, role in PLACES)]]
-    for name, seeds in signals.items():
-        cells = [with_error([seed[level][figure] for seed in seeds]) for level, figure in COLUMNS.values()]
-        own = [seed["own"]["word"]["spearman"] for seed in seeds if seed["own"]]
-        lines.append([LOOKS[name].label, *cells, with_error(own) if own else ""])
-        shares = [[seed["where"][kind][role] for seed in seeds] for kind, role in PLACES]
-        where.append([LOOKS[name].label, *(with_error(share) for share in shares)])
-    panels = [partial(draw, signals) for draw in (draw_levels, draw_auc, draw_negations)]
-    return f"{runs.markdown(lines)}\n{runs.markdown(where)}", panels
+    """Two tables, and each as a picture: how well each signal agrees, and which words of a clause have its credit."""
+    titles = {"credit beside what the true reward pays": AGREEMENT, "which words of a clause have it": PLACES}
+    tables, panels = [], []
+    for title, columns in titles.items():
+        read = [[figures_of(seeds, keys) for keys in columns.values()] for seeds in found["signals"].values()]
+        names = [NAMES[signal] for signal in found["signals"]]
+        cells = ([with_error(figure) if figure else "" for figure in row] for row in read)
+        tables.append(runs.markdown([["", *columns], *([name, *row] for name, row in zip(names, cells, strict=True))]))
+        panels.append(partial(draw, title, columns, names, read))
+    return "\n".join(tables), panels
 
 
-def draw_levels(signals: dict[str, list[dict]], axis) -> None:
-    for name, seeds in signals.items():
-        label, colour, marker, line = LOOKS[name]
-        y, dy = np.array([mean_error([seed[level]["spearman"] for seed in seeds]) for level in LEVELS]).T
-        drawn = {"marker": marker, "linestyle": line, "color": colour, "markersize": 4, "linewidth": 1.2}
-        axis.errorbar(range(len(LEVELS)), y, np.nan_to_num(dy), label=label, **drawn)
-    axis.axhline(0, color="grey", linewidth=0.5)
-    axis.set_xticks(range(len(LEVELS)), [f"{level}s" for level in LEVELS])
-    axis.set(title="credit, and what the true reward pays", ylabel="Spearman's ρ")
-    axis.legend(frameon=False, fontsize=6, ncols=2, loc="upper center", bbox_to_anchor=(0.45, -0.1))
+def figures_of(seeds: list[dict], keys: tuple[str, ...]) -> list[float]:
+    """What stands there for each seed that has it."""
+    for key in keys:
+        seeds = [seed[key] for seed in seeds if seed[key] is not None]
+    return seeds
 
 
-def draw_auc(signals: dict[str, list[dict]], axis) -> None:
-    kinds = {
-        "praise from blame, clauses": ("clause", "praise"),
-        "paid from not paid, words": ("word", "paid"),
-        "paid from said again, clauses": ("clause", "again"),
-    }
-    for (label, (level, figure)), other in zip(kinds.items(), figures.OTHERS, strict=False):
-        x, dx = np.array([mean_error([seed[level][figure] for seed in seeds]) for seeds in signals.values()]).T
-        drawn = {"marker": other.marker, "color": other.color, "linestyle": "none", "markersize": 5}
-        axis.errorbar(x, range(len(x)), xerr=np.nan_to_num(dx), label=label, **drawn)
-    axis.axvline(0.5, color="grey", linestyle=":")
-    axis.set_yticks(range(len(signals)), [LOOKS[name].label for name in signals], fontsize=7)
-    axis.invert_yaxis()
-    axis.set(title="what credit tells apart", xlabel="area under the ROC curve")
-    axis.legend(frameon=False, fontsize=6, ncols=2, loc="upper center", bbox_to_anchor=(0.3, -0.17))
-
-
-def draw_negations(signals: dict[str, list[dict]], axis) -> None:
-    shares = [[np.mean([seed["where"]["negated"][r] for seed in seeds]) for r in ROLES] for seeds in signals.values()]
-    heat(axis, np.array(shares), [LOOKS[name].label for name in signals], ROLES, 0.5)
-    axis.set_title("whose is the credit of a negated judgement?", fontsize=11)
-
-
-# dark for below 0 and of middling lightness for above, so that the two differ in grey
-DIVERGING = LinearSegmentedColormap.from_list("credit", ["#A50F15", "#FFFFFF", "#6BAED6"])
-
-
-def heat(axis, numbers: np.ndarray, rows: Sequence[str], columns: Sequence[str], most: float | np.ndarray) -> None:
-    """Numbers [rows, columns] as colours, by their share of `most`, and in figures unless next to nothing."""
-    shares = numbers / most
-    axis.pcolormesh(shares, cmap=DIVERGING, vmin=-1, vmax=1, edgecolors="white", linewidth=0.5)
-    for (y, x), share in np.ndenumerate(shares):
-        if abs(share) >= 0.1:
-            white = "white" if share < -0.6 else "black"
-            axis.text(x + 0.5, y + 0.5, f"{numbers[y, x]:.2f}", ha="center", va="center", fontsize=6, color=white)
-    axis.set_yticks(np.arange(len(rows)) + 0.5, rows, fontsize=7)
-    axis.set_xticks(np.arange(len(columns)) + 0.5, columns, fontsize=7)
-    axis.invert_yaxis()
+def draw(title: str, columns: dict[str, tuple], names: list[str], read: list[list[list[float]]], axis) -> None:
+    means = np.array([[np.mean(figure) if figure else np.nan for figure in row] for row in read])
+    texts = [["" if np.isnan(mean) else f"{mean:z.2f}" for mean in row] for row in means]
+    areas = [keys[-1] in ("praise", "paid", "again") for keys in columns.values()]  # which say nothing at 1/2
+    figures.heat(axis, np.where(areas, 2 * means - 1, means), texts, list(columns), names)
+    axis.tick_params("x", rotation=90)
+    axis.set_title(title)
 
 
 def draw_example(example: dict, path: Path) -> None:
-    """One response, a column a word and a row a signal, each coloured by its share of the row's largest."""
-    texts, rows = example["words"], {LOOKS[name].label: numbers for name, numbers in example["rows"].items()}
-    figure, axis = plt.subplots(figsize=(2.6 + 0.31 * len(texts), 1.2 + 0.3 * len(rows)), layout="constrained")
-    numbers = np.array(list(rows.values()))
-    heat(axis, numbers, list(rows), texts, np.abs(numbers).max(1, keepdims=True).clip(min=1e-12))
+    """One response, a column a word and a row a signal, each coloured by its share of the row's largest, which is said
+    unless it is next to nothing."""
+    texts, names = example["words"], [NAMES[name] for name in example["rows"]]
+    numbers = np.array(list(example["rows"].values()))
+    shares = numbers / np.abs(numbers).max(1, keepdims=True).clip(min=1e-12)
+    said = np.where(np.abs(shares) < 0.1, "", [[f"{number:.2f}" for number in row] for row in numbers])
+    figure, axis = plt.subplots(figsize=(2.6 + 0.31 * len(texts), 1.2 + 0.3 * len(names)), layout="constrained")
+    figures.heat(axis, shares, said, texts, names)
     axis.tick_params("x", rotation=90, labelsize=8, top=True, labeltop=True, bottom=False, labelbottom=False)
     write_atomic(path, lambda partial: figure.savefig(partial, dpi=130, format="png"))
     plt.close(figure)
 
 
 def main(config: Config) -> None:
-    flags.check(config)
-    runs.present(config, lambda: measure(config), show)
+    runs.experiment(measure, show)(config)
     draw_example(read_object(Path(config.out) / "results.json")["example"], Path(config.out) / "example.png")
 
 

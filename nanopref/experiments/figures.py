@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.ticker import LogLocator
 
 from nanopref.evaluation.report import Panel
@@ -113,6 +114,26 @@ def bars(found: Sequence[tuple[str, str, Sequence[float]]], *, title: str, ylabe
         axis.set(title=title, ylabel=ylabel)
 
     return draw
+
+
+# dark for below 0 and of middling lightness for above, so that the two differ in grey
+DIVERGING = LinearSegmentedColormap.from_list("diverging", ["#A50F15", "#FFFFFF", "#6BAED6"])
+
+
+def heat(
+    axis, values: Sequence[Sequence[float]], texts: Sequence[Sequence[str]], x: Sequence[str], y: Sequence[str],
+    size: float = 6,
+) -> None:  # fmt: skip
+    """Numbers from -1 to 1 [rows][columns] as colours, white for 0 and for NaN, each with a text in letters of a size;
+    `x` are the names of the columns, `y` of the rows, of which the first is at the top."""
+    values = np.asarray(values, dtype=float)
+    axis.pcolormesh(values, cmap=DIVERGING, vmin=-1, vmax=1, edgecolors="white", linewidth=0.5)
+    for (row, column), value in np.ndenumerate(values):
+        shape = {"ha": "center", "va": "center", "fontsize": size, "color": "white" if value < -0.6 else "black"}
+        axis.text(column + 0.5, row + 0.5, texts[row][column], **shape)
+    axis.set_xticks(np.arange(len(x)) + 0.5, x, fontsize=7)
+    axis.set_yticks(np.arange(len(y)) + 0.5, y, fontsize=7)
+    axis.invert_yaxis()
 
 
 def panel(

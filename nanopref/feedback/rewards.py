@@ -34,6 +34,7 @@ from nanopref.models.sampling import Answer, pack, response_text
 from nanopref.models.scalar import ScalarModel
 from nanopref.running import functions, parallel
 from nanopref.running.flags import RewardError, UserError, is_code, require
+from nanopref.running.folder import read_metrics
 
 Reward = Callable[[Sequence[Answer]], Tensor]  # N answers -> [N] float32
 
@@ -266,8 +267,9 @@ def _implicit(name: str, policy: LM | None, tokenizer: Tokenizer, init: str, bat
 
 
 def held_against(folder: str, asked: str) -> tuple[str, dict[str, Any]]:
-    """Of the run in a folder, whose policy is a reward β log π/π_ref: the folder of π_ref, and its flags, β among them.
-    UserError, which begins with what was `asked`, where it says neither, or was fitted to another reward."""
+    """Of the run in a folder, whose policy is a reward β log π/π_ref: π_ref, by its folder or its name on the hub, and
+    its flags, among them the β with which it ended. UserError, which begins with what was `asked`, where it says
+    neither, or was fitted to another reward."""
     start = made_from([folder])
     found = _flags_of(folder) if start else {}
     beta, usual = found.get("beta"), {"reference": "model", "logprobs": "sum"}
@@ -275,7 +277,8 @@ def held_against(folder: str, asked: str) -> tuple[str, dict[str, Any]]:
     require(alike, f"{asked}: trained by --loss {found.get('loss')}, whose reward is not β log π/π_ref")
     hint = "no run of train_dpo.py or train_ppo.py, which would say its β and which policy it is held against"
     require(isinstance(beta, int | float), f"{asked}: {folder or 'no folder is named, so'}: {hint}")
-    return start, found
+    rows = read_metrics(Path(folder)) if found.get("kl_target") else []  # to which β was brought, round by round
+    return start, found | {"beta": rows[-1].get("beta", beta) if rows else beta}
 
 
 def load_policy(path: str, policy: LM, tokenizer: Tokenizer, asked: str) -> LM:
@@ -291,13 +294,16 @@ def _flags_of(folder: str) -> dict[str, Any]:
 
 
 def made_from(words: Sequence[str]) -> str:
-    """The policy from which the runs that --reward names were made: the first that a folder speaks of, or nothing."""
+    """The policy from which the runs that --reward names were made, by its folder or its name on the hub: the first of
+    which a folder speaks, or nothing."""
     for word in words:
         name = word and parse(word)[0].removeprefix("implicit:")  # an empty path would be the folder one stands in
+        if not name:
+            continue
         with suppress(OSError, ValueError, KeyError, TypeError):
-            init = Path(_flags_of(name)["init"] or Path(name) / "sft") if name else Path()
-            if (init / "config.json").is_file() and name:
-                return str(init)
+            init, own = _flags_of(name)["init"], Path(name) / "sft"
+            if init or (own / "config.json").is_file():
+                return str(init or own)
     return ""
 
 

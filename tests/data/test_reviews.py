@@ -86,7 +86,7 @@ def test_where_opinions_stand_and_what_each_is_paid_by_hand():
             ("clever", 1, 1), ("dull", 0.5, 0), ("dull", -1, -1)
         ],
         "İİ the film is good, İ": [("good", 1, 1)],  # of which each is two characters in lower case
-        "It is. Superb.": [],
+        "It is. Superb.": [], "It is\rsuperb": [], "It is\nsuperb": [],
     }.items():  # fmt: skip
         assert [(text[o.start : o.end], o.value, o.paid) for o in reviews.opinions(text)] == expected, text
 

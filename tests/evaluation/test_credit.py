@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import by_hand
 import pytest
@@ -33,7 +34,7 @@ def folder(tmp_path_factory):
     by_hand.tiny_judge(root / "rm", str(root / "sft"), 2, seed=4)
     a_run(root / "dpo", init=str(root / "sft"), beta=BETA, logprobs="sum", reference="model")
     ppo = {"init": str(root / "sft"), "beta": BETA, "gamma": GAMMA, "lam": LAM, "temperature": 1.5}
-    a_run(root / "ppo", **ppo, missing_end=MISSING, reward=[f"{root}/rm"])
+    a_run(root / "ppo", **ppo, missing_end=MISSING, reward=[f"{root}/rm"], doubt=0.5)
     return root
 
 
@@ -89,11 +90,34 @@ def test_a_critic_credits_what_it_expects_and_the_last_token_what_came_of_it(fol
         assert found["advantage"][i] == pytest.approx(advantages, abs=1e-4)
 
 
-def test_whom_a_run_asked(folder, tmp_path):
-    assert credit.judges_of(str(folder / "ppo")) == (f"{folder}/rm",)
+def test_whom_a_run_asked_and_with_which_doubt(folder, answers, tmp_path):
+    policy = models.load(folder / "ppo")
+    rm = models.load_scalar(folder / "rm")[0].double()
+    with torch.no_grad():
+        heads = torch.stack([rm(torch.tensor([a.prompt + a.tokens]))[0, -1] for a in answers])
+    mean, spread = heads.mean(1), heads.std(1, correction=0)
+    judge = credit.judge_of(str(folder / "ppo"), *policy)
+    assert judge(answers).tolist() == pytest.approx((mean - 0.5 * spread).tolist(), abs=1e-4) and spread.max() > 0.01
+    shutil.copytree(folder / "rm", tmp_path / "rm")  # where it makes its own
+    own = a_run(tmp_path, init=str(folder / "sft"), beta=0.1, reward=None, doubt=0.0)
+    assert credit.judge_of(own, *policy)(answers).tolist() == pytest.approx(mean.tolist(), abs=1e-4)
+
+
+def test_a_critic_of_whitened_rewards_has_nothing_to_say(folder, tmp_path):
     assert credit.critic_of(str(folder / "dpo")) == "" and credit.critic_of(str(folder / "ppo"))
-    own = a_run(tmp_path, init=str(folder / "sft"), beta=0.1, reward=None)
-    assert credit.judges_of(own) == (f"{tmp_path}/rm",)
+    shutil.copytree(folder / "ppo" / "critic", tmp_path / "critic")
+    for whiten, says in ((False, True), (True, False)):
+        run = a_run(tmp_path, init=str(folder / "sft"), beta=0.1, whiten_rewards=whiten)
+        assert bool(credit.critic_of(run)) is says
+
+
+def test_beta_is_the_last_where_a_kl_is_aimed_at(folder, answers, tmp_path):
+    policy, tokenizer = models.load(folder / "dpo")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "beta": 0.1}\n{"step": 1, "beta": 0.7}\n')
+    for target, beta in ((None, BETA), (6.0, 0.7)):
+        run = a_run(tmp_path, init=str(folder / "sft"), beta=BETA, kl_target=target)
+        (found,) = credit.load(run, policy, tokenizer)(answers[:1])["log-ratio"]
+        assert found == pytest.approx([beta / BETA * x for x in log_ratios(folder, answers[0], 1.0)], abs=1e-4)
 
 
 @pytest.mark.parametrize(

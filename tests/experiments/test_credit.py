@@ -1,17 +1,25 @@
 """Credit of tokens beside what the true reward pays: by hand, and of signals of which the answer is known."""
 
+import json
+import random
 import re
+from functools import cache
 from itertools import pairwise
+from pathlib import Path
 
+import by_hand
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from small_models import message_of
 
+from nanopref import models
 from nanopref.data import reviews
-from nanopref.evaluation import report
-from nanopref.experiments import credit
-from nanopref.experiments.credit import LEVELS, Truth, by_word, words
+from nanopref.experiments import credit, runs
+from nanopref.experiments.credit import Truth
+from nanopref.experiments.words import by_word, words
 from nanopref.models.sampling import Answer
 
 TEXT = " Sadly, the plot is never dull, but the cast is wooden. It is far from bad!\nThe story isn’t dull. Skip it"
@@ -59,6 +67,7 @@ def test_a_token_is_of_the_word_in_which_it_ends():
     assert [text[w.start : w.end] for w in found] == ["The", "plot", "isn't", "du", "ll", "."]
     sums = by_word([2**i for i in range(len(texts))], texts, found)
     assert sums.tolist() == [1, 2 + 4, 8 + 16, 32 + 128 + 64, 256 + 512, 1024 + 2048]
+    assert by_word([1, 2], [" The pl", "ot "], words(" The plot ")).tolist() == [0, 3]
 
 
 @given(st.lists(st.sampled_from([" the", "plo", "t", " is", " good", ".", " ", "\n", "", "’", "é"]), min_size=1))
@@ -74,13 +83,17 @@ def test_a_signal_that_is_what_is_paid_agrees_and_its_opposite_does_not():
         "responses": 2, "words": 40, "clauses": 9, "paid": 6, "said again": 2, "negators": 3
     }  # fmt: skip
     right, wrong = of.agreement(of.paid), of.agreement(-of.paid)
-    for level in LEVELS:
+    levels = ("word", "clause", "sentence", "response")
+    for level in levels:
         assert right[level]["spearman"] == pytest.approx(1) and right[level]["pearson"] == pytest.approx(1)
         assert wrong[level]["spearman"] == pytest.approx(-1)
-    for level in LEVELS[:2]:
+    for level in levels[:2]:
         assert (right[level]["praise"], right[level]["paid"], right[level]["again"]) == (1, 1, 1)
         assert (wrong[level]["praise"], wrong[level]["paid"], wrong[level]["again"]) == (0, 1, 0)
     assert right["where"]["plain"]["opinion"] == right["where"]["negated"]["opinion"] == 1
+    ended = of.agreement(of.paid, np.array([5.0, -4.0]))  # of responses that are paid -5/4 and 0
+    assert {level for level in levels if ended[level] != right[level]} == {"response"}
+    assert ended["response"]["pearson"] == pytest.approx(-1)
     again = of.agreement(of.value)  # which pays for what is said again, less than for other words
     assert again["word"]["again"] == 4.5 / 12  # 1/4, 1, 1/2, 1, 1, 1 against 1/2 and 3/2
 
@@ -103,18 +116,225 @@ def test_opinion_words_alone_know_nothing_of_what_stands_around_them():
     assert of.paid.tolist() == [0, 0, 0, 0, 0.5, 0, -1, 0]
 
 
-def test_the_picture_and_the_table_show_each_signal(tmp_path):
-    texts = [" The plot is never dull. The cast is warm. Skip it.", " It is bad. It is bad. It is good."]
+# ---- measured on runs ------------------------------------------------------------------------------------------------
+
+RUNS = {
+    "dpo 0.15": {"beta": 0.15, "logprobs": "sum", "reference": "model"},
+    "dpo 0.5": {"beta": 0.5, "logprobs": "sum", "reference": "model"},
+    "ppo": {"beta": 0.9, "kl_target": 6.0, "reward": ["SEED/rm"], "doubt": 0.5, "temperature": 1.5},
+    "ppo-true": {"beta": 0.2, "kl_target": None, "reward": ["true"], "doubt": 0.0, "temperature": 1.0},
+}
+LAST_BETA = {"ppo": 0.3}  # to which --kl-target brought it
+GAMMA, LAM, MISSING = 0.9, 0.8, 0.7
+
+
+@pytest.fixture(scope="module")
+def seeds(tmp_path_factory) -> Path:
+    """The folder of an experiment of two seeds, of which the second lacks a run; none has learnt anything."""
+    root = tmp_path_factory.mktemp("credit")
+    for seed in (0, 1):
+        folder = root / f"seed-{seed}"
+        by_hand.tiny_model(folder / "sft", seed=10 * seed)
+        by_hand.tiny_judge(folder / "rm", str(folder / "sft"), 2, seed=10 * seed + 1)
+        for i, (name, flags) in enumerate(RUNS.items()):
+            run = folder / name
+            by_hand.tiny_model(run / "model", seed=10 * seed + 2 + i)
+            flags = {"init": str(folder / "sft"), "gamma": GAMMA, "lam": LAM, "missing_end": MISSING} | flags
+            (run / "config.json").write_text(json.dumps({"flags": flags}).replace("SEED", str(folder)))
+            if "reward" in flags:
+                by_hand.tiny_judge(run / "critic", str(folder / "sft"), 1, seed=10 * seed + 6 + i)
+                rows = [{"step": 0, "beta": 0.9}, {"step": 1, "beta": LAST_BETA.get(name, 7.0)}]
+                (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        for name in ("sft", "rm", *RUNS):
+            if (seed, name) != (1, "ppo"):
+                (folder / name / "report.json").write_text("{}")
+    return root
+
+
+@cache
+def said(folder: Path, seed: int) -> list[Answer]:
+    """Words of the tokenizer and others, cut off now and then, and once nothing at all."""
+    rng, (_, tokenizer) = random.Random(f"{folder.name} {seed}"), models.load(folder)
+    parts = [" the film", " is good", " its plot", " is dull", " is slow", " not", " but", ",", ".", " Far from bad"]
+    found = []
+    for i in range(16):
+        text = "".join(rng.choices(parts, k=rng.randint(2, 5))) if i else ""
+        tokens, ended = tokenizer.encode(text), i % 3 == 0
+        tokens += [tokenizer.end_of_text] * ended
+        found.append(Answer(tokenizer.encode(" the film"), tokens, [0.0] * len(tokens), text, ended))
+    assert max(len(answer.tokens) for answer in found) < 44
+    return found
+
+
+@pytest.fixture
+def experiment(seeds, monkeypatch):
+    """What starts no run, samples nothing and asks nobody."""
+
+    def sampled(config, sft: Path, seed: int, kind: str) -> Path:
+        path = sft.parent / f"{kind}.jsonl"
+        path.write_text("".join(f'{{"prompt": "{i}", "chosen": "a", "rejected": "b"}}\n' for i in range(20)))
+        return path
+
+    monkeypatch.setattr(runs, "launch", lambda commands, jobs: None)
+    monkeypatch.setattr(runs, "sampled", sampled)
+    monkeypatch.setattr(runs, "answers", said)
+    return lambda **more: credit.Config(out=str(seeds), **more)
+
+
+@cache
+def scalar(folder: Path):
+    return models.load_scalar(folder)[0].double()
+
+
+@cache
+def policy(folder: Path):
+    return by_hand.in_float64(folder)[0]
+
+
+@torch.no_grad()
+def logprobs(folder: Path, answer: Answer, temperature: float) -> list[float]:
+    """log π of each token, from what stands before it and nothing else."""
+    found, model = [], policy(folder)
+    for t, token in enumerate(answer.tokens):
+        hidden = model.hidden(torch.tensor([answer.prompt + answer.tokens[:t]]))[0, -1]
+        found.append((hidden @ model.wte.weight.T / temperature).log_softmax(-1)[token].item())
+    return found
+
+
+@torch.no_grad()
+def heads(folder: Path, answer: Answer, t: int) -> list[float]:
+    """Of the prompt and t tokens."""
+    return scalar(folder)(torch.tensor([answer.prompt + answer.tokens[:t]]))[0, -1].tolist()
+
+
+@cache
+def credited(folder: Path, i: int, of: Path, seed: int) -> dict[str, list[float]]:
+    """What a run credits each token of an answer with, or the reward model, by the formulas."""
+    answer, name = said(of, seed)[i], folder.name
+    n = len(answer.tokens)
+    if name == "rm":
+        scores = [np.mean(heads(folder, answer, t)) for t in range(n + 1)]
+        return {"rm": [after - before for before, after in pairwise(scores)]}
+    flags = RUNS[name]
+    own, reference = (logprobs(x, answer, flags.get("temperature", 1.0)) for x in (folder, folder.parent / "sft"))
+    log_ratio = [LAST_BETA.get(name, flags["beta"]) * (p - q) for p, q in zip(own, reference, strict=True)]
+    if "reward" not in flags:
+        return {f"{name} log-ratio": log_ratio}
+    judged = heads(folder.parent / "rm", answer, n)
+    score = np.mean(judged) - 0.5 * np.std(judged) if name == "ppo" else reviews.true_reward(answer.text)
+    score -= 0 if answer.ended else MISSING
+    values = [*(heads(folder / "critic", answer, t)[0] for t in range(n)), 0.0]
+    deltas = [(t == n - 1) * score - log_ratio[t] + GAMMA * values[t + 1] - values[t] for t in range(n)]
+    advantage = [sum((GAMMA * LAM) ** (s - t) * deltas[s] for s in range(t, n)) for t in range(n)]
+    change = [after - before for before, after in pairwise([*values[:n], score])]
+    return {f"{name} log-ratio": log_ratio, f"{name} value": change, f"{name} advantage": advantage}
+
+
+@pytest.mark.parametrize("name", [*RUNS, "rm"])
+def test_each_token_has_its_credit_by_the_formulas(name, seeds):
+    folder, sft = seeds / "seed-0" / name, seeds / "seed-0" / "sft"
+    answers = said(sft, 0)[1:]
+    found = credit.by_run(folder, answers) if name != "rm" else {"rm": credit.by_reward_model(folder, answers)}
+    for i in range(len(answers)):
+        for signal, expected in credited(folder, i + 1, sft, 0).items():
+            assert found[signal.removeprefix(f"{name} ")][i] == pytest.approx(expected, abs=2e-4), (signal, i)
+
+
+def sums(folder: Path, signal: str, of: Path, level: str) -> tuple[list[float], list[float]]:
+    """What of the credit of tokens, and of what is paid, falls on each word, clause, sentence or response."""
+    _, tokenizer = models.load(of)
+    found, paid = {}, {}
+    for i, answer in enumerate(said(of, 0)):
+        numbers = credited(folder, i, of, 0)[signal]
+        if level == "response" and answer.text:
+            found[i], paid[i] = sum(numbers), sum(opinion.paid for opinion in reviews.opinions(answer.text))
+        elif answer.text:
+            each, start = words(answer.text), 0
+            number = [k if level == "word" else getattr(word, level) for k, word in enumerate(each)]
+            for k, word in zip(number, each, strict=True):
+                paid[i, k] = paid.get((i, k), 0) + word.paid
+                found.setdefault((i, k), 0)
+            for token, credit_of_it in zip(answer.tokens, numbers, strict=True):
+                if token == tokenizer.end_of_text:
+                    continue
+                text = tokenizer.decode([token])
+                stop = start + len(text)
+                last = stop - 1 - (len(text) - len(text.rstrip())) * bool(text.strip())
+                k = next((k for k, word in zip(number, each, strict=True) if word.end > last), number[-1])
+                found[i, k] += credit_of_it
+                start = stop
+    return list(found.values()), [paid[key] for key in found]
+
+
+def test_what_is_measured_is_the_credit_of_words_beside_what_they_are_paid(experiment, seeds):
+    """At each level, on the reference's answers and on those of each policy; the end's credit is the response's."""
+    signals, sft = credit.measure(experiment(seeds=1))["signals"], seeds / "seed-0" / "sft"
+    run_of = {name: seeds / "seed-0" / name.rpartition(" ")[0] for name in signals} | {"rm": seeds / "seed-0" / "rm"}
+    assert set(signals) == {"alone", "rm", "dpo 0.15 log-ratio", "dpo 0.5 log-ratio"} | {
+        f"{run} {signal}" for run in ("ppo", "ppo-true") for signal in ("log-ratio", "value", "advantage")
+    }
+    for name in signals.keys() - {"alone"}:
+        (found,) = signals[name]
+        for level in ("word", "clause", "sentence", "response"):
+            expected = np.corrcoef(*sums(run_of[name], name, sft, level))[0, 1]
+            assert found[level]["pearson"] == pytest.approx(expected, abs=2e-3), (name, level)
+            if name != "rm":
+                own = np.corrcoef(*sums(run_of[name], name, run_of[name], level))[0, 1]
+                assert found["own"][level]["pearson"] == pytest.approx(own, abs=2e-3), (name, level)
+    assert signals["rm"][0]["own"] is signals["alone"][0]["own"] is None
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_from_runs_to_tables_and_pictures(n, experiment, seeds):
+    """The second seed lacks a run."""
+    credit.main(experiment(seeds=n))
+    found = json.loads((seeds / "results.json").read_text())
+    assert {name: len(each) for name, each in found["signals"].items()} == {
+        name: 1 if name.startswith("ppo ") else n for name in found["signals"]
+    }
+    table = (seeds / "table.md").read_text()
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line]
+    rows = {name: cells for name, *cells in lines}
+    assert {*rows} == {"", "---", *(credit.NAMES[name] for name in found["signals"])} and "nan" not in table
+    for name in ("DPO β 0.5: log-ratio", "PPO, learned reward: GAE"):
+        assert all(("±" in cell) is (n == 2 and "DPO" in name) for cell in rows[name]), name
+    example = found["example"]
+    assert len(example["words"]) > 3 and {len(row) for row in example["rows"].values()} == {len(example["words"])}
+    assert {*example["rows"]} == {"true", *found["signals"]}
+    for name in ("plot.png", "example.png"):
+        assert (seeds / name).stat().st_size > 5000
+        (seeds / name).unlink()
+
+
+def test_without_a_reward_model_there_is_nothing_to_measure(experiment, tmp_path):
+    said = message_of(credit.measure, credit.Config(out=str(tmp_path / "empty")))
+    assert said == f"--out {tmp_path}/empty: no seed has a finished reward model"
+
+
+def test_the_example_is_a_response_in_which_all_is_to_be_seen():
+    texts = [" It is good.", " The plot is never dull. The cast is warm. Skip it.", " It is bad. It is bad."]
     of = truth(*texts)
-    signals = {"alone": of.alone(), "dpo 0.15 log-ratio": of.paid, "ppo advantage": -of.paid, "rm": of.value}
-    agreements = {name: [of.agreement(x) | {"own": None}] * 2 for name, x in signals.items()}
-    agreements["dpo 0.15 log-ratio"] = [found | {"own": found} for found in agreements["dpo 0.15 log-ratio"]]
-    example = credit.example_of(of, signals)
+    example = credit.example_of(of, {"alone": of.alone(), "rm": -of.paid})
     rows = example["rows"]
-    assert rows["true"] == rows["dpo 0.15 log-ratio"] == [-x for x in rows["ppo advantage"]] != rows["alone"]
-    assert " " + " ".join(example["words"]) in [text.replace(".", " .") for text in texts]
-    table, panels = credit.show({"signals": agreements})
-    assert "| DPO β 0.15: log-ratio | 1.00 ± 0.00 |" in table and "| PPO, learned reward: GAE | -1.00 ± 0.00 |" in table
-    report.plot(panels, tmp_path / "plot.png")
-    credit.draw_example(example, tmp_path / "example.png")
-    assert all((tmp_path / name).stat().st_size > 5000 for name in ("plot.png", "example.png"))
+    assert " ".join(example["words"]) == texts[1][1:].replace(".", " .")
+    assert rows["true"] == [-x for x in rows["rm"]] != rows["alone"] and sum(rows["true"]) == 0.5 + 1 - 1
+
+
+def test_pictures_are_the_tables_means_and_an_area_of_a_half_is_white():
+    of = truth(TEXT)
+    seeds = [of.agreement(of.paid) | {"own": None}, of.agreement(-of.paid) | {"own": None}]
+    _, panels = credit.show({"signals": {"rm": seeds, "ppo value": seeds[:1], "ppo advantage": seeds[1:]}})
+    figure = credit.plt.figure()
+    axis = figure.add_subplot()
+    panels[0](axis)
+    columns, names = ([label.get_text() for label in get()] for get in (axis.get_xticklabels, axis.get_yticklabels))
+    colours = axis.collections[0].get_array().reshape(len(names), len(columns))
+    texts = np.array([text.get_text() for text in axis.texts]).reshape(len(names), len(columns))
+    assert columns == list(credit.AGREEMENT)
+    assert names == ["reward model: by prefix", "PPO, learned reward: critic", "PPO, learned reward: GAE"]
+    at = columns.index("AUC: praise or blame, words")
+    assert texts[:, at].tolist() == ["0.50", "1.00", "0.00"] and colours[:, at].tolist() == [0, 1, -1]
+    assert texts[:, 0].tolist() == ["0.00", "1.00", "-1.00"] and texts[0, -1] == ""
+    low, high = axis.get_ylim()
+    assert low > high  # the first row at the top
+    credit.plt.close(figure)

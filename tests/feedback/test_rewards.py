@@ -2,6 +2,8 @@
 
 import json
 import random
+import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -183,6 +185,24 @@ def test_a_policy_says_beta_times_its_log_ratio(policy, folder, answers):
     assert found == pytest.approx([0.3 * x for x in ratios], abs=1e-4) and max(ratios) - min(ratios) > 1
     order = sorted(range(len(answers)), key=lambda i: ratios[i])
     assert sorted(range(len(answers)), key=lambda i: found[i]) == order
+
+
+def test_a_run_from_a_model_on_the_hub_is_held_against_that(policy, folder, answers, tmp_path, monkeypatch):
+    asked = []
+
+    def snapshot(name, **_) -> str:
+        asked.append(name)
+        return str(folder / "reference")
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(snapshot_download=snapshot))
+    shutil.copytree(folder / "dpo", tmp_path / "run")
+    a_run(tmp_path / "run", init="someone/small", beta=0.3)
+    found = of(policy, f"implicit:{tmp_path}/run")(answers[:2]).tolist()
+    expected = [0.3 * log_ratio(folder / "dpo", folder / "reference", answer) for answer in answers[:2]]
+    assert found == pytest.approx(expected, abs=1e-4) and asked == ["someone/small"]
+    assert rewards.made_from(["true", f"{tmp_path}/run"]) == "someone/small"
+    gone = a_run(tmp_path / "run", init=f"{tmp_path}/gone", beta=0.3)
+    assert refusal(of, policy, f"implicit:{gone}").startswith(f"{tmp_path}/gone: no model folder there")
 
 
 def test_the_policy_in_hand_is_judged_as_it_is_when_it_is_asked(folder, answers):
