@@ -24,10 +24,10 @@ from nanopref.running.flags import flag
 from nanopref.running.parallel import start
 
 ON_PAIRS = {  # --beta of those that learn from the pairs themselves; what is about the same differs by loss
-    "dpo": (0.05, 0.15, 0.5, 1.5),
+    "dpo": (0.05, 0.15, 0.5, 1.5, 5.0),
     "ipo": (0.02, 0.05, 0.15, 0.5),
     "slic": (0.3, 1.0, 3.0, 10.0),
-    "kto": (0.05, 0.15, 0.5, 1.5),
+    "kto": (0.05, 0.15, 0.5, 1.5, 5.0),
     "discopop": (0.05, 0.15, 0.5, 1.5),
     "unlikelihood": (0.02, 0.1, 0.5),
 }

@@ -133,7 +133,7 @@ def made_up(tmp_path, monkeypatch) -> MadeUp:
 
 
 EXPECTED = {  # runs of one seed, besides SFT
-    frontier: 1 + 6 * 4 - 1 + 3 + 3 + 2 * 4, noise: 2 + 4 * 4 + 3 * 2, labels: 7 + 1 + 2, degeneration: 3,
+    frontier: 1 + 6 * 4 + 1 + 3 + 3 + 2 * 4, noise: 2 + 4 * 4 + 3 * 2, labels: 7 + 1 + 2, degeneration: 3,
     scaling: 2 + 3 * 2 + 4 * 3, gap: 1 + 7 * 3, overoptimisation: 4 + 4 + 2 * 4, compare: 1 + 2 + 18,
 }  # fmt: skip
 SMALL = {overoptimisation: {"prompts": 400, "pairs": (50, 100, 200, 400), "dpo_pairs": (50, 100)}}
