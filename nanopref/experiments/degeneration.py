@@ -37,7 +37,7 @@ class Config(ExperimentFlags):
 
     out: str = "out/degeneration"
     prompts: int = 1280
-    epochs: int = flag(2, "passes over the pairs", least=1)
+    epochs: int = flag(6, "passes over the pairs", least=1)
 
 
 def repeated(answers: list[Answer]) -> float:
@@ -80,7 +80,6 @@ def show(found: dict) -> tuple[str, list]:
                 label = f"{shape.label}: {name.removesuffix('_reward')}"
                 axis.plot(mean, color=shape.color, linestyle=shape.line, linewidth=width, label=label)
         axis.set(title="log π of the pairs (thin: the rejected)", xlabel="step", ylabel="nats an answer, since step 0")
-        axis.set_yscale("symlog", linthresh=10)
         axis.legend(frameon=False, fontsize=7)
 
     ends = [

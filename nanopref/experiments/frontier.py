@@ -1,8 +1,8 @@
 """Reward against KL (Rafailov et al. 2023, figure 2, left): `python -m nanopref.experiments.frontier`
 
 How much true reward does each method buy, and for how many nats from the reference? All learn from the same pairs, in
-one pass, over a range of β; preferred-FT has passes instead, best-of-n its n. PPO's reward model has three passes over
-these pairs. Online DPO has as many judged, of its own answers, in four rounds; PPO with the true reward sees the truth.
+as many passes as PPO's reward model, over a range of β; preferred-FT has 1 to 4 passes instead, best-of-n its n. Online
+DPO has as many pairs judged, of its own answers, in four rounds; PPO with the true reward sees the truth.
 """
 
 import json
@@ -45,6 +45,7 @@ class Config(ExperimentFlags):
 
     out: str = "out/frontier"
     prompts: int = 1280
+    epochs: int = flag(3, "passes over the pairs, as many as the reward model has", least=1)
     iterations: int = flag(24, "rounds of PPO", least=1)
     n: int = flag(64, "largest n of best-of-n", least=2)
     pool_prompts: int = flag(64, "prompts of its pool, which has four times as many answers to each", least=1)
@@ -52,16 +53,16 @@ class Config(ExperimentFlags):
 
 def variants(config: Config) -> dict[str, Variant]:
     """Every run after the reward model's; its name is a method and its setting."""
-    found = {}
+    found, passes = {}, ["--epochs", str(config.epochs)]
     for loss, betas in ON_PAIRS.items():
         # KTO learns from the pairs too: the better answer is good, the worse bad
-        words = [*runs.FEW, "--loss", loss]
+        words = [*runs.FEW, *passes, "--loss", loss]
         found |= {f"{loss} {beta:g}": Variant([*words, "--beta", f"{beta:g}"]) for beta in betas}
     for epochs in EPOCHS:
         found[f"preferred {epochs}"] = Variant([*runs.FEW, "--loss", "preferred", "--epochs", str(epochs)])
     people = ["--noise", str(config.noise), "--annotators", str(config.annotators), "--rounds", "4"]
     for beta in ONLINE:
-        found[f"online-dpo {beta:g}"] = Variant([*runs.FEW, *people, "--beta", f"{beta:g}"], kind="")
+        found[f"online-dpo {beta:g}"] = Variant([*runs.FEW, *passes, *people, "--beta", f"{beta:g}"], kind="")
     for method, reward in (("ppo", "SEED/rm"), ("ppo-true", "true")):
         for beta in PPO:
             words = [*runs.FEW, "--reward", reward, "--iterations", str(config.iterations), "--beta", f"{beta:g}"]
