@@ -73,7 +73,7 @@ def test_two_processes_give_the_losses_of_one(tiny, tmp_path, no_picture):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"preset": "huge"}, "--preset must be one of tiny"),
+        ({"preset": "huge"}, "--preset must be one of nano"),
         ({"steps": 0}, "--steps must be at least 1"),
         ({"vocab_size": 100}, "--vocab-size must be at least 257"),
         ({"dropout": 1.0}, "--dropout must be below 1"),
