@@ -251,14 +251,18 @@ def draw(title: str, columns: dict[str, tuple], names: list[str], read: list[lis
 
 def draw_example(example: dict, path: Path) -> None:
     """One response, a column a word and a row a signal, each coloured by its share of the row's largest, which is said
-    unless it is next to nothing."""
-    texts, names = example["words"], [NAMES[name] for name in example["rows"]]
-    numbers = np.array(list(example["rows"].values()))
+    unless it is next to nothing; in lines of words, as a text is."""
+    names = [NAMES[name] for name in example["rows"]]
+    numbers, texts = np.array(list(example["rows"].values())), np.array(example["words"])
     shares = numbers / np.abs(numbers).max(1, keepdims=True).clip(min=1e-12)
     said = np.where(np.abs(shares) < 0.1, "", [[f"{number:.2f}" for number in row] for row in numbers])
-    figure, axis = plt.subplots(figsize=(2.6 + 0.31 * len(texts), 1.2 + 0.3 * len(names)), layout="constrained")
-    figures.heat(axis, shares, said, texts, names)
-    axis.tick_params("x", rotation=90, labelsize=8, top=True, labeltop=True, bottom=False, labelbottom=False)
+    lines = np.array_split(np.arange(len(texts)), -(-len(texts) // 24))
+    size = 2.6 + 0.31 * len(lines[0]), (1.2 + 0.25 * len(names)) * len(lines)
+    figure, axes = plt.subplots(len(lines), figsize=size, layout="constrained", squeeze=False)
+    for axis, line in zip(axes.flat, lines, strict=True):
+        figures.heat(axis, shares[:, line], said[:, line], texts[line], names)
+        axis.tick_params("x", rotation=90, labelsize=8, top=True, labeltop=True, bottom=False, labelbottom=False)
+    figure.suptitle("credit of words: dark, a large share of the row's largest; blank, under a tenth of it", fontsize=9)
     write_atomic(path, lambda partial: figure.savefig(partial, dpi=130, format="png"))
     plt.close(figure)
 

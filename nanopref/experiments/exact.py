@@ -247,7 +247,7 @@ def show(found: dict) -> tuple[str, list]:
                     x, y = torch.tensor(row["curve"], dtype=torch.float64).T.unfold(1, smooth, smooth).mean(2)
                     label = shape.label.split(",")[0] if i == 0 else None
                     axis.plot(x, y, color=shape.color, linestyle=shape.line, linewidth=1.2, label=label)
-            axis.axhline(TARGETS.get(names[0], TARGET), color="grey", linewidth=0.5)
+            axis.axhline(TARGETS.get(names[0], TARGET), color="grey", linewidth=0.5, label="target")
             axis.set(title=title, xlabel=xlabel, ylabel="KL to its optimum, nats", yscale="log")
             if any(name in methods for name in names):
                 axis.legend(frameon=False, fontsize=7)
@@ -260,13 +260,13 @@ def show(found: dict) -> tuple[str, list]:
         for number, (key, label) in enumerate(labels.items()):
             points = [(float(name), [row[key] for row in rows]) for name, rows in found["circles"].items()]
             figures.curve(axis, label, points, number)
-        axis.set(title="preferences in circles", xlabel="strength, logits", ylabel="KL of DPO to it, nats")
+        axis.set(title="preferences in circles", xlabel="strength, logits", ylabel="KL(DPO‖what is named), nats")
         axis.set_yscale("symlog", linthresh=1e-4)
         axis.legend(frameon=False, fontsize=7)
 
     exact = [name for name in methods if name not in SAMPLED]
     panels = [
-        draw(exact, f"expected losses, β = {beta:g}", "gradients", 1),
+        draw(exact, f"expected losses, β = {beta:g} (a line a world)", "gradients", 1),
         draw(list(SAMPLED), f"by sampling, β = {beta:g}", "round", 5),
         draw_circles,
     ]
