@@ -55,7 +55,10 @@ class Config(ExperimentFlags):
 
 
 def measure(config: Config) -> dict:
-    words = {"dpo": [*runs.FEW], "ppo": [*runs.FEW, "--reward", "SEED/rm", "--iterations", str(config.iterations)]}
+    words = {
+        "dpo": [*runs.FEW, *runs.PASSES],
+        "ppo": [*runs.FEW, "--reward", "SEED/rm", "--iterations", str(config.iterations)],
+    }
     settings = {
         f"{method} {lr:g},{beta:g}": Variant(
             [*words[method], "--lr", f"{lr:g}", "--beta", f"{beta:g}"],

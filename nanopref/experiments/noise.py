@@ -42,9 +42,9 @@ def measure(config: Config) -> dict:
     for i, share in enumerate(config.shares):
         change, at = partial(flipped, share=share), f"{share:g}"
         for loss in ("dpo", "ipo"):
-            variants[f"{loss} {at}"] = Variant([*runs.FEW, "--loss", loss], change=change)
+            variants[f"{loss} {at}"] = Variant([*runs.FEW, *runs.PASSES, "--loss", loss], change=change)
         for loss in ("cdpo", "robust") if share else ():  # without a share they are DPO
-            words = [*runs.FEW, "--loss", loss, "--label-smoothing", at]
+            words = [*runs.FEW, *runs.PASSES, "--loss", loss, "--label-smoothing", at]
             variants[f"{loss} {at}"] = Variant(words, change=change)
         if i % 2 == 0:
             models[f"rm {at}"] = Variant(runs.FEW_PAIRS, change=change, script="train_rm.py")

@@ -39,7 +39,8 @@ SCRIPTS = Path(nanopref.__file__).parent.parent
 
 
 FEW = ["--eval-prompts", "256"]  # for a report that is a point of a figure
-FEW_PAIRS = ["--batch-size", "16", "--epochs", "3"]  # train_rm.py's own defaults are for several thousand pairs
+PASSES = ["--epochs", "3"]  # over a thousand pairs, of policies and reward models alike
+FEW_PAIRS = ["--batch-size", "16", *PASSES]  # train_rm.py's own defaults are for several thousand
 FREE = ("out", "seeds", "jobs", "redraw", "losses", "candidates")  # flags with which an experiment goes on
 
 
