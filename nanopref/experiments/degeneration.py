@@ -56,14 +56,13 @@ def read(run: Path) -> dict:
     curves = {name: [row[name] for row in read_metrics(run)] for name in ("chosen_reward", "rejected_reward")}
     beta = runs.flags_of(run)["beta"]
     nats = {name: [(x - curve[0]) / beta for x in curve] for name, curve in curves.items()}  # without π_ref too
-    return runs.read_report(run) | nats | {"repeated": repeated(said), "text": [answer.text for answer in said[:2]]}
+    return runs.read_report(run) | nats | {"repeated": repeated(said), "text": said[0].text}
 
 
 def measure(config: Config) -> dict:
     common = [*runs.FEW, "--epochs", str(config.epochs)]
-    variants = {name.replace(" ", "-"): Variant([*common, *words]) for name, words in METHODS.items()}
-    folders = runs.results(config, variants)
-    return {name: [read(run) for run in folders[name.replace(" ", "-")]] for name in METHODS}
+    folders = runs.results(config, {name: Variant([*common, *words]) for name, words in METHODS.items()})
+    return {name: [read(run) for run in made] for name, made in folders.items()}
 
 
 def show(found: dict) -> tuple[str, list]:
@@ -87,7 +86,7 @@ def show(found: dict) -> tuple[str, list]:
         for method, seeds in found.items()
     ]
     gains = figures.bars(ends, title="what came of it", ylabel=figures.GAIN)
-    said = ((figures.look(method).label, seeds[0]["text"][0].strip()) for method, seeds in found.items() if seeds)
+    said = ((figures.look(method).label, seeds[0]["text"].strip()) for method, seeds in found.items() if seeds)
     texts = "".join(f"\n{label}: {text}\n" for label, text in said)
     return runs.markdown(lines) + texts, [rewards, gains]
 

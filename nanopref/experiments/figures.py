@@ -71,7 +71,7 @@ def with_error(values: Sequence[float], digits: int = 2, sign: str = "") -> str:
 
 def curve(
     axis, name: str, points: Sequence[tuple[Sequence[float] | float, Sequence[float]]], number: int = 0,
-    label: str | None = None, in_order: bool = False,
+    in_order: bool = False,
 ) -> None:  # fmt: skip
     """A line through the means over seeds, with a band and bars of a standard error either way.
 
@@ -87,8 +87,7 @@ def curve(
     x, dx, y, dy = np.array(found).T
     dx, dy = np.nan_to_num(dx), np.nan_to_num(dy)
     drawn = {"color": shape.color, "marker": shape.marker, "linestyle": shape.line, "markersize": 5, "linewidth": 1.3}
-    label = shape.label if label is None else label
-    axis.errorbar(x, y, dy, dx if dx.any() else None, label=label, elinewidth=0.8, **drawn)
+    axis.errorbar(x, y, dy, dx if dx.any() else None, label=shape.label, elinewidth=0.8, **drawn)
     if dy.any() and len(x) > 1 and (np.diff(x) > 0).all():
         axis.fill_between(x, y - dy, y + dy, color=shape.color, alpha=0.15, linewidth=0)
 

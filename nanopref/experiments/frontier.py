@@ -45,6 +45,7 @@ class Config(ExperimentFlags):
 
     out: str = "out/frontier"
     prompts: int = 1280
+    epochs: int = flag(3, "passes over the pairs of what learns from them; the reward model has three", least=1)
     iterations: int = flag(24, "rounds of PPO", least=1)
     n: int = flag(64, "largest n of best-of-n", least=2)
     pool_prompts: int = flag(64, "prompts of its pool, which has four times as many answers to each", least=1)
@@ -52,16 +53,16 @@ class Config(ExperimentFlags):
 
 def variants(config: Config) -> dict[str, Variant]:
     """Every run after the reward model's; its name is a method and its setting."""
-    found = {}
+    found, passes = {}, ["--epochs", str(config.epochs)]
     for loss, betas in ON_PAIRS.items():
         # KTO learns from the pairs too: the better answer is good, the worse bad
-        words = [*runs.FEW, *runs.PASSES, "--loss", loss]
+        words = [*runs.FEW, *passes, "--loss", loss]
         found |= {f"{loss} {beta:g}": Variant([*words, "--beta", f"{beta:g}"]) for beta in betas}
     for epochs in EPOCHS:
         found[f"preferred {epochs}"] = Variant([*runs.FEW, "--loss", "preferred", "--epochs", str(epochs)])
     people = ["--noise", str(config.noise), "--annotators", str(config.annotators), "--rounds", "4"]
     for beta in ONLINE:
-        found[f"online-dpo {beta:g}"] = Variant([*runs.FEW, *runs.PASSES, *people, "--beta", f"{beta:g}"], kind="")
+        found[f"online-dpo {beta:g}"] = Variant([*runs.FEW, *passes, *people, "--beta", f"{beta:g}"], kind="")
     for method, reward in (("ppo", "SEED/rm"), ("ppo-true", "true")):
         for beta in PPO:
             words = [*runs.FEW, "--reward", reward, "--iterations", str(config.iterations), "--beta", f"{beta:g}"]
