@@ -136,9 +136,8 @@ def gain(run: Path, kind: str, n: int = 256) -> float:
     seed, sft = runs.seed_of(run), run.parent / "sft"
     rng = random.Random(f"{kind} {seed}")
     prompts = tuple(KINDS[kind](prompt, rng) for prompt in new_prompts("", n, seed))
-    usual = rewards.true_reward(runs.answers(sft, seed, n)).std(correction=0)
     before, after = (rewards.true_reward(runs.answers(x, seed, prompts=prompts)).mean() for x in (sft, run))
-    return float((after - before) / usual)
+    return float(after - before) / runs.reference_reward(sft, seed)[1]
 
 
 # ---- the table ------------------------------------------------------------------------------------------------------

@@ -5,23 +5,15 @@ as many passes as PPO's reward model, over a range of β; preferred-FT has 1 to 
 DPO has as many pairs judged, of its own answers, in four rounds; PPO with the true reward sees the truth.
 """
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from nanopref import models
-from nanopref.evaluation.best_of_n import measure as measure_pool
-from nanopref.evaluation.compare import new_prompts
 from nanopref.experiments import figures, runs
 from nanopref.experiments.figures import with_error
 from nanopref.experiments.runs import ExperimentFlags, Variant
-from nanopref.feedback import rewards
 from nanopref.running import flags
-from nanopref.running.files import write_atomic
 from nanopref.running.flags import flag
-from nanopref.running.parallel import start
 
 ON_PAIRS = {  # --beta of those that learn from the pairs themselves; what is about the same differs by loss
     "dpo": (0.05, 0.15, 0.5, 1.5, 5.0),
@@ -75,27 +67,9 @@ def measure(config: Config) -> dict:
     (rms,) = runs.results(config, {"rm": Variant(runs.FEW_PAIRS, script="train_rm.py")}).values()
     found = runs.by_setting(runs.results(config, variants(config)))
     for rm in rms:
-        for row in pool(config, rm):
-            found.setdefault("best-of-n", {}).setdefault(str(row["n"]), []).append(row)
+        for row in runs.best_of_n(rm, config.n, config.pool_prompts)[1:]:  # the best of one is the reference
+            found.setdefault("best-of-n", {}).setdefault(str(row["n"]), []).append(row | {"seed": runs.seed_of(rm)})
     return found
-
-
-def pool(config: Config, rm: Path) -> list[dict]:
-    """Best of 2, 4, 8 … n by a reward model: gain in true reward, in deviations of the reference, and KL."""
-    path, seed = rm / "pool.json", runs.seed_of(rm)
-    if not path.exists():
-        policy, tokenizer = models.load(rm.parent / "sft")
-        policy.to(start("auto", seed))
-        score = rewards.model_reward(rewards.load_model(rm, policy, tokenizer))
-        sampling = {"max_new_tokens": 64, "batch_size": 512, "seed": seed}
-        prompts, others = new_prompts("", config.pool_prompts, seed), {"true_reward": rewards.true_reward}
-        found = measure_pool(policy, tokenizer, prompts, score, others, 4 * config.n, **sampling)
-        deviation = float(rewards.true_reward(runs.answers(rm.parent / "sft", seed)).std(correction=0))
-        write_atomic(path, json.dumps([row | {"deviation": deviation} for row in found]) + "\n")
-    rows = json.loads(path.read_text())
-    first = rows[0]["true_reward"]
-    gains = [{"gain": (row["true_reward"] - first) / row["deviation"], "seed": seed} for row in rows]
-    return [row | gain for row, gain in zip(rows, gains, strict=True) if 1 < row["n"] <= config.n]
 
 
 def show(found: dict) -> tuple[str, list]:

@@ -6,26 +6,19 @@ RL; where that peaks is how far a reward model can be trusted. Direct alignment 
 (Rafailov et al. 2024, Scaling Laws for Reward Model Overoptimization in Direct Alignment Algorithms).
 """
 
-import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from nanopref import models
-from nanopref.evaluation.best_of_n import by_prompt, curve
-from nanopref.evaluation.compare import new_prompts
 from nanopref.experiments import figures, runs
 from nanopref.experiments.figures import mean_error, with_error
 from nanopref.experiments.labels import first
 from nanopref.experiments.runs import ExperimentFlags, Variant
-from nanopref.feedback import rewards
 from nanopref.running import flags
-from nanopref.running.files import write_atomic
 from nanopref.running.flags import flag
 from nanopref.running.folder import read_metrics
-from nanopref.running.parallel import start
 
 SHAPES = {"best-of-n": lambda d: d, "ppo": np.log}  # gain = d (α - β shape(d))
 
@@ -68,35 +61,16 @@ def measure(config: Config) -> dict:
     return found | {"dpo": runs.by_setting(runs.results(config, dpo))}
 
 
-def deviation(sft: Path, seed: int) -> tuple[float, float]:
-    """Mean and deviation of the reference's true reward."""
-    said = rewards.true_reward(runs.answers(sft, seed))
-    return float(said.mean()), float(said.std(correction=0))
-
-
 def pool(config: Config, rm: Path) -> dict:
-    """KL, score and gain of best-of-1, 2, 4 … n by a reward model, of the same pool of answers for all of a seed."""
-    path, seed, sft = rm / "pool.json", runs.seed_of(rm), rm.parent / "sft"
-    if not path.exists():
-        policy, tokenizer = models.load(sft)
-        policy.to(start("auto", seed))
-        prompts, size = new_prompts("", config.pool_prompts, seed), 4 * config.n
-        answers = runs.answers(sft, seed, prompts=tuple(x for x in prompts for _ in range(size)))
-        score = rewards.model_reward(rewards.load_model(rm, policy, tokenizer))
-        values = {"score": by_prompt(score(answers), size), "gain": by_prompt(rewards.true_reward(answers), size)}
-        values["gain"] /= deviation(sft, seed)[1]
-        rows = curve(values, config.n)
-        found = {name: [row[name] for row in rows] for name in ("kl", "score", "gain")}
-        for name in values:
-            found[name] = [x - found[name][0] for x in found[name]]
-        write_atomic(path, json.dumps(found) + "\n")
-    return json.loads(path.read_text())
+    """KL, score and gain of best-of-1, 2, 4 … n by a reward model."""
+    rows = runs.best_of_n(rm, config.n, config.pool_prompts)
+    return {name: [row[name] for row in rows] for name in ("kl", "score", "gain")}
 
 
 def rounds(run: Path) -> dict:
     """The same of each round of PPO."""
     rows = read_metrics(run)
-    mean, scale = deviation(run.parent / "sft", runs.seed_of(run))
+    mean, scale = runs.reference_reward(run.parent / "sft", runs.seed_of(run))
     gains = [(row["true_reward"] - mean) / scale for row in rows]
     return {"kl": [row["kl"] for row in rows], "score": [row["score"] for row in rows], "gain": gains}
 

@@ -25,6 +25,7 @@ from nanopref import models
 from nanopref.data.formats import read_rows
 from nanopref.data.groups import write_groups
 from nanopref.evaluation import report
+from nanopref.evaluation.best_of_n import by_prompt, curve
 from nanopref.evaluation.compare import new_prompts
 from nanopref.feedback import rewards
 from nanopref.feedback.collect import collect, training_prompts
@@ -203,6 +204,27 @@ def answers(
     sampling = {"max_new_tokens": 64, "batch_size": 512, "seed": seed, "temperature": temperature}
     asked = list(prompts) or new_prompts("", n, seed)
     return respond(policy.to(start("auto", seed)), tokenizer, asked, stream="compared", **sampling)
+
+
+def reference_reward(sft: Path, seed: int) -> tuple[float, float]:
+    """Mean and deviation of the SFT model's true reward, from which gains are counted."""
+    found = rewards.true_reward(answers(sft, seed))
+    return float(found.mean()), float(found.std(correction=0))
+
+
+def best_of_n(rm: Path, n: int, prompts: int) -> list[dict[str, float]]:
+    """Of best-of-1, 2, 4 … n by a reward model, from 4n answers of the SFT model beside it to each prompt: n, KL, and
+    the score and the gain in true reward, in deviations of the reference, by which it is ahead of n = 1."""
+    path, seed, sft = rm / "pool.json", seed_of(rm), rm.parent / "sft"
+    if not path.exists():
+        asked = tuple(x for x in new_prompts("", prompts, seed) for _ in range(4 * n))
+        said, (policy, tokenizer) = answers(sft, seed, prompts=asked), models.load(sft)
+        score = rewards.model_reward(rewards.load_model(rm, policy.to(start("auto", seed)), tokenizer))
+        pools = {"score": by_prompt(score(said), 4 * n), "gain": by_prompt(rewards.true_reward(said), 4 * n)}
+        pools["gain"] /= reference_reward(sft, seed)[1]
+        rows = curve(pools, n)
+        write_atomic(path, json.dumps([row | {x: row[x] - rows[0][x] for x in pools} for row in rows]) + "\n")
+    return json.loads(path.read_text())
 
 
 def read_report(folder: Path) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """Experiments from their runs to table and picture: runs are made up, but by commands that the scripts would take."""
 
+import itertools
 import json
 import random
 import re
@@ -125,10 +126,8 @@ def made_up(tmp_path, monkeypatch) -> MadeUp:
     sizes = {"sft nano": 0.1, "sft": 0.9, "sft mini": 3.7}
     monkeypatch.setattr(scaling, "parameters", lambda run: sizes[run.name])
     monkeypatch.setattr(active, "quality", lambda rm: 0.8 + runs.seed_of(rm) / 100)
-    curve = {"kl": [0.0, 0.2, 0.6], "score": [0.0, 0.5, 0.9], "gain": [0.0, 0.4, 0.5]}
-    monkeypatch.setattr(overoptimisation, "pool", lambda config, rm: curve)
-    rows = [{"n": n, "kl": 0.3 * n, "gain": 0.2 * n} for n in (2, 16)]
-    monkeypatch.setattr(frontier, "pool", lambda config, rm: [row | {"seed": runs.seed_of(rm)} for row in rows])
+    rows = [{"n": n, "kl": 0.3 * (n - 1), "score": 0.3 * (n - 1), "gain": 0.2 * (n - 1)} for n in (1, 2, 4, 16)]
+    monkeypatch.setattr(runs, "best_of_n", lambda rm, n, prompts: rows)
     return found
 
 
@@ -275,6 +274,27 @@ def test_best_of_sixteen_is_the_answer_with_the_highest_score(made_up, tmp_path,
     )
     best = [max(reviews.true_reward(a.text) for a in said[i : i + 16]) for i in range(0, 64, 16)]
     assert found["true_reward"] == pytest.approx(np.mean(best)) and found["win_rate"] > 0.5
+
+
+def test_best_of_n_by_the_truth_itself(tmp_path, monkeypatch):
+    """Its score is the true reward, so the gain is the score's over the reference's deviation; a pool is made once."""
+    rm = tmp_path / "seed-3" / "rm"
+    rm.mkdir(parents=True)
+    asked = []
+    monkeypatch.setattr(runs, "answers", lambda *words, **others: asked.append(others) or answers(*words, **others))
+    monkeypatch.setattr(runs.models, "load", lambda folder: (torch.nn.Linear(1, 1), None))
+    monkeypatch.setattr(runs.rewards, "load_model", lambda *_: None)
+    monkeypatch.setattr(runs.rewards, "model_reward", lambda _: runs.rewards.true_reward)
+    rows = runs.best_of_n(rm, 2, 3)
+    said = answers(rm.parent / "sft", 3, prompts=tuple(x for x in compare.new_prompts("", 3, 3) for _ in range(8)))
+    true = np.array([reviews.true_reward(answer.text) for answer in said]).reshape(3, 8)
+    pairs = [row[list(two)].max() for row in true for two in itertools.combinations(range(8), 2)]
+    assert [row["n"] for row in rows] == [1, 2] and rows[0]["score"] == rows[0]["gain"] == 0.0
+    assert rows[1]["score"] == pytest.approx(np.mean(pairs) - true.mean(), abs=1e-6)
+    deviation = np.std([reviews.true_reward(answer.text) for answer in answers(rm.parent / "sft", 3)])
+    assert rows[1]["gain"] == pytest.approx(rows[1]["score"] / deviation, abs=1e-6)
+    before = len(asked)
+    assert runs.best_of_n(rm, 2, 3) == rows and len(asked) == before
 
 
 # ---- what is computed from runs --------------------------------------------------------------------------------------
