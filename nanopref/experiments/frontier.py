@@ -73,8 +73,11 @@ def measure(config: Config) -> dict:
 
 
 def show(found: dict) -> tuple[str, list]:
-    words = {"title": "reward against KL", "xlabel": "KL to the reference, nats a response", "ylabel": figures.GAIN}
-    panel = figures.panel(found, x="kl", scale="log", **words)
+    offline = {method: rows for method, rows in found.items() if method in (*ON_PAIRS, "preferred")}
+    others = {method: rows for method, rows in found.items() if method not in offline or method == "dpo"}
+    words = {"x": "kl", "scale": "log", "xlabel": "KL to the reference, nats a response", "ylabel": figures.GAIN}
+    titles = {"from the pairs alone": offline, "beside them: by a reward, or in rounds": others}
+    panels = [figures.panel(rows, title=title, **words) for title, rows in titles.items()]
     nats = (1, 2, 4, 8)
     header = ["", "β, passes or n", "gain in true reward, std", "KL, nats"]
     lines = []
@@ -86,7 +89,7 @@ def show(found: dict) -> tuple[str, list]:
     for method, settings in found.items():
         cells = (with_error(gain_at(settings, kl), sign="+") or "–" for kl in nats)
         at.append([figures.look(method).label, *cells])
-    return runs.markdown([header, *lines]) + "\n" + runs.markdown(at), [panel]
+    return runs.markdown([header, *lines]) + "\n" + runs.markdown(at), panels
 
 
 def gain_at(settings: dict[str, list[dict]], kl: float) -> list[float]:
