@@ -7,6 +7,7 @@ RLHF maximises, reward less a price for each nat of KL: by reward alone whoever 
 DiscoPOP are tried at several β on the same pairs, the best of them meet the best that was found on fresh seeds.
 """
 
+import itertools
 import json
 import math
 import random
@@ -183,15 +184,16 @@ def population(axis, found: dict) -> None:
     axis.figure.colorbar(points, ax=axis, label="generation")
     for loss in DERIVED:
         figures.curve(axis, loss, [(x["kl"], [x["gain"]]) for x in derived if x["loss"] == loss], in_order=True)
-    for x in rows:
-        if x["name"] in found["fresh"]:
-            axis.scatter(x["kl"], x["gain"], s=70, facecolors="none", edgecolors="#D55E00", linewidths=1.3)
-            axis.annotate(x["name"], (x["kl"], x["gain"]), (5, 5), textcoords="offset points", fontsize=7)
+    going = sorted((x for x in rows if x["name"] in found["fresh"]), key=lambda x: x["kl"])
+    for x, place in zip(going, itertools.cycle(((-32, 6), (6, -11), (6, 6)))):  # apart, since they lie close together
+        axis.scatter(x["kl"], x["gain"], s=70, facecolors="none", edgecolors="#D55E00", linewidths=1.3)
+        axis.annotate(x["name"], (x["kl"], x["gain"]), place, textcoords="offset points", fontsize=7)
     kl = np.geomspace(0.01, 1.3 * max(x["kl"] for x in rows + derived), 200)
     bottom, top = axis.get_ylim()
     for level in np.arange(-1, top, 0.25):
         axis.plot(kl, level + found["kl_price"] * kl, color="grey", linewidth=0.3, zorder=0)
     axis.set(title="the population", xlabel="KL to the reference, nats a response", xscale="log", ylim=(bottom, top))
+    figures.plain_log_ticks(axis.xaxis)
     axis.set_xlim(0.8 * min(x["kl"] for x in rows + derived), kl[-1])
     axis.set_ylabel("gain in true reward, std of the reference")
     axis.legend(frameon=False, fontsize=7)
