@@ -16,7 +16,7 @@ from nanopref.experiments.runs import ExperimentFlags, Variant
 from nanopref.running import flags
 from nanopref.running.flags import flag
 
-QUALITY = "rank correlation of the score with the true reward"
+QUALITY = "rank correlation with the true reward"
 
 
 @dataclass
