@@ -1,8 +1,10 @@
 """Precision by model and machine, random streams of their own, and what is seen of a run's progress."""
 
+import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -81,3 +83,11 @@ def test_what_is_said_stands_above_a_progress_bar(monkeypatch, capsys):
     assert printed.out == "40 of 100\n"
     wiped, _, drawn = printed.err.rpartition("\r")
     assert wiped.strip("\r ") == "" and wiped and drawn.startswith("training")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system's own figure is taken")
+def test_the_most_memory_is_that_of_a_process_and_not_of_the_one_that_started_it():
+    held = np.ones(10**9 // 8)  # which Linux would count as the child's
+    code = "from nanopref.running import parallel; print(parallel.most_memory())"
+    found = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert 5e7 < found < held.nbytes < parallel.most_memory()
