@@ -32,6 +32,7 @@ GRID = {  # learning rates and β, each around what works
     "dpo": ((3e-4, 1e-3, 3e-3), (0.15, 0.5, 1.5)),
     "ppo": ((1.3e-4, 4e-4, 1.2e-3), (0.03, 0.1, 0.3)),
 }
+ON_FRONTIER = {"dpo": "dpo-passes", "ppo": "ppo"}  # its methods that learn from the pairs as these do
 NETWORKS = {
     "dpo": "1 (π_θ; π_ref is read once, before)",
     "ppo": "4 (π_θ, π_ref, reward model, critic)",
@@ -164,8 +165,10 @@ def column(found: dict, method: str) -> dict[str, str]:
     said["answers sampled while it learns"] = with_error([run["answers"] for run in costs], 0)
     said["peak memory of the whole run, MiB"] = with_error([run["memory"] for run in costs], 0)
     said["networks held while it learns"] = NETWORKS[method]
-    for kl in (1, 2, 4) if found["frontier"] else ():
-        said[f"gain at {kl} nats, std"] = with_error(frontier.gain_at(found["frontier"][method], kl), sign="+") or "–"
+    for kl in (2, 4, 8) if found["frontier"] else ():
+        said[f"gain at {kl} nats, std"] = (
+            with_error(frontier.gain_at(found["frontier"][ON_FRONTIER[method]], kl), sign="+") or "–"
+        )
     for wanted in (0.5, 1.0, 1.5) if found["scaling"] else ():
         said[f"pairs for a gain of {wanted} std"] = labels_for(found["scaling"]["pairs"][method], wanted)
     means: dict[str, list[float]] = {}  # by β, which says how far a run may go: what the learning rate does to it
@@ -190,7 +193,7 @@ def show(found: dict) -> tuple[str, list]:
     columns = [column(found, method) for method in NAMES]
     lines = [["", *NAMES.values()], *([says, *(said.get(says, "") for said in columns)] for says in columns[0])]
     bars = [
-        (method, f"{NAMES[method].partition(':')[0]}\n{kind}", gains[method])
+        (method, f"{NAMES[method].partition(':')[0]}\n{kind}".replace(" ", "\n"), gains[method])
         for kind, gains in found["prompts"].items()
         for method in NAMES
     ]

@@ -1,8 +1,9 @@
 """Reward against KL (Rafailov et al. 2023, figure 2, left): `python -m nanopref.experiments.frontier`
 
-How much true reward does each method buy, and for how many nats from the reference? All learn from the same pairs, in
-as many passes as PPO's reward model, over a range of β; preferred-FT has 1 to 4 passes instead, best-of-n its n. Online
-DPO has as many pairs judged, of its own answers, in four rounds; PPO with the true reward sees the truth.
+How much true reward does each method buy, and for how many nats from the reference? All learn from the same pairs in
+one pass, over a range of β; DPO also in three, which PPO's reward model has; preferred-FT has 1 to 4 passes instead of
+a β, best-of-n its n. Online DPO has as many pairs judged, of its own answers, in four rounds; PPO with the true reward
+sees the truth.
 """
 
 from dataclasses import dataclass
@@ -37,7 +38,6 @@ class Config(ExperimentFlags):
 
     out: str = "out/frontier"
     prompts: int = 1280
-    epochs: int = flag(3, "passes over the pairs of what learns from them; the reward model has three", least=1)
     iterations: int = flag(24, "rounds of PPO", least=1)
     n: int = flag(64, "largest n of best-of-n", least=2)
     pool_prompts: int = flag(64, "prompts of its pool, which has four times as many answers to each", least=1)
@@ -45,16 +45,18 @@ class Config(ExperimentFlags):
 
 def variants(config: Config) -> dict[str, Variant]:
     """Every run after the reward model's; its name is a method and its setting."""
-    found, passes = {}, ["--epochs", str(config.epochs)]
+    found = {}
     for loss, betas in ON_PAIRS.items():
         # KTO learns from the pairs too: the better answer is good, the worse bad
-        words = [*runs.FEW, *passes, "--loss", loss]
+        words = [*runs.FEW, "--loss", loss]
         found |= {f"{loss} {beta:g}": Variant([*words, "--beta", f"{beta:g}"]) for beta in betas}
+    for beta in ON_PAIRS["dpo"]:
+        found[f"dpo-passes {beta:g}"] = Variant([*runs.FEW, *runs.PASSES, "--beta", f"{beta:g}"])
     for epochs in EPOCHS:
         found[f"preferred {epochs}"] = Variant([*runs.FEW, "--loss", "preferred", "--epochs", str(epochs)])
     people = ["--noise", str(config.noise), "--annotators", str(config.annotators), "--rounds", "4"]
     for beta in ONLINE:
-        found[f"online-dpo {beta:g}"] = Variant([*runs.FEW, *passes, *people, "--beta", f"{beta:g}"], kind="")
+        found[f"online-dpo {beta:g}"] = Variant([*runs.FEW, *people, "--beta", f"{beta:g}"], kind="")
     for method, reward in (("ppo", "SEED/rm"), ("ppo-true", "true")):
         for beta in PPO:
             words = [*runs.FEW, "--reward", reward, "--iterations", str(config.iterations), "--beta", f"{beta:g}"]
@@ -73,8 +75,8 @@ def measure(config: Config) -> dict:
 
 
 def show(found: dict) -> tuple[str, list]:
-    offline = {method: rows for method, rows in found.items() if method in (*ON_PAIRS, "preferred")}
-    others = {method: rows for method, rows in found.items() if method not in offline or method == "dpo"}
+    offline = {method: rows for method, rows in found.items() if method in (*ON_PAIRS, "dpo-passes", "preferred")}
+    others = {method: rows for method, rows in found.items() if method not in offline or "dpo" in method}
     words = {"x": "kl", "scale": "log", "xlabel": "KL to the reference, nats a response", "ylabel": figures.GAIN}
     titles = {"from the pairs alone": offline, "beside them: by a reward, or in rounds": others}
     panels = [figures.panel(rows, title=title, **words) for title, rows in titles.items()]

@@ -132,7 +132,7 @@ def made_up(tmp_path, monkeypatch) -> MadeUp:
 
 
 EXPECTED = {  # runs of one seed, besides SFT
-    frontier: 1 + 6 * 4 + 1 + 3 + 3 + 2 * 4, noise: 2 + 4 * 4 + 3 * 2, labels: 7 + 1 + 2, degeneration: 3,
+    frontier: 1 + 6 * 4 + 1 + 5 + 3 + 3 + 2 * 4, noise: 2 + 4 * 4 + 3 * 2, labels: 7 + 1 + 2, degeneration: 3,
     scaling: 2 + 3 * 2 + 4 * 3, gap: 1 + 7 * 3, overoptimisation: 4 + 4 + 2 * 4, compare: 1 + 2 + 18,
 }  # fmt: skip
 SMALL = {overoptimisation: {"prompts": 400, "pairs": (50, 100, 200, 400), "dpo_pairs": (50, 100)}}
@@ -213,7 +213,7 @@ def test_compare_takes_what_the_others_measured(made_up, tmp_path, capsys):
     rows = [line.strip("| ").split(" | ") for line in (tmp_path / "out" / "table.md").read_text().splitlines()]
     said = {row[0]: row[1:] for row in rows}
     measured = json.loads((tmp_path / frontier.__name__ / "results.json").read_text())
-    for method, cell in zip(("dpo", "ppo"), said["gain at 4 nats, std"], strict=True):
+    for method, cell in zip(("dpo-passes", "ppo"), said["gain at 4 nats, std"], strict=True):
         assert cell == figures.with_error(frontier.gain_at(measured[method], 4), sign="+")
     assert {"pairs for a gain of 1.0 std", "gain with 20% of labels wrong"} < said.keys()
     assert said["runs of the grid that failed"] == ["0 of 18", "0 of 18"]
@@ -376,7 +376,8 @@ def test_a_mean_over_seeds_has_an_error_where_there_are_several():
 def test_methods_can_be_told_apart_in_grey(tmp_path):
     """By marker and line together; and those that frontier draws by colour too."""
     drawn = [
-        figures.LOOKS[name] for name in (*frontier.ON_PAIRS, "preferred", "online-dpo", "ppo", "ppo-true", "best-of-n")
+        figures.LOOKS[name]
+        for name in (*frontier.ON_PAIRS, "dpo-passes", "preferred", "online-dpo", "ppo", "ppo-true", "best-of-n")
     ]
     for looks in (drawn, figures.OTHERS):
         assert len({(look.marker, look.line) for look in looks}) == len({look.color for look in looks}) == len(looks)
