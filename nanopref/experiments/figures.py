@@ -21,7 +21,7 @@ class Look(NamedTuple):
 
 LOOKS = {  # colours after Okabe and Ito, which differ in lightness too
     "dpo": Look("DPO", "#0072B2", "o"),
-    "dpo-passes": Look("DPO, three passes", "#0072B2", "D", ":"),
+    "dpo-passes": Look("DPO, three passes", "#0072B2", "o", ":"),
     "ipo": Look("IPO", "#56B4E9", "s", "--"),
     "cdpo": Look("cDPO", "#009E73", "^", "-."),
     "robust": Look("robust DPO", "#8C8C00", "D", ":"),

@@ -374,11 +374,12 @@ def test_a_mean_over_seeds_has_an_error_where_there_are_several():
 
 
 def test_methods_can_be_told_apart_in_grey(tmp_path):
-    """By marker and line together; and those that frontier draws by colour too."""
+    """By marker and line together; and those that frontier draws by colour too, DPO in its one colour."""
     drawn = [
-        figures.LOOKS[name]
-        for name in (*frontier.ON_PAIRS, "dpo-passes", "preferred", "online-dpo", "ppo", "ppo-true", "best-of-n")
+        figures.LOOKS[name] for name in (*frontier.ON_PAIRS, "preferred", "online-dpo", "ppo", "ppo-true", "best-of-n")
     ]
+    often = figures.LOOKS["dpo-passes"]
+    assert often.color == figures.LOOKS["dpo"].color and often.line not in (figures.LOOKS["dpo"].line, "")
     for looks in (drawn, figures.OTHERS):
         assert len({(look.marker, look.line) for look in looks}) == len({look.color for look in looks}) == len(looks)
 
