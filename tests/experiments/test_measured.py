@@ -379,7 +379,7 @@ def test_methods_can_be_told_apart_in_grey(tmp_path):
         figures.LOOKS[name] for name in (*frontier.ON_PAIRS, "preferred", "online-dpo", "ppo", "ppo-true", "best-of-n")
     ]
     often = figures.LOOKS["dpo-passes"]
-    assert often.color == figures.LOOKS["dpo"].color and often.line not in (figures.LOOKS["dpo"].line, "")
+    assert often.color == figures.LOOKS["dpo"].color and often.line != figures.LOOKS["dpo"].line
     for looks in (drawn, figures.OTHERS):
         assert len({(look.marker, look.line) for look in looks}) == len({look.color for look in looks}) == len(looks)
 
