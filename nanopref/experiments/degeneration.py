@@ -37,7 +37,7 @@ class Config(ExperimentFlags):
 
     out: str = "out/degeneration"
     prompts: int = 1280
-    epochs: int = flag(6, "passes over the pairs", least=1)
+    epochs: int = flag(2, "passes over the pairs", least=1)
 
 
 def repeated(answers: list[Answer]) -> float:
