@@ -250,13 +250,13 @@ def test_temperature_takes_the_setting_next_to_so_many_nats(made_up, tmp_path, c
     (tmp_path / "there" / "seed-1" / "kto 0.5" / "report.json").unlink()  # a run that is under way
     temperature.main(config())
     assert set(asked) >= {"sft", "rm", "dpo 0.5", "ppo 1", "kto 0.5"}  # at β = 1/2 a run has 4 nats, PPO at 1 has 2
-    assert len(asked) == (12 * 2 - 1) * 5
+    assert len(asked) == (13 * 2 - 1) * 5
     temperature.main(config())
-    assert len(asked) == (12 * 2 - 1) * 5
+    assert len(asked) == (13 * 2 - 1) * 5
     report_of = tmp_path / "there" / "seed-0" / "dpo 0.5" / "report.json"
     report_of.write_text(report_of.read_text() + " ")  # a run that was made anew
     temperature.main(config())
-    assert len(asked) == 12 * 2 * 5 and asked[-5:] == ["dpo 0.5"] * 5
+    assert len(asked) == 13 * 2 * 5 and asked[-5:] == ["dpo 0.5"] * 5
     other = partial(temperature.main, config(temperatures=(0.0, 1.0)))
     assert "holds runs of another experiment, or with other flags" in message_of(other)
 
