@@ -17,12 +17,12 @@ from nanopref.running.flags import flag
 
 LABELS = {  # what a run is given, and how it looks
     "people": "people's pairs",
-    "passes": "the same, four passes",
-    "rm": "as many by their reward model",
+    "ppo": "ppo",  # with that reward model
+    "passes": "people's pairs, four passes",
+    "rm": "as many by PPO's reward model",
     "rm-many": "four times as many by it",
     "rm-own": "as many as these, of its own answers",
     "true-many": "four times as many by the truth",
-    "ppo": "PPO with that reward model",
 }
 
 
@@ -63,7 +63,7 @@ def measure(config: Config) -> dict:
 
 
 def show(found: dict) -> tuple[str, list]:
-    named = {LABELS[name]: rows for name, rows in found.items()}
+    named = {label: found[name] for name, label in LABELS.items() if name in found}
     betas = {beta: f"β = {beta}" for rows in found.values() for beta in rows}
     table = runs.markdown(figures.table(named, head=figures.GAIN, sign="+", columns=betas))
     table += "\n" + runs.markdown(figures.table(named, head="KL, nats", y="kl", digits=1, columns=betas))
