@@ -76,22 +76,26 @@ def measure(config: Config) -> dict:
 
 def show(found: dict) -> tuple[str, list]:
     offline = {method: rows for method, rows in found.items() if method in (*ON_PAIRS, "dpo-passes", "preferred")}
-    others = {method: rows for method, rows in found.items() if method not in offline or "dpo" in method}
+    others = {method: rows for method, rows in found.items() if method not in offline or method.startswith("dpo")}
     words = {"x": "kl", "scale": "log", "xlabel": "KL to the reference, nats a response", "ylabel": figures.GAIN}
     titles = {"from the pairs alone": offline, "beside them: by a reward, or in rounds": others}
     panels = [figures.panel(rows, title=title, **words) for title, rows in titles.items()]
-    nats = (1, 2, 4, 8)
     header = ["", "β, passes or n", "gain in true reward, std", "KL, nats"]
     lines = []
     for method, settings in found.items():
         for setting, seeds in settings.items():
             gain, kl = ([run[name] for run in seeds] for name in ("gain", "kl"))
             lines.append([figures.look(method).label, setting, with_error(gain, sign="+"), with_error(kl, 1)])
-    at = [["gain at", *(f"{kl} nats" for kl in nats)]]
+    return runs.markdown([header, *lines]) + "\n" + runs.markdown(at_equal_kl(found, (1, 2, 4, 8))), panels
+
+
+def at_equal_kl(found: dict[str, dict[str, list[dict]]], nats: tuple[int, ...]) -> list[list[str]]:
+    """Lines of a table: the gain of each method at so many nats, a dash where its runs do not reach."""
+    lines = [["gain at", *(f"{kl} nats" for kl in nats)]]
     for method, settings in found.items():
         cells = (with_error(gain_at(settings, kl), sign="+") or "–" for kl in nats)
-        at.append([figures.look(method).label, *cells])
-    return runs.markdown([header, *lines]) + "\n" + runs.markdown(at), panels
+        lines.append([figures.look(method).label, *cells])
+    return lines
 
 
 def gain_at(settings: dict[str, list[dict]], kl: float) -> list[float]:

@@ -9,8 +9,7 @@ answers, as few and more; the same in rounds, of the policy's own answers; and l
 from dataclasses import dataclass
 
 from nanopref.experiments import figures, runs
-from nanopref.experiments.figures import with_error
-from nanopref.experiments.frontier import gain_at
+from nanopref.experiments.frontier import at_equal_kl
 from nanopref.experiments.runs import ExperimentFlags, Variant
 from nanopref.running import flags
 from nanopref.running.flags import flag
@@ -67,11 +66,8 @@ def show(found: dict) -> tuple[str, list]:
     betas = {beta: f"β = {beta}" for rows in found.values() for beta in rows}
     table = runs.markdown(figures.table(named, head=figures.GAIN, sign="+", columns=betas))
     table += "\n" + runs.markdown(figures.table(named, head="KL, nats", y="kl", digits=1, columns=betas))
-    nats = (2, 4, 6)
-    lines = [["gain at", *(f"{kl} nats" for kl in nats)]]
-    lines += [[name, *(with_error(gain_at(rows, kl), sign="+") or "–" for kl in nats)] for name, rows in named.items()]
     words = {"title": "what DPO lacks", "xlabel": "KL to the reference, nats", "ylabel": figures.GAIN}
-    return table + "\n" + runs.markdown(lines), [figures.panel(named, x="kl", **words)]
+    return table + "\n" + runs.markdown(at_equal_kl(named, (2, 4, 6))), [figures.panel(named, x="kl", **words)]
 
 
 main = runs.experiment(measure, show)

@@ -79,18 +79,18 @@ def quality(rm: Path) -> dict:
 
 
 def show(found: dict) -> tuple[str, list]:
-    table, panels = "", []
+    tables, panels = [], []
     for by, xlabel in (("size", "parameters, millions"), ("pairs", "pairs")):
         policies = {method: rows for method, rows in found[by].items() if method != "rm"}
-        rms = {"rm": found[by].get("rm", {})}
+        rms = {"reward model": found[by].get("rm", {})}
         for y, digits, says in (("gain", 2, figures.GAIN), ("true_reward", 2, "true reward"), ("kl", 1, "KL, nats")):
-            table += runs.markdown(figures.table(policies, head=f"{says}, by {xlabel}", y=y, digits=digits)) + "\n"
-        table += runs.markdown(figures.table(rms, head=f"{QUALITY}, by {xlabel}", y="quality", digits=3)) + "\n"
+            tables.append(figures.table(policies, head=f"{says}, by {xlabel}", y=y, digits=digits))
+        tables.append(figures.table(rms, head=f"{QUALITY}, by {xlabel}", y="quality", digits=3))
         words = {"xlabel": xlabel, "scale": "log"}
         y, says = ("true_reward", "true reward") if by == "size" else ("gain", figures.GAIN)
         panels.append(figures.panel(policies, title=f"policies, by {xlabel}", y=y, ylabel=says, **words))
         panels.append(figures.panel(rms, title="reward models", y="quality", ylabel=QUALITY, legend=False, **words))
-    return table, panels
+    return "\n".join(map(runs.markdown, tables)), panels
 
 
 main = runs.experiment(measure, show)
