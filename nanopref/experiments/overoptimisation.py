@@ -9,6 +9,7 @@ RL; where that peaks is how far a reward model can be trusted. Direct alignment 
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -86,16 +87,32 @@ def fit(method: str, run: dict) -> tuple[float, float, float]:
     return float(alpha), float(-minus_beta), max(0.0, float(peak))
 
 
+class Point(NamedTuple):
+    d: float  # √KL
+    score: float
+    gain: float
+
+
+def smoothed(method: str, run: dict) -> list[Point]:
+    """What a run passed through, PPO in means over five rounds, since the few responses of one say little."""
+    window = min(5, len(run["kl"])) if method == "ppo" else 1
+    rows = (np.sqrt(np.clip(run["kl"], 0, None)), run["score"], run["gain"])
+    means = (np.convolve(row, np.full(window, 1 / window), "valid").tolist() for row in rows)
+    return [Point(*values) for values in zip(*means, strict=True)]
+
+
 def show(found: dict) -> tuple[str, list]:
-    panels, lines = [], [["", "pairs", "α", "β", "peak at √KL", "furthest √KL", "score there", "gain there, std"]]
+    head = ["", "pairs", "α", "β", "the fit's peak at √KL", "highest gain, std", "at √KL", "score there"]
+    panels, lines = [], [[*head, "last gain, std", "at √KL", "score there"]]
     for method in ("best-of-n", "ppo"):
         for pairs, seeds in found[method].items():
             alphas, betas, peaks = zip(*(fit(method, run) for run in seeds), strict=True) if seeds else ((), (), ())
-            kl, score, gain = ([run[name][-1] for run in seeds] for name in ("kl", "score", "gain"))
-            furthest = np.sqrt(np.clip(kl, 0, None))
-            within = all(peak <= far for peak, far in zip(peaks, furthest, strict=True))
+            ways = [smoothed(method, run) for run in seeds]
+            within = all(peak <= way[-1].d for peak, way in zip(peaks, ways, strict=True))
             cells = [with_error(alphas), with_error(betas), with_error(peaks, 1) if within else "beyond"]
-            cells += [with_error(furthest, 1), with_error(score), with_error(gain)]
+            for points in ([max(way, key=lambda point: point.gain) for way in ways], [way[-1] for way in ways]):
+                d, score, gain = zip(*points, strict=True) if points else ((), (), ())
+                cells += [with_error(gain), with_error(d, 1), with_error(score)]
             lines.append([figures.look(method).label, f"{int(pairs):,}", *cells])
         panels.append(partial(draw, found=found[method], method=method))
     table = runs.markdown(lines)

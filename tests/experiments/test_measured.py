@@ -324,6 +324,18 @@ def test_the_fits_of_gao_et_al_find_what_they_were_made_of(method, peak):
     assert overoptimisation.fit(method, run)[2] == pytest.approx(0.0 if method == "best-of-n" else np.exp(-2))
 
 
+def test_where_the_truth_was_highest_and_where_it_ended():
+    """PPO by means over five rounds, by hand: a lone good round is no peak. Best-of-n by what it is."""
+    rise_and_fall = [0.0, 1.0, 2.0, 2.0, 2.0, 2.0, 2.0, 1.0, 0.0, 0.0, 0.0, 5.0]
+    run = {"kl": [i**2 for i in range(12)], "score": list(range(12)), "gain": rise_and_fall}
+    table, _ = overoptimisation.show({"best-of-n": {"50": [run]}, "ppo": {"50": [run]}, "dpo": {}})
+    cells = [line.strip("| ").split(" | ")[5:] for line in table.splitlines()[2:4]]
+    assert cells[0] == ["5.00", "11.0", "11.00", "5.00", "11.0", "11.00"]
+    assert cells[1] == ["2.00", "4.0", "4.00", "1.20", "9.0", "9.00"]
+    short = {name: values[:3] for name, values in run.items()}
+    assert overoptimisation.smoothed("ppo", short) == [pytest.approx((1.0, 1.0, 1.0))]
+
+
 def test_rounds_of_ppo_are_counted_from_the_reference(made_up, tmp_path):
     """Gain in deviations of its true reward, which other answers of it tell."""
     run = tmp_path / "seed-2" / "ppo"
